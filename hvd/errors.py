@@ -1,0 +1,29 @@
+"""The user's mistakes, and the exit codes that launchers, Slurm and Kubernetes act on. Imports nothing heavy."""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_COMPLETE = 0
+EXIT_FAILED = 1  # anything that is neither of the others: a bug, a broken machine
+EXIT_USER = 2  # the user's mistake: never retried
+EXIT_STOPPED = 143  # stopped by a signal after saving: run me again (128 + SIGTERM)
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line that names the file or field and what to do; exit code 2."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal and has saved; exit code 143."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Names like `name` for the end of an error line: '; nearest: a, b' or '; known: a, b, c'."""
+    known = list(known)
+    found = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if found:
+        return "; nearest: " + ", ".join(found)
+    return "; known: " + ", ".join(sorted(known)[:12])

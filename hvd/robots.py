@@ -1,0 +1,112 @@
+"""Action layouts as data: what each action dimension of a robot is called and which kinematic level it belongs to.
+
+The order of the levels is root first: a level's Q is conditioned on the actions of the levels before it (METHOD:
+base -> torso -> arms). Everything else (padding, group losses, reports) is derived from these tables.
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+from hvd.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Level:
+    """One kinematic level: its name and its action dimensions."""
+
+    name: str
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A robot's action layout.
+
+    Attributes:
+        name: key in ROBOTS.
+        action_names: one name per action dimension, in the order of the recordings.
+        levels: kinematic levels, root first; together they hold every dimension exactly once.
+        position_dims: dimensions that are absolute joint position targets with the same meaning in the state, so that
+            "hold the current pose" and delta actions make sense for them.
+    """
+
+    name: str
+    action_names: tuple[str, ...]
+    levels: tuple[Level, ...]
+    position_dims: tuple[int, ...]
+
+    def __post_init__(self):
+        dims = sorted(d for level in self.levels for d in level.dims)
+        if dims != list(range(self.action_dim)):
+            raise ValueError(f"robot {self.name}: the levels must hold each of {self.action_dim} dims exactly once")
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.action_names)
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        return tuple(level.name for level in self.levels)
+
+    @property
+    def level_dims(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(level.dims for level in self.levels)
+
+    def delta_mask(self) -> np.ndarray:
+        """Bool [action_dim]: true where an action is a joint position and can be expressed relative to the state."""
+        mask = np.zeros(self.action_dim, bool)
+        mask[list(self.position_dims)] = True
+        return mask
+
+    def pad(self, x: np.ndarray, action_dim: int) -> np.ndarray:
+        """Zero-pad the last axis of `x` [..., action_dim of the robot or less] to the model's `action_dim`."""
+        if x.shape[-1] > action_dim:
+            raise UserError(f"model.action_dim {action_dim} is smaller than the {x.shape[-1]} dims of robot {self.name}")
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, action_dim - x.shape[-1])])
+
+
+def _range(start: int, stop: int) -> tuple[int, ...]:
+    return tuple(range(start, stop))
+
+
+def _mobile_two_arms(name: str, joints: int) -> Robot:
+    """The Galaxea layouts: left arm, left gripper, base velocity, right arm, right gripper, torso (alphabetical key order)."""
+    left = tuple(f"left_arm_{i}" for i in range(joints)) + ("left_gripper",)
+    right = tuple(f"right_arm_{i}" for i in range(joints)) + ("right_gripper",)
+    base = ("base_vx", "base_vy", "base_wz")
+    torso = tuple(f"torso_{i}" for i in range(4))
+    n = joints + 1
+    levels = (
+        Level("base", _range(n, n + 3)),
+        Level("torso", _range(2 * n + 3, 2 * n + 7)),
+        Level("arms", _range(0, n) + _range(n + 3, 2 * n + 3)),
+    )
+    positions = _range(0, n) + _range(n + 3, 2 * n + 7)
+    return Robot(name, left + base + right + torso, levels, positions)
+
+
+_G1_ARM = ("shoulder_pitch", "shoulder_roll", "shoulder_yaw", "elbow", "wrist_roll", "wrist_pitch", "wrist_yaw")
+_G1_HAND = ("pinky", "ring", "middle", "index", "thumb_bend", "thumb_rotation")
+
+ROBOTS = MappingProxyType(
+    {
+        "r1": _mobile_two_arms("r1", 6),
+        "r1_pro": _mobile_two_arms("r1_pro", 7),
+        "g1": Robot(
+            "g1",
+            tuple(f"{side}_{joint}" for side in ("left", "right") for joint in _G1_ARM)
+            + tuple(f"{side}_hand_{joint}" for side in ("left", "right") for joint in _G1_HAND),
+            (Level("left_arm", _range(0, 7)), Level("right_arm", _range(7, 14)), Level("hands", _range(14, 26))),
+            _range(0, 26),
+        ),
+    }
+)
+
+
+def get_robot(name: str) -> Robot:
+    """The robot called `name`; a UserError that offers the nearest names otherwise."""
+    if name not in ROBOTS:
+        raise UserError(f"unknown robot {name!r}{nearest(name, ROBOTS)}")
+    return ROBOTS[name]
