@@ -1,0 +1,55 @@
+"""Flow matching (openpi's convention: t = 1 is noise) and the per-level weighted policy loss.
+
+Letters in shapes: b rows, k actions of a chunk, a action dims (padded), l kinematic levels.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+
+def sample_time(key: Key[Array, ""] | UInt[Array, "2"], rows: int) -> Float[Array, "b"]:
+    """t ~ 0.001 + 0.999 Beta(1.5, 1), one per row."""
+    return jax.random.beta(key, 1.5, 1.0, (rows,)) * 0.999 + 0.001
+
+
+def interpolate(
+    noise: Float[Array, "b k a"], actions: Float[Array, "b k a"], time: Float[Array, "b"]
+) -> tuple[Float[Array, "b k a"], Float[Array, "b k a"]]:
+    """x_t = t noise + (1-t) actions and its velocity u = noise - actions."""
+    t = time[:, None, None]
+    return t * noise + (1.0 - t) * actions, noise - actions
+
+
+def level_errors(
+    velocity: Float[Array, "b k a"],
+    target: Float[Array, "b k a"],
+    action_mask: Bool[Array, "b k"],
+    levels: tuple[tuple[int, ...], ...],
+) -> Float[Array, "b l"]:
+    """Squared flow-matching error of each level: summed over its dims, divided by the number of dims of all levels,
+    averaged over the real actions of the chunk. Padded dims belong to no level, padded actions do not count.
+    """
+    n_dims = sum(len(dims) for dims in levels)
+    squared = jnp.square(velocity - target)
+    per_level = jnp.stack([jnp.sum(squared[..., jnp.array(dims)], axis=-1) for dims in levels], axis=-1) / n_dims
+    real = action_mask.astype(per_level.dtype)[..., None]
+    return jnp.sum(per_level * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1.0)
+
+
+def policy_loss(
+    errors: Float[Array, "b l"], weights: Float[Array, "b l"], source: Int[Array, "b"], bc_lambda: float
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """L_pi = L_RL(suboptimal) + lambda L_BC(optimal); each a mean over the rows of its own set in the batch.
+
+    Args:
+        errors: of `level_errors`.
+        weights: omega_i of each row; they carry no gradient, and rows of the optimal set ignore them (imitation).
+        source: 0 = optimal set, 1 = suboptimal set.
+    """
+    from_optimal = (source == 0).astype(errors.dtype)
+    from_suboptimal = 1.0 - from_optimal
+    weighted = jnp.sum(jax.lax.stop_gradient(weights) * errors, axis=-1)
+    rl = jnp.sum(weighted * from_suboptimal) / jnp.maximum(jnp.sum(from_suboptimal), 1.0)
+    bc = jnp.sum(jnp.sum(errors, axis=-1) * from_optimal) / jnp.maximum(jnp.sum(from_optimal), 1.0)
+    return rl + bc_lambda * bc, {"loss_rl": rl, "loss_bc": bc}
