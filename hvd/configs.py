@@ -220,6 +220,23 @@ class Experiment:
     def advantages_dir(self) -> str:
         return os.path.join(self.exp_dir, "advantages")
 
+    def datasets(self) -> tuple[tuple[str, DataConfig], ...]:
+        """("optimal", ...) and ("suboptimal", ...), those that the experiment has; one folder named twice is one dataset."""
+        both = (("optimal", self.optimal_data), ("suboptimal", self.suboptimal_data))
+        return tuple((role, data) for role, data in both if data.repo_id or data.root)
+
+    def resolved(self) -> "Experiment":
+        """The same with the folders of simulated data filled in; every reader of a config calls it once after overrides."""
+        if not self.sim.task:
+            return self
+        roots = {"optimal_data": "optimal", "suboptimal_data": "mixed"}
+        changed = {}
+        for name, folder in roots.items():
+            data: DataConfig = getattr(self, name)
+            if data.repo_id and not data.root:
+                changed[name] = dataclasses.replace(data, root=os.path.join(self.exp_dir, "datasets", folder))
+        return dataclasses.replace(self, **changed)
+
     def levels(self) -> tuple[tuple[int, ...], ...]:
         """Action dims per Q: the hierarchy's levels, or all dims at once for network_type "q"."""
         levels = self.model.hierarchical_actions or get_robot(self.robot).level_dims
@@ -234,3 +251,114 @@ class Experiment:
         if self.levels() == robot.level_dims:
             return robot.level_names
         return tuple(f"level_{i}" for i in range(len(self.levels())))
+
+
+_TINY = ModelConfig(
+    max_token_len=8,
+    vocab_size=512,
+    tokenizer="words",
+    dtype="float32",
+    paligemma_variant="tiny",
+    action_expert_variant="tiny",
+    value_expert_variant="tiny",
+    siglip_variant="tiny",
+    cameras=(),
+    image_size=56,
+    action_patch=5,
+)
+
+
+def _small_lr(steps: int, peak: float) -> LrSchedule:
+    return LrSchedule(warmup_steps=min(100, steps // 10), peak_lr=peak, decay_steps=steps, decay_lr=peak / 20)
+
+
+def demo() -> Experiment:
+    """Simulated R1, state and object pose, tiny models: the whole way on 2 CPU cores.
+
+    Command: python launch/submit.py --stage all
+    Expected: a table of success rates and runs/demo/report.html.
+    """
+    state = KeyMap(state=("observation.state", "observation.environment_state"))
+    value_steps, policy_steps = 1_500, 2_500
+    return Experiment(
+        name="demo",
+        sim=SimConfig(task="tote"),
+        model=_TINY,
+        norm=NormConfig(std_floor=0.02),
+        optimal_data=DataConfig(repo_id="demo/optimal", keys=state),
+        suboptimal_data=DataConfig(repo_id="demo/mixed", keys=state),
+        num_workers=1,
+        value=ValueConfig(
+            num_train_steps=value_steps,
+            batch_size=64,
+            lr_schedule=_small_lr(value_steps, 5e-4),
+            data="both",
+            log_interval=50,
+            val_interval=250,
+            save_interval=500,
+            keep_period=0,
+        ),
+        policy=PolicyConfig(
+            num_train_steps=policy_steps,
+            batch_size=64,
+            lr_schedule=_small_lr(policy_steps, 1e-3),
+            ema_decay=0.99,
+            suboptimal_share=0.5,
+            log_interval=50,
+            val_interval=250,
+            save_interval=500,
+            keep_period=0,
+        ),
+        evaluate=EvaluateConfig(baselines=True),
+    )
+
+
+def g1() -> Experiment:
+    """A real Unitree G1 with Inspire hands (26 joints, one camera), ten episodes of one task, tiny models.
+
+    Command: python launch/submit.py --stage all --config g1 --data PATH
+    Expected: on held-out episodes an action error well below "hold the current pose", and V that rises along an episode.
+    """
+    keys = KeyMap(images={"base_0_rgb": "observation.images.cam_high"})
+    data = DataConfig(repo_id="g1_bottle", keys=keys, reward="success_at_end")
+    value_steps, policy_steps = 1_000, 1_500
+    return Experiment(
+        name="g1",
+        robot="g1",
+        model=dataclasses.replace(_TINY, cameras=("base_0_rgb",)),
+        norm=NormConfig(std_floor=0.01, delta_actions=True),
+        optimal_data=data,
+        suboptimal_data=data,
+        num_workers=2,
+        image_cache=True,
+        value=ValueConfig(
+            num_train_steps=value_steps,
+            batch_size=32,
+            lr_schedule=_small_lr(value_steps, 5e-4),
+            log_interval=50,
+            val_interval=250,
+            save_interval=500,
+            keep_period=0,
+        ),
+        policy=PolicyConfig(
+            num_train_steps=policy_steps,
+            batch_size=32,
+            lr_schedule=_small_lr(policy_steps, 5e-4),
+            ema_decay=0.99,
+            log_interval=50,
+            val_interval=250,
+            save_interval=500,
+            keep_period=0,
+        ),
+        evaluate=EvaluateConfig(val_fraction=0.2),
+    )
+
+
+CONFIGS: dict[str, Callable[[], Experiment]] = {"demo": demo, "g1": g1}
+
+
+def get_config(name: str) -> Experiment:
+    """The experiment called `name`, before overrides; a UserError that offers the nearest names otherwise."""
+    if name not in CONFIGS:
+        raise UserError(f"unknown config {name!r}{nearest(name, CONFIGS)}")
+    return CONFIGS[name]()
