@@ -1,0 +1,77 @@
+"""What every test has: shape and type checks of the whole package, a strict JAX on the CPU, folders of reference data.
+
+The import hook must be there before the first `import hvd`, so this file imports nothing of ours.
+"""
+
+import os
+
+# Set for this process and every subprocess that a test starts.
+os.environ["JAX_PLATFORMS"] = os.environ.get("HVD_TEST_PLATFORM", "cpu")
+os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+from tests.folders import FOLDERS, folder
+from tests.skips import unexpected
+
+install_import_hook("hvd", "beartype.beartype")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_threefry_partitionable", True)
+
+# `pytest` alone runs what needs no root, no cluster and no GPU, and takes minutes; the rest is asked for by its marker.
+ON_REQUEST = ("slow", "gpu", "slurm", "kubernetes", "image")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.markexpr:
+        return
+    chosen = [item for item in items if not any(item.get_closest_marker(name) for name in ON_REQUEST)]
+    # A test named on the command line is run whatever its markers are.
+    named = any("::" in arg for arg in config.args)
+    if not named and len(chosen) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With HVD_CI=1 a skip that CI should not have is a failure: nobody reads the list of skips."""
+    report = yield
+    if report.skipped and os.environ.get("HVD_CI") == "1" and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        markers = [mark.name for mark in item.iter_markers()]
+        if unexpected(reason, markers):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid}: CI must not skip this test: {reason}"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _strict_dtypes(request):
+    """No silent dtype promotion in the pure functions; flax's and optax's own code needs the standard rules."""
+    pure = "tests/rl/" in str(request.path).replace(os.sep, "/")
+    with jax.numpy_dtype_promotion("strict" if pure else "standard"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Folder of the golden arrays: $HVD_GOLDEN, else ../shared/golden beside the checkout; skips when it is missing."""
+    return _folder_or_skip("HVD_GOLDEN")
+
+
+@pytest.fixture(scope="session")
+def g1_data():
+    """Folder of the real humanoid's recordings: $HVD_G1_DATA, else ../shared/data/g1_bottle; skips when it is missing."""
+    return _folder_or_skip("HVD_G1_DATA")
+
+
+def _folder_or_skip(variable: str):
+    path = folder(variable)
+    if path is None:
+        pytest.skip(f"{variable}: no folder {FOLDERS[variable]} beside the checkout and the variable is not set")
+    return path
