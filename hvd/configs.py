@@ -28,7 +28,9 @@ class ModelConfig:
     action_horizon: int = 20  # K, actions per chunk
     max_token_len: int = 48
     vocab_size: int = 257_152
-    tokenizer: Literal["paligemma", "words"] = "paligemma"  # "words": hashed words, for tiny models without a vocabulary file
+    tokenizer: Literal["paligemma", "words"] = (
+        "paligemma"  # "words": hashed words, for tiny models without a vocabulary file
+    )
     tokenizer_path: str = ""  # sentencepiece model of "paligemma"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     paligemma_variant: str = "gemma_2b"  # names of hvd.models.gemma.VARIANTS
@@ -69,7 +71,9 @@ class DataConfig:
     repo_id: str = ""  # "" = no such dataset
     root: str = ""  # its folder; "" = $HF_LEROBOT_HOME/repo_id
     keys: KeyMap = field(default_factory=KeyMap)
-    reward: Literal["column", "labels", "success_at_end"] = "column"  # labels: episode_NNNNNN.labels.json beside the dataset
+    reward: Literal["column", "labels", "success_at_end"] = (
+        "column"  # labels: episode_NNNNNN.labels.json beside the dataset
+    )
     labels_dir: str = ""  # where those label files lie; "" = <dataset>/labels
     success_only: bool = False
     max_episodes: int = 0  # 0 = all

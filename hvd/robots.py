@@ -63,7 +63,9 @@ class Robot:
     def pad(self, x: np.ndarray, action_dim: int) -> np.ndarray:
         """Zero-pad the last axis of `x` [..., action_dim of the robot or less] to the model's `action_dim`."""
         if x.shape[-1] > action_dim:
-            raise UserError(f"model.action_dim {action_dim} is smaller than the {x.shape[-1]} dims of robot {self.name}")
+            raise UserError(
+                f"model.action_dim {action_dim} is smaller than the {x.shape[-1]} dims of robot {self.name}"
+            )
         return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, action_dim - x.shape[-1])])
 
 
