@@ -1,5 +1,5 @@
-"""Named experiments: one name -> one complete tree of frozen dataclasses. Every field can be overridden on the command line
-by its dotted name (`--model.method expectile --value.batch_size 64`). Imports no jax: login nodes read this.
+"""Named experiments: one name -> one complete tree of frozen dataclasses. Every field can be overridden on the
+command line by its dotted name (`--model.method expectile --value.batch_size 64`). Imports no jax: login nodes read this.
 
 Field names follow the original code base and openpi where they have one (method, network_type, hierarchical_actions,
 action_horizon, optimal_data, suboptimal_data, weight_loader, freeze_filter, fsdp_devices, batch_size, num_workers).
@@ -225,12 +225,12 @@ class Experiment:
         return os.path.join(self.exp_dir, "advantages")
 
     def datasets(self) -> tuple[tuple[str, DataConfig], ...]:
-        """("optimal", ...) and ("suboptimal", ...), those that the experiment has; one folder named twice is one dataset."""
+        """("optimal", ...) and ("suboptimal", ...), those that the experiment has."""
         both = (("optimal", self.optimal_data), ("suboptimal", self.suboptimal_data))
         return tuple((role, data) for role, data in both if data.repo_id or data.root)
 
     def resolved(self) -> "Experiment":
-        """The same with the folders of simulated data filled in; every reader of a config calls it once after overrides."""
+        """The same with the folders of simulated data filled in; call it once after overrides."""
         if not self.sim.task:
             return self
         roots = {"optimal_data": "optimal", "suboptimal_data": "mixed"}
@@ -321,7 +321,7 @@ def g1() -> Experiment:
     """A real Unitree G1 with Inspire hands (26 joints, one camera), ten episodes of one task, tiny models.
 
     Command: python launch/submit.py --stage all --config g1 --data PATH
-    Expected: on held-out episodes an action error well below "hold the current pose", and V that rises along an episode.
+    Expected: on held-out episodes an action error well below "hold the current pose"; V rises along an episode.
     """
     keys = KeyMap(images={"base_0_rgb": "observation.images.cam_high"})
     data = DataConfig(repo_id="g1_bottle", keys=keys, reward="success_at_end")

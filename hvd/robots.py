@@ -74,9 +74,9 @@ def _range(start: int, stop: int) -> tuple[int, ...]:
 
 
 def _mobile_two_arms(name: str, joints: int) -> Robot:
-    """The Galaxea layouts: left arm, left gripper, base velocity, right arm, right gripper, torso (alphabetical key order)."""
-    left = tuple(f"left_arm_{i}" for i in range(joints)) + ("left_gripper",)
-    right = tuple(f"right_arm_{i}" for i in range(joints)) + ("right_gripper",)
+    """The Galaxea layouts, in the recordings' key order: left arm and gripper, base, right arm and gripper, torso."""
+    left = (*(f"left_arm_{i}" for i in range(joints)), "left_gripper")
+    right = (*(f"right_arm_{i}" for i in range(joints)), "right_gripper")
     base = ("base_vx", "base_vy", "base_wz")
     torso = tuple(f"torso_{i}" for i in range(4))
     n = joints + 1

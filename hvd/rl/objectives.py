@@ -22,7 +22,7 @@ def td_target(reward: Float[Array, "b"], discount: Float[Array, "b"], next_v: Fl
 
 
 def q_loss(q: Float[Array, "b l 2"], y: Float[Array, "b"]) -> Float[Array, ""]:
-    """L_Q = mean over rows of the plain sum over levels of (y - Q_i)^2; the twins are averaged. The same y for all levels."""
+    """L_Q = mean over rows of the plain sum over levels of (y - Q_i)^2, one y for all levels; the twins are averaged."""
     return jnp.mean(jnp.sum(jnp.mean(jnp.square(y[:, None, None] - q), axis=-1), axis=-1))
 
 
@@ -31,8 +31,8 @@ def value_objective(
 ) -> Float[Array, "*s"]:
     """f(u), u = Q - V, elementwise (METHOD, misprint 1 corrected).
 
-    expectile |tau - 1{u<0}| u^2, quantile |tau - 1{u<0}| |u|, exponential exp(alpha u) - alpha u. The exponential goes on as
-    its tangent where alpha u > exp_clip_log, which is IDQL's clip of exp inside the gradient f'.
+    expectile |tau - 1{u<0}| u^2, quantile |tau - 1{u<0}| |u|, exponential exp(alpha u) - alpha u. The exponential
+    goes on as its tangent where alpha u > exp_clip_log, which is IDQL's clip of exp inside the gradient f'.
     """
     if method == "exponential":
         x = alpha * u
@@ -51,7 +51,7 @@ def v_loss(
     tau: float,
     exp_clip_log: float,
 ) -> Float[Array, ""]:
-    """L_V = mean over rows of sum_i f(Qbar_i - V); Qbar is the target network's minimum over the twins, without gradient."""
+    """L_V = mean over rows of sum_i f(Qbar_i - V); Qbar: the target network's minimum over the twins, no gradient."""
     qbar = jax.lax.stop_gradient(jnp.min(target_q, axis=-1))
     f = value_objective(method, qbar - v[:, None], alpha=alpha, tau=tau, exp_clip_log=exp_clip_log)
     return jnp.mean(jnp.sum(f, axis=-1))

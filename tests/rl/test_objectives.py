@@ -79,7 +79,7 @@ def test_value_target_takes_the_lower_twin_and_no_gradient():
     np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
-# A chain of 3 states; a chunk's action is (parent, child), each 0 or 1. Right parent moves on; the last step pays by the child.
+# A chain of 3 states; an action is (parent, child), each 0 or 1. Parent 1 moves on; the last step pays by the child.
 STATES, GAMMA, ALPHA = 3, 0.9, 8.0
 
 
@@ -96,7 +96,7 @@ def _transitions():
 
 def _expected_tables(levels):
     """Fixed point of the backward recursion V(s) = (1/alpha) log mean_{i,a} exp(alpha Q_i)."""
-    s, parent, child, reward, discount, nxt = _transitions()
+    s, parent, _, reward, discount, nxt = _transitions()
     v = np.zeros(STATES)
     for _ in range(3000):
         y = reward + discount * v[nxt]
@@ -113,7 +113,7 @@ def _expected_tables(levels):
 
 @pytest.mark.parametrize("levels", [1, 2])
 def test_chain_converges_to_its_fixed_point(levels):
-    """Gradient descent on our losses, with tables as the model, finds the recursion's values; a child sees its parent's action."""
+    """Gradient descent on our losses, with tables as the model, finds the recursion's values."""
     s, parent, child, reward, discount, nxt = (
         jnp.asarray(c, jnp.int32 if c.dtype.kind == "i" else jnp.float32) for c in _transitions()
     )

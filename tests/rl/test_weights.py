@@ -8,7 +8,7 @@ import pytest
 
 from hvd.rl.weights import advantages, omega
 
-ARGS = dict(alpha=1.0, tau=0.7, beta=3.0, clip=100.0)
+ARGS = {"alpha": 1.0, "tau": 0.7, "beta": 3.0, "clip": 100.0}
 
 
 def _exact(a: float, alpha: float) -> float:
