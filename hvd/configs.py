@@ -1,5 +1,5 @@
 """Named experiments: one name -> one complete tree of frozen dataclasses. Every field can be overridden on the
-command line by its dotted name (`--model.method expectile --value.batch_size 64`). Imports no jax: login nodes read this.
+command line by its dotted name (`--model.method expectile --value.batch_size 64`). Imports no jax: login nodes read it.
 
 Field names follow the original code base and openpi where they have one (method, network_type, hierarchical_actions,
 action_horizon, optimal_data, suboptimal_data, weight_loader, freeze_filter, fsdp_devices, batch_size, num_workers).

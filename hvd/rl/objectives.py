@@ -22,7 +22,7 @@ def td_target(reward: Float[Array, "b"], discount: Float[Array, "b"], next_v: Fl
 
 
 def q_loss(q: Float[Array, "b l 2"], y: Float[Array, "b"]) -> Float[Array, ""]:
-    """L_Q = mean over rows of the plain sum over levels of (y - Q_i)^2, one y for all levels; the twins are averaged."""
+    """L_Q = mean over rows of the plain sum over levels of (y - Q_i)^2, y shared by all; the twins are averaged."""
     return jnp.mean(jnp.sum(jnp.mean(jnp.square(y[:, None, None] - q), axis=-1), axis=-1))
 
 
