@@ -13,6 +13,7 @@ Reading is strict: an unknown key, a wrong type, a boundary outside the episode 
 errors that name the file and the field.
 """
 
+import itertools
 import json
 import math
 import os
@@ -112,7 +113,9 @@ def load_labels(path: str | os.PathLike[str], num_frames: int | None = None) -> 
 
 def parse_labels(data: Any, where: str, num_frames: int | None = None) -> Labels:
     """Labels from decoded JSON; `where` names the file in errors."""
-    fields = _object(data, where, required=("task", "success"), optional=("subtasks", "quality", "terminal", "mistakes"))
+    fields = _object(
+        data, where, required=("task", "success"), optional=("subtasks", "quality", "terminal", "mistakes")
+    )
     task = _typed(fields, "task", str, where)
     if not task.strip():
         raise UserError(f"{where}: task is empty; say in words what the robot was to do")
@@ -153,9 +156,7 @@ def labels_json(labels: Labels) -> dict[str, Any]:
     if labels.terminal is not None:
         data["terminal"] = labels.terminal
     if labels.mistakes:
-        data["mistakes"] = [
-            {"level": m.level, "start": m.start, "end": m.end, "kind": m.kind} for m in labels.mistakes
-        ]
+        data["mistakes"] = [{"level": m.level, "start": m.start, "end": m.end, "kind": m.kind} for m in labels.mistakes]
     return data
 
 
@@ -205,7 +206,7 @@ def _span(item: Mapping[str, Any], where: str, num_frames: int | None) -> tuple[
 
 def _check_overlap(subtasks: list[Subtask], where: str) -> None:
     ordered = sorted(subtasks, key=lambda s: s.start)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in itertools.pairwise(ordered):
         if after.start < before.end:
             raise UserError(
                 f"{where}: subtasks {before.name!r} (frames {before.start}-{before.end}) and {after.name!r} "
