@@ -66,7 +66,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def g1_data():
-    """Folder of the real humanoid's recordings: $HVD_G1_DATA, else ../shared/data/g1_bottle; skips when it is missing."""
+    """Recordings of the real humanoid: $HVD_G1_DATA, else ../shared/data/g1_bottle; skips when the folder is missing."""
     return _folder_or_skip("HVD_G1_DATA")
 
 
