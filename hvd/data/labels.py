@@ -4,10 +4,10 @@
      "subtasks": [{"name": "grasped", "start": 0, "end": 41, "reward": 1.0}],
      "terminal": true, "mistakes": [{"level": "torso", "start": 12, "end": 20, "kind": "late"}]}
 
-`task` and `success` are required. Frames are indices into the episode, `end` is exclusive; a sub-task's reward is given
-at its last frame (`end - 1`). `terminal` says that the task is over at the last frame, by success or by an irrecoverable
-failure; without it an episode is terminal when it succeeded. `mistakes` is the simulator's ground truth: evaluation
-reads it, training never does.
+`task` and `success` are required. Frames are indices into the episode, `end` is exclusive; a sub-task's reward is
+given at its last frame (`end - 1`). `terminal` says that the task is over at the last frame, by success or by an
+irrecoverable failure; without it an episode is terminal when it succeeded. `mistakes` is the simulator's ground truth:
+evaluation reads it, training never does.
 
 Reading is strict: an unknown key, a wrong type, a boundary outside the episode or two sub-tasks that share a frame are
 errors that name the file and the field.
@@ -43,7 +43,7 @@ class Subtask:
 
 @dataclass(frozen=True)
 class Mistake:
-    """Frames `start` to `end` (exclusive) in which the robot's `level` (hvd.robots) did the wrong thing called `kind`."""
+    """Frames `start` to `end` (exclusive) in which `level` of the robot (hvd.robots) did the wrong thing `kind`."""
 
     level: str
     start: int
