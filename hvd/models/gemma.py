@@ -1,0 +1,295 @@
+"""A mixture of Gemma experts that attend jointly (PaliGemma trunk + action or value expert), as in openpi.
+
+Each expert has its own width, norms and projections; heads, head size and depth are shared, so that queries, keys and
+values of all experts are concatenated along the sequence. Layers are stacked along a leading axis and run by lax.scan.
+Parameter names, shapes and arithmetic equal openpi's: expert i > 0 has the suffix _i.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from hvd.errors import UserError, nearest
+from hvd.models.lora import Einsum, FeedForward, LoraConfig, param
+
+MASKED_LOGIT = -2.3819763e38  # finite, so that a row without any valid key gives finite numbers
+KVCache = tuple[Float[Array, "l b s k h"], Float[Array, "l b s k h"]]  # keys and values of all layers
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of one expert."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    lora: LoraConfig | None = None
+    adaptive_norm: bool = False  # norms modulated by a condition vector of the expert's width (adaRMS)
+
+
+_2B = dict(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
+_300M = dict(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
+
+VARIANTS: dict[str, Config] = {
+    "gemma_2b": Config(**_2B),
+    "gemma_2b_lora": Config(**_2B, lora=LoraConfig(rank=16, alpha=16.0)),
+    "gemma_300m": Config(**_300M),
+    "gemma_300m_lora": Config(**_300M, lora=LoraConfig(rank=32, alpha=32.0)),
+    "dummy": Config(width=64, depth=4, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
+    # trains on two CPU cores; trunk and expert share depth and heads
+    "tiny": Config(width=128, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
+    "tiny_trunk": Config(width=64, depth=4, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=32),
+}
+
+
+def get_config(variant: str) -> Config:
+    """The sizes called `variant`; a UserError that offers the nearest names otherwise."""
+    if variant not in VARIANTS:
+        raise UserError(f"unknown gemma variant {variant!r}{nearest(variant, VARIANTS)}")
+    return VARIANTS[variant]
+
+
+def rope_angles(
+    positions: Int[Array, "b t"], head_dim: int, max_wavelength: float = 10_000.0
+) -> tuple[Float[Array, "b t 1 h2"], Float[Array, "b t 1 h2"]]:
+    """sin and cos of the rotary embedding's angles, for all heads alike."""
+    exponents = (2.0 / head_dim) * jnp.arange(head_dim // 2, dtype=jnp.float32)
+    timescale = max_wavelength**exponents
+    radians = positions[:, :, None, None].astype(jnp.float32) / timescale[None, None, None, :]
+    return jnp.sin(radians), jnp.cos(radians)
+
+
+def rotate(x: Float[Array, "b t n h"], sin: Float[Array, "b t 1 h2"], cos: Float[Array, "b t 1 h2"]):
+    """Rotary embedding, split-half form, computed in float32; returns x's shape and dtype."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    mask: Bool[Array, "b t p_s"],
+    cache: tuple[Float[Array, "b p k h"], Float[Array, "b p k h"]] | None = None,
+) -> Float[Array, "b t n h"]:
+    """Grouped-query attention of already scaled queries; softmax in float32, masked logits MASKED_LOGIT.
+
+    `cache` holds keys and values that come before k and v; they are not concatenated with them, only their logits are
+    (n_steps of denoising read one cache).
+    """
+    b, t, n, h = q.shape
+    q = q.reshape(b, t, k.shape[2], n // k.shape[2], h)
+
+    def logits(keys):
+        return jnp.einsum("btkgh,bskh->bkgts", q, keys, preferred_element_type=jnp.float32)
+
+    scores = logits(k) if cache is None else jnp.concatenate([logits(cache[0]), logits(k)], axis=-1)
+    scores = jnp.where(mask[:, None, None], scores, MASKED_LOGIT)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if cache is None:
+        out = jnp.einsum("bkgts,bskh->btkgh", probs, v)
+    else:
+        p = cache[0].shape[1]
+        out = jnp.einsum("bkgts,bskh->btkgh", probs[..., :p], cache[1])
+        out = out + jnp.einsum("bkgts,bskh->btkgh", probs[..., p:], v)
+    return out.reshape(b, t, n, h)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * (1 + scale), in float32; adaptive: scale, shift and a residual gate from a condition vector."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs, depth: int | None = None, cond_width: int = 0):
+        self.adaptive = cond_width > 0
+        if self.adaptive:
+            self.Dense_0 = nnx.Dict(
+                kernel=param(rngs, (cond_width, 3 * width), 0.0, depth), bias=param(rngs, (3 * width,), 0.0, depth)
+            )
+        else:
+            self.scale = param(rngs, (width,), 0.0, depth)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], cond: Float[Array, "b c"] | None = None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b 1 d"] | None]:
+        """The normed x and the residual's gate (None where the norm is not adaptive)."""
+        x32 = x.astype(jnp.float32)
+        normed = x32 * (1 / jnp.sqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6))
+        if not self.adaptive:
+            return (normed * (1 + self.scale[...])[None, None]).astype(x.dtype), None
+        if cond is None:
+            raise ValueError("an adaptive norm needs a condition")
+        dense = self.Dense_0
+        modulation = cond.astype(x.dtype) @ dense.kernel[...].astype(x.dtype) + dense.bias[...].astype(x.dtype)[None]
+        scale, shift, gate = jnp.split(modulation[:, None, :], 3, axis=-1)
+        normed = normed * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+        return normed.astype(x.dtype), gate
+
+
+def expert_name(name: str, i: int) -> str:
+    """Parameter name of expert i: the first has no suffix, so that PaliGemma weights load as they are."""
+    return name if i == 0 else f"{name}_{i}"
+
+
+class Attention(nnx.Module):
+    """Joint attention of all experts."""
+
+    def __init__(self, configs: Sequence[Config], rngs: nnx.Rngs, depth: int | None = None):
+        self.configs = tuple(configs)
+        for i, c in enumerate(configs):
+            if c.num_kv_heads == c.num_heads:
+                shape = (3, c.num_heads, c.width, c.head_dim)
+                setattr(self, expert_name("qkv_einsum", i), Einsum(shape, c.width, c.lora, rngs, depth))
+            else:
+                shape = (c.num_heads, c.width, c.head_dim)
+                setattr(self, expert_name("q_einsum", i), Einsum(shape, c.width, c.lora, rngs, depth))
+                shape = (2, c.num_kv_heads, c.width, c.head_dim)
+                setattr(self, expert_name("kv_einsum", i), Einsum(shape, c.width, c.lora, rngs, depth))
+            shape = (c.num_heads, c.head_dim, c.width)
+            out = Einsum(shape, c.num_heads * c.head_dim, c.lora, rngs, depth)
+            setattr(self, expert_name("attn_vec_einsum", i), out)
+
+    def __call__(self, xs, angles, mask, cache=None):
+        """xs: one [b t_i d_i] per expert or None. Returns the same, and the (k, v) of these tokens, k rotated."""
+        parts = []
+        for i, (x, c) in enumerate(zip(xs, self.configs, strict=True)):
+            if x is None:
+                continue
+            if c.num_kv_heads == c.num_heads:
+                parts.append(getattr(self, expert_name("qkv_einsum", i))("btd,cndh->cbtnh", x))
+            else:
+                q = getattr(self, expert_name("q_einsum", i))("btd,ndh->btnh", x)
+                k, v = getattr(self, expert_name("kv_einsum", i))("btd,ckdh->cbtkh", x)
+                parts.append((q, k, v))
+        q, k, v = (jnp.concatenate(p, axis=1) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
+        q = rotate(q, *angles) * self.configs[0].head_dim ** -0.5
+        k = rotate(k, *angles)
+        encoded = attend(q, k, v, mask, cache)
+        outs, start = [], 0
+        for i, x in enumerate(xs):
+            if x is None:
+                outs.append(None)
+                continue
+            part = encoded[:, start : start + x.shape[1]]
+            outs.append(getattr(self, expert_name("attn_vec_einsum", i))("btnh,nhd->btd", part))
+            start += x.shape[1]
+        return outs, (k, v)
+
+
+def _residual(x, y, gate):
+    return x + y if gate is None else x + y * gate
+
+
+class Block(nnx.Module):
+    """One layer of all experts: norm, joint attention, norm, feed-forward, each with a residual."""
+
+    def __init__(self, configs: Sequence[Config], rngs: nnx.Rngs, depth: int | None = None):
+        self.attn = Attention(configs, rngs, depth)
+        for i, c in enumerate(configs):
+            cond = c.width if c.adaptive_norm else 0
+            setattr(self, expert_name("pre_attention_norm", i), RMSNorm(c.width, rngs, depth, cond))
+            setattr(self, expert_name("pre_ffw_norm", i), RMSNorm(c.width, rngs, depth, cond))
+            setattr(self, expert_name("mlp", i), FeedForward(c.width, c.mlp_dim, c.lora, rngs, depth))
+
+    def __call__(self, xs, angles, mask, conds, cache=None):
+        def norms(name):
+            normed, gates = [], []
+            for i, (x, cond) in enumerate(zip(xs, conds, strict=True)):
+                y, gate = (None, None) if x is None else getattr(self, expert_name(name, i))(x, cond)
+                normed.append(y)
+                gates.append(gate)
+            return normed, gates
+
+        normed, gates = norms("pre_attention_norm")
+        attended, kv = self.attn(normed, angles, mask, cache)
+        xs = [None if x is None else _residual(x, y, g) for x, y, g in zip(xs, attended, gates, strict=True)]
+        normed, gates = norms("pre_ffw_norm")
+        xs = [
+            None if x is None else _residual(x, getattr(self, expert_name("mlp", i))(y), g)
+            for i, (x, y, g) in enumerate(zip(xs, normed, gates, strict=True))
+        ]
+        return xs, kv
+
+
+class Embedder(nnx.Module):
+    """Token embeddings, scaled by sqrt(width)."""
+
+    def __init__(self, vocab_size: int, width: int, rngs: nnx.Rngs):
+        self.input_embedding = param(rngs, (vocab_size, width), 0.01)
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        table = self.input_embedding[...]
+        return table[tokens] * jnp.sqrt(jnp.asarray(table.shape[-1], table.dtype))
+
+
+class Gemma(nnx.Module):
+    """The mixture: embedder (expert 0's), stacked layers, final norms.
+
+    Args:
+        configs: one per expert; depth, num_heads, num_kv_heads and head_dim must agree.
+        vocab_size: rows of the embedding table.
+        dtype: of the computation; parameters are float32.
+        unroll: layers per loop step. Unrolled fully where the depth is small: faster on CPU, slower to compile.
+    """
+
+    def __init__(self, configs: Sequence[Config], vocab_size: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        first = configs[0]
+        for c in configs:
+            for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+                if getattr(c, name) != getattr(first, name):
+                    raise UserError(
+                        f"gemma experts must share {name}: {getattr(first, name)} and {getattr(c, name)}; choose "
+                        "model.paligemma_variant and the expert's variant to match"
+                    )
+        self.configs = tuple(configs)
+        self.dtype = dtype
+        self.embedder = Embedder(vocab_size, first.width, rngs)
+        self.layers = Block(configs, rngs, depth=first.depth)
+        for i, c in enumerate(configs):
+            norm = RMSNorm(c.width, rngs, cond_width=c.width if c.adaptive_norm else 0)
+            setattr(self, expert_name("final_norm", i), norm)
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Embeddings of the first expert's width, float32."""
+        return self.embedder(tokens)
+
+    def __call__(
+        self,
+        xs: Sequence[Array | None],
+        positions: Int[Array, "b t"],
+        mask: Bool[Array, "b t s"],
+        conds: Sequence[Array | None] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[list[Array | None], KVCache]:
+        """Joint pass over the tokens of the experts, in the experts' order.
+
+        Args:
+            xs: per expert its tokens [b t_i d_i], or None to leave that expert out; t = sum of t_i.
+            positions: for the rotary embedding.
+            mask: True where query t may attend to key s; s = length of the cache + t.
+            conds: per expert the condition [b d_i] of its adaptive norms.
+            cache: keys and values of earlier tokens, stacked over the layers [l b p k h].
+
+        Returns:
+            Final-normed tokens per expert in `dtype`, and the (k, v) of the tokens of this call [l b t k h].
+        """
+        conds = list(conds) if conds is not None else [None] * len(self.configs)
+        xs = [None if x is None else x.astype(self.dtype) for x in xs]
+        angles = rope_angles(positions, self.configs[0].head_dim)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(carry, scanned):
+            params, layer_cache = scanned
+            return nnx.merge(graphdef, params)(carry, angles, mask, conds, layer_cache)
+
+        depth = self.configs[0].depth
+        xs, kv = jax.lax.scan(layer, xs, (stacked, cache), unroll=depth if depth <= 6 else 1)
+        return [
+            None if x is None else getattr(self, expert_name("final_norm", i))(x, cond)[0]
+            for i, (x, cond) in enumerate(zip(xs, conds, strict=True))
+        ], kv

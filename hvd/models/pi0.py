@@ -1,0 +1,105 @@
+"""The policy: pi0, a flow-matching expert beside PaliGemma (Black et al. 2024), equal to openpi's in names and numbers.
+
+Flow convention (openpi's): x_t = t * noise + (1 - t) * actions, velocity u = noise - actions; acting integrates from
+t = 1 (noise) to t = 0.
+"""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from hvd.configs import ModelConfig
+from hvd.models.trunk import Observation, Tokens, Trunk
+
+
+def posemb_sincos(
+    pos: Float[Array, "b"], dim: int, min_period: float = 4e-3, max_period: float = 4.0
+) -> Float[Array, "b d"]:
+    """Sine-cosine embedding of a time in [0, 1], float32; `dim` is even, periods are spaced logarithmically."""
+    fraction = jnp.linspace(0.0, 1.0, dim // 2, dtype=jnp.float32)
+    # float32 throughout and in this order: the angles reach 1.6e3, where another rounding shows in the fourth digit
+    period = min_period * (max_period / min_period) ** fraction
+    angle = pos.astype(jnp.float32)[:, None] * (1.0 / period * 2 * jnp.pi)[None, :]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class Pi0(nnx.Module):
+    """pi0 with the sizes of `cfg`. Parameters are float32, the trunk computes in cfg.dtype."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.action_dim, self.action_horizon = cfg.action_dim, cfg.action_horizon
+        self.PaliGemma = Trunk(cfg, cfg.action_expert_variant, rngs)
+        width = self.PaliGemma.expert_width
+        self.state_proj = nnx.Linear(cfg.action_dim, width, rngs=rngs)
+        self.action_in_proj = nnx.Linear(cfg.action_dim, width, rngs=rngs)
+        self.action_time_mlp_in = nnx.Linear(2 * width, width, rngs=rngs)
+        self.action_time_mlp_out = nnx.Linear(width, width, rngs=rngs)
+        self.action_out_proj = nnx.Linear(width, cfg.action_dim, rngs=rngs)
+
+    def embed_prefix(self, obs: Observation) -> Tokens:
+        """Image and prompt tokens, their validity, and block starts (one block)."""
+        return self.PaliGemma.embed_prefix(obs)
+
+    def embed_suffix(self, obs: Observation, x_t: Float[Array, "b k a"], time: Float[Array, "b"]) -> Tokens:
+        """One state token (a block), then one token per noisy action, mixed with the time (a block)."""
+        state = self.state_proj(obs["state"])[:, None]
+        actions = self.action_in_proj(x_t)
+        t = posemb_sincos(time, actions.shape[-1]).astype(actions.dtype)
+        mixed = jnp.concatenate([actions, jnp.broadcast_to(t[:, None], actions.shape)], axis=-1)
+        mixed = self.action_time_mlp_out(nnx.swish(self.action_time_mlp_in(mixed)))
+        x = jnp.concatenate([state, mixed], axis=1)
+        starts = np.zeros(x.shape[1], bool)
+        starts[:2] = True
+        return x, jnp.ones(x.shape[:2], bool), starts
+
+    def _head(self, out: Float[Array, "b t d"]) -> Float[Array, "b k a"]:
+        return self.action_out_proj(out[:, -self.action_horizon :].astype(jnp.float32))
+
+    def velocity(self, obs: Observation, x_t: Float[Array, "b k a"], time: Float[Array, "b"]) -> Float[Array, "b k a"]:
+        """Predicted velocity d x_t / d t, float32."""
+        return self._head(self.PaliGemma.joint(self.embed_prefix(obs), self.embed_suffix(obs, x_t, time)))
+
+    def sample_actions(
+        self, obs: Observation, noise: Float[Array, "b k a"], num_steps: int = 10
+    ) -> Float[Array, "b k a"]:
+        """Actions (normalised, padded) by `num_steps` Euler steps from `noise`; the prefix is encoded once."""
+        prefix = self.embed_prefix(obs)
+        cache = self.PaliGemma.prefill(prefix)
+        dt = jnp.float32(-1.0 / num_steps)
+
+        def step(carry, _):
+            x_t, time = carry
+            suffix = self.embed_suffix(obs, x_t, jnp.broadcast_to(time, x_t.shape[:1]))
+            v = self._head(self.PaliGemma.decode(cache, prefix[1], suffix))
+            return (x_t + dt * v, time + dt), None
+
+        (actions, _), _ = jax.lax.scan(step, (noise, jnp.float32(1.0)), length=num_steps)
+        return actions
+
+
+def freeze_filter(cfg: ModelConfig, expert_variant: str | None = None) -> Callable[..., bool]:
+    """Which parameters are frozen: a predicate on the path, usable as an nnx filter.
+
+    With a LoRA variant of an expert, that expert's own weights are frozen and its LoRA updates train, as in openpi
+    (the image tower and everything outside the language model always train). Without LoRA nothing is frozen.
+
+    Args:
+        cfg: names the variants.
+        expert_variant: of the second expert; default cfg.action_expert_variant (the value model passes its own).
+    """
+    trunk = "lora" in cfg.paligemma_variant
+    expert = "lora" in (expert_variant or cfg.action_expert_variant)
+
+    def frozen(path: tuple[str | int, ...], value: object = None) -> bool:
+        name = "/".join(map(str, path))
+        if "llm" not in path or "lora" in name:
+            return False
+        second = re.search(r"_1(/|$)", name) is not None
+        return expert if second else trunk
+
+    return frozen
