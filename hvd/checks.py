@@ -1,0 +1,205 @@
+"""What can be said to be wrong before anything runs: the config by itself, batch divisibility, the paths it names.
+
+The command line calls it before every step and the launcher before every job, so that a mistake costs no queue and
+leaves nothing behind. Imports no jax. Every finding is a UserError that names the field.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hvd.configs import DataConfig, Experiment
+from hvd.errors import UserError, nearest
+from hvd.robots import get_robot
+
+# Folders of an experiment that no policy run may be called.
+RESERVED = ("value", "advantages", "recordings", "datasets", "evaluation", "logs")
+
+_AT_LEAST_1 = (lambda x: x >= 1, "must be at least 1")
+_NOT_NEGATIVE = (lambda x: x >= 0, "must not be negative")
+_POSITIVE = (lambda x: x > 0, "must be positive")
+_SHARE = (lambda x: 0 <= x <= 1, "must be from 0 to 1")
+_DECAY = (lambda x: 0 <= x < 1, "must be from 0 to less than 1")
+
+Rule = tuple[Callable[[Any], bool], str]
+_STAGE_RULES: dict[str, Rule] = {
+    "num_train_steps": _AT_LEAST_1,
+    "batch_size": _AT_LEAST_1,
+    "lr_schedule.warmup_steps": _NOT_NEGATIVE,
+    "lr_schedule.peak_lr": _POSITIVE,
+    "lr_schedule.decay_steps": _AT_LEAST_1,
+    "lr_schedule.decay_lr": _NOT_NEGATIVE,
+    "lr_schedule.timescale": _POSITIVE,
+    "optimizer.b1": _DECAY,
+    "optimizer.b2": _DECAY,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.clip_gradient_norm": _POSITIVE,
+    "ema_decay": _DECAY,
+    "log_interval": _AT_LEAST_1,
+    "val_interval": _AT_LEAST_1,
+    "val_batches": _NOT_NEGATIVE,
+    "save_interval": _AT_LEAST_1,
+    "keep_period": _NOT_NEGATIVE,
+}
+RULES: dict[str, Rule] = {
+    "seed": _NOT_NEGATIVE,
+    "fsdp_devices": _AT_LEAST_1,
+    "num_workers": _NOT_NEGATIVE,
+    "model.action_dim": _AT_LEAST_1,
+    "model.action_horizon": _AT_LEAST_1,
+    "model.max_token_len": _AT_LEAST_1,
+    "model.vocab_size": _AT_LEAST_1,
+    "model.image_size": _AT_LEAST_1,
+    "model.action_patch": _AT_LEAST_1,
+    "model.alpha": _POSITIVE,
+    "model.tau": (lambda x: 0 < x < 1, "must be between 0 and 1"),
+    "norm.std_floor": _NOT_NEGATIVE,
+    **{f"{stage}.{field}": rule for stage in ("value", "policy") for field, rule in _STAGE_RULES.items()},
+    "value.gamma": (lambda x: 0 < x <= 1, "must be more than 0 and at most 1"),
+    "value.target_ema": (lambda x: 0 < x <= 1, "must be more than 0 and at most 1"),
+    "value.exp_clip_log": _POSITIVE,
+    "policy.beta": _POSITIVE,
+    "policy.weight_clip": _POSITIVE,
+    "policy.bc_lambda": _NOT_NEGATIVE,
+    "policy.suboptimal_share": _SHARE,
+    "policy.num_flow_steps": _AT_LEAST_1,
+    "evaluate.num_rollouts": _AT_LEAST_1,
+    "evaluate.seed": _NOT_NEGATIVE,
+    "evaluate.execute_steps": _AT_LEAST_1,
+    "evaluate.workers": _AT_LEAST_1,
+    "evaluate.videos": _NOT_NEGATIVE,
+    "evaluate.val_fraction": _DECAY,
+    "optimal_data.max_episodes": _NOT_NEGATIVE,
+    "suboptimal_data.max_episodes": _NOT_NEGATIVE,
+    "sim.num_optimal": _AT_LEAST_1,
+    "sim.num_mixed": _AT_LEAST_1,
+    "sim.image_size": _AT_LEAST_1,
+    "sim.seed": _NOT_NEGATIVE,
+    "sim.horizon": _AT_LEAST_1,
+    "sim.workers": _AT_LEAST_1,
+}
+
+
+def check_config(cfg: Experiment) -> None:
+    """Raise UserError where the config contradicts itself; reads no file."""
+    for name, value in _numbers(cfg):
+        if not math.isfinite(value):
+            raise UserError(f"{name} {value} is not a finite number")
+        rule, text = RULES.get(name, (None, ""))
+        if rule is not None and not rule(value):
+            raise UserError(f"{name} {value} {text}")
+    _check_model(cfg)
+    _check_run(cfg)
+    _check_sets(cfg)
+
+
+def check_devices(cfg: Experiment, devices: int, processes: int = 1) -> None:
+    """Raise UserError where a batch cannot be divided over `devices` (of all processes) or the fsdp axis over them."""
+    if devices % processes:
+        raise UserError(f"{devices} devices cannot be divided over {processes} processes")
+    if devices % cfg.fsdp_devices:
+        raise UserError(f"fsdp_devices {cfg.fsdp_devices} does not divide the {devices} device(s) of this run")
+    for name in ("value.batch_size", "policy.batch_size"):
+        size = getattr(cfg, name.split(".")[0]).batch_size
+        if size % devices:
+            raise UserError(f"{name} {size} is not divisible by the {devices} devices of this run")
+
+
+def check_datasets(cfg: Experiment) -> None:
+    """Raise UserError where a dataset that the config names is not there; simulated data are made by the run itself."""
+    for role, data in cfg.datasets():
+        info = data.path() / "meta" / "info.json"
+        if not cfg.sim.task and not info.is_file():
+            raise UserError(
+                f"{_field(role)}: no LeRobot dataset at {data.path()} (no meta/info.json); `hvd convert` makes one "
+                f"of recordings, --data PATH or --{_field(role)}.root PATH names another folder"
+            )
+    if cfg.model.tokenizer == "paligemma" and not Path(cfg.model.tokenizer_path).is_file():
+        raise UserError(f"model.tokenizer_path {cfg.model.tokenizer_path!r} is no file; tokenizer paligemma needs one")
+
+
+def check_writable(folder: str) -> None:
+    """Raise UserError where `folder`, or the nearest existing folder above it, cannot be written. Touches nothing."""
+    if "://" in folder:
+        return
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{existing} is no folder; set --runs_dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing} cannot be written; set --runs_dir")
+
+
+def _field(role: str) -> str:
+    return f"{role}_data"
+
+
+def _numbers(config: Any, prefix: str = ""):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{field.name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + field.name, value
+
+
+def _check_model(cfg: Experiment) -> None:
+    model, robot = cfg.model, get_robot(cfg.robot)
+    if robot.action_dim > model.action_dim:
+        raise UserError(f"model.action_dim {model.action_dim} is smaller than robot {robot.name}'s {robot.action_dim}")
+    if model.action_horizon % model.action_patch:
+        raise UserError(
+            f"model.action_patch {model.action_patch} does not divide model.action_horizon {model.action_horizon}"
+        )
+    if cfg.evaluate.execute_steps > model.action_horizon:
+        raise UserError(
+            f"evaluate.execute_steps {cfg.evaluate.execute_steps} is more than the {model.action_horizon} actions "
+            "of a chunk (model.action_horizon)"
+        )
+    dims = [dim for level in model.hierarchical_actions for dim in level]
+    if not dims:
+        return
+    for dim in dims:
+        if not 0 <= dim < robot.action_dim:
+            raise UserError(f"model.hierarchical_actions: robot {robot.name} has no action {dim}")
+        if dims.count(dim) > 1:
+            raise UserError(f"model.hierarchical_actions: action {dim} stands in it twice")
+    missing = sorted(set(range(robot.action_dim)) - set(dims))
+    if missing:
+        raise UserError(f"model.hierarchical_actions: robot {robot.name}'s action(s) {missing} are in no level")
+
+
+def _check_run(cfg: Experiment) -> None:
+    for stage in ("value", "policy"):
+        batch_size = getattr(cfg, stage).batch_size
+        if batch_size % cfg.fsdp_devices:
+            raise UserError(f"{stage}.batch_size {batch_size} is not divisible by fsdp_devices {cfg.fsdp_devices}")
+    for name, value in (("exp_name", cfg.exp_name or cfg.name), ("policy.run_name", cfg.policy.run_name)):
+        parts = Path(value).parts
+        if not parts or Path(value).is_absolute() or ".." in parts or (name != "exp_name" and len(parts) > 1):
+            raise UserError(f"{name} {value!r} is no name of a folder below runs_dir")
+    if cfg.policy.run_name in RESERVED:
+        raise UserError(f"policy.run_name {cfg.policy.run_name!r} is taken by another part of the experiment")
+
+
+def _check_sets(cfg: Experiment) -> None:
+    def named(data: DataConfig) -> bool:
+        return bool(data.repo_id or data.root)
+
+    if not named(cfg.optimal_data):
+        raise UserError(f"config {cfg.name} has no optimal set; set --optimal_data.repo_id or --optimal_data.root")
+    if not named(cfg.suboptimal_data):
+        for field, asked in (
+            (f"policy.suboptimal_share {cfg.policy.suboptimal_share}", cfg.policy.suboptimal_share > 0),
+            (f"value.data {cfg.value.data!r}", cfg.value.data != "optimal"),
+        ):
+            if asked:
+                raise UserError(f"{field} needs a suboptimal set; set --suboptimal_data.repo_id or .root")
+    known = {camera for _, data in cfg.datasets() for camera in data.keys.images}
+    for camera in cfg.model.cameras:
+        if camera not in known:
+            raise UserError(f"model.cameras: {camera!r} is in no dataset's keys.images{nearest(camera, known)}")

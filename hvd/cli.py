@@ -1,0 +1,202 @@
+"""hvd <step> --config NAME [--dotted.field value]...
+
+Each step is the `main` of one module, imported only when it runs. Exit codes: 0 complete; 2 the user's mistake (one
+line); 143 stopped by a signal after saving, run me again; 130 interrupted; 1 anything else, with a traceback.
+"""
+
+import contextlib
+import ctypes
+import errno
+import importlib
+import inspect
+import os
+import re
+import signal
+import sys
+import tempfile
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hvd import overrides
+from hvd.checks import check_config
+from hvd.configs import CONFIGS, Experiment
+from hvd.errors import EXIT_COMPLETE, EXIT_STOPPED, EXIT_USER, Stopped, UserError, nearest
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the way: the module whose `main` does it, and a line of help."""
+
+    module: str
+    help: str
+    own_flags: bool = False  # main(argv) parses its own command line
+
+
+STEPS: Mapping[str, Step] = types.MappingProxyType(
+    {
+        "simulate": Step("hvd.sim.record", "record the simulated R1's optimal and mixed demonstrations"),
+        "convert": Step("hvd.data.convert", "recordings (JoyLo HDF5) -> LeRobot v3.0 dataset", own_flags=True),
+        "norm-stats": Step("hvd.data.normalize", "normalisation statistics of the optimal set"),
+        "train-value": Step("hvd.train.value", "value stage: V and the levels' Q"),
+        "advantages": Step("hvd.train.advantages", "V, Q, A and weights of every frame the policy will visit"),
+        "train-policy": Step("hvd.train.policy", "policy stage: weighted flow matching, or imitation"),
+        "evaluate": Step("hvd.evaluate", "rollouts in the simulator, or action errors on held-out episodes"),
+        "report": Step("hvd.report", "report.html of the experiment"),
+        "verify": Step("hvd.train.complete", "is the run complete, undamaged and finite?"),
+    }
+)
+
+
+def usage() -> str:
+    width = max(len(name) for name in STEPS)
+    lines = [
+        "usage: hvd <step> --config NAME [--data PATH] [--resume | --overwrite] [--dotted.field value]...",
+        "",
+        *(f"  {name:<{width}}  {step.help}" for name, step in STEPS.items()),
+        f"  {'configs':<{width}}  list the configs",
+        "",
+        "hvd <step> --help [--config NAME] shows every field with its value in that config.",
+        "--resume (the default) goes on where a run stopped; --overwrite deletes that run directory and starts again.",
+        "All steps in one go: python launch/submit.py --stage all --config NAME",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one step and return its exit code; anything that is a bug propagates as a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _die_with_launcher()
+    try:
+        with stopped_by_signals():
+            return run(argv)
+    except UserError as error:
+        return _fail(str(error))
+    except Stopped as stop:
+        print(f"stopped: {stop}; run the same command again to go on", file=sys.stderr)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `hvd configs | head`: the reader has gone, and nothing can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        line = no_space(error)
+        if line is None:
+            raise
+        return _fail(line)
+
+
+def run(argv: list[str]) -> int:
+    """What `main` does, without turning errors into exit codes."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_COMPLETE if argv else EXIT_USER
+    name, *rest = argv
+    if name == "configs":
+        print("\n".join(config_lines()))
+        return EXIT_COMPLETE
+    if name not in STEPS:
+        raise UserError(f"unknown step {name!r}{nearest(name, [*STEPS, 'configs'])}")
+    step = STEPS[name]
+    if step.own_flags:
+        return importlib.import_module(step.module).main(rest) or EXIT_COMPLETE
+    if "-h" in rest or "--help" in rest:
+        print(step_help(name, [arg for arg in rest if arg not in ("-h", "--help")]))
+        return EXIT_COMPLETE
+    rest, overwrite = take_overwrite(rest)
+    cfg = overrides.experiment(rest)
+    check_config(cfg)
+    function = importlib.import_module(step.module).main
+    options = {}
+    if "overwrite" in inspect.signature(function).parameters:
+        options["overwrite"] = overwrite
+    elif overwrite:
+        raise UserError(f"--overwrite: {name} keeps no run directory; it is for train-value and train-policy")
+    return function(cfg, **options) or EXIT_COMPLETE
+
+
+def take_overwrite(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments without --resume and --overwrite, and whether --overwrite was among them."""
+    chosen = {arg for arg in argv if arg in ("--resume", "--overwrite")}
+    if len(chosen) == 2:
+        raise UserError("--resume and --overwrite contradict each other; give one")
+    return [arg for arg in argv if arg not in chosen], "--overwrite" in chosen
+
+
+def config_lines() -> list[str]:
+    """One line a config: its name and the first line of its docstring."""
+    width = max(len(name) for name in CONFIGS)
+    return [f"{name:<{width}}  {(build.__doc__ or '').strip().splitlines()[0]}" for name, build in CONFIGS.items()]
+
+
+def step_help(name: str, argv: Sequence[str]) -> str:
+    """The step's help: usage and every field, with the values that the named config (demo by default) has."""
+    import tyro
+
+    config, _ = overrides.take_config(argv, "demo")
+    default = overrides.get_config(config)
+    build = CONFIGS[config]
+    fields = tyro.extras.get_parser(Experiment, default=default).format_help().split("\n", 1)[1]
+    fields = re.sub(r"\x1b\[[0-9;]*m", "", fields).split("One experiment:", 1)[1].split("\n", 1)[1]
+    doc = inspect.cleandoc(build.__doc__ or "")
+    return f"usage: hvd {name} --config NAME [options]\n\n{STEPS[name].help}\n\nconfig {config}: {doc}\n{fields}"
+
+
+@contextlib.contextmanager
+def stopped_by_signals():
+    """SIGTERM, SIGUSR1 and SIGUSR2 end a step that has no handler of its own with Stopped instead of a sudden death."""
+
+    def stop(number, frame):
+        raise Stopped(f"by {signal.Signals(number).name}")
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def no_space(error: BaseException | None) -> str | None:
+    """One line about a full disk or quota when that is what the error, or one that caused it, is about; else None."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        text = str(error)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # Libraries in C++ (tensorstore under Orbax, HDF5) carry only strerror's text.
+        if full or re.search(r"no space left on device|disk quota exceeded", text, re.IGNORECASE):
+            named = getattr(error, "filename", None) or _path_in(text)
+            where = str(named) if named else f"one of {os.getcwd()}, its runs folder or {tempfile.gettempdir()}"
+            return f"no space left on the disk of {where}; free some or set --runs_dir; the same command then goes on"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _path_in(text: str) -> str | None:
+    found = re.search(r"(?:file://|['\"\s:])(/[^'\"\s:\]]+)", text)
+    return found.group(1) if found else None
+
+
+def _fail(line: str) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return EXIT_USER
+
+
+def _die_with_launcher() -> None:
+    """A step that launch/ started is stopped (and saves) when its launcher dies, so that no two runs share a folder."""
+    launcher = os.environ.get("HVD_LAUNCHER_PID")
+    if launcher and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+        if os.getppid() != int(launcher):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
