@@ -1,0 +1,109 @@
+"""`hvd simulate`: the scripted teleoperator's recordings of the simulated R1, as a user's own would lie on the disk.
+
+Two sets below `<exp_dir>/recordings`: "optimal" holds clean successes only; "mixed" holds noise, structured mistakes,
+failures and recoveries. Episodes are independent: processes write them in any order, each under a temporary name
+first, and a second run makes only what is missing.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from hvd.configs import Experiment, SimConfig
+from hvd.errors import UserError
+from hvd.sim.env import Env
+from hvd.sim.mistakes import sample_plans
+from hvd.sim.operators import make
+from hvd.sim.recording import Episode, roll_out, write
+from hvd.sim.render import Backend, Cameras, available_backend
+
+SETS = ("optimal", "mixed")
+_MAX_ATTEMPTS = 20  # for a clean success; the clean operator succeeds nearly always
+
+
+def main(cfg: Experiment) -> None:
+    """Write what is missing of `<exp_dir>/recordings/{optimal,mixed}/demo_NNNN.hdf5` and the label sidecars."""
+    sim = cfg.sim
+    if not sim.task:
+        raise UserError(f"config {cfg.name!r} has no simulation: set sim.task to tote or pick, or convert your recordings")
+    root = Path(cfg.exp_dir) / "recordings"
+    jobs = []
+    for name, count in zip(SETS, (sim.num_optimal, sim.num_mixed), strict=True):
+        folder = root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".*.tmp"):  # of a killed run
+            stale.unlink()
+        jobs += [(name, i) for i in range(count) if not recording_path(root, name, i).exists()]
+    if not jobs:
+        print(f"recordings: all {sim.num_optimal} optimal and {sim.num_mixed} mixed episodes are in {root}")
+        return
+    backend = available_backend() if sim.image_size else None
+    if backend == "rays":
+        print("recordings: no OpenGL here (neither libEGL nor libOSMesa): cameras are ray cast on the CPU, which is slower")
+    bar = tqdm(total=len(jobs), desc=f"recordings {sim.task}", unit="episode")
+    if sim.workers <= 1:
+        for name, i in jobs:
+            record_one(sim, root, name, i, backend)
+            bar.update()
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(sim.workers, len(jobs)), context, _one_thread) as pool:
+            futures = [pool.submit(record_one, sim, root, name, i, backend) for name, i in jobs]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    bar.close()
+
+
+def recording_path(root: Path, name: str, index: int) -> Path:
+    return root / name / f"demo_{index:04d}.hdf5"
+
+
+def record_one(sim: SimConfig, root: Path, name: str, index: int, backend: Backend | None) -> None:
+    """Record episode `index` of the set `name`; `backend` None records no cameras."""
+    env, cameras = _simulator(sim, backend)
+    write(record_episode(sim, name, index, env, cameras), recording_path(root, name, index))
+
+
+def record_episode(sim: SimConfig, name: str, index: int, env: Env, cameras: Cameras | None) -> Episode:
+    """Episode `index` of the set `name` ("optimal": tries seeds until a clean success), the same on every machine."""
+    mixed = name == "mixed"
+    for attempt in range(1 if mixed else _MAX_ATTEMPTS):
+        # Four numbers with a non-zero set: never the seed of an evaluation, which is one number.
+        seed = (sim.seed, 1 + mixed, index, attempt)
+        env.reset(seed)
+        if mixed:
+            rng = np.random.default_rng([3, *seed])
+            plans = sample_plans(rng, sim.task)
+            retries = bool(rng.random() < 0.7)
+            operator = make(env, seed, quality=float(rng.uniform(0.1, 0.7)), retries=retries, plans=plans)
+            return roll_out(env, operator, cameras, "teleop" if retries else "rollout")
+        operator = make(env, seed)
+        episode = roll_out(env, operator, cameras, "expert")
+        if episode.labels.success and not operator.retries:
+            return episode
+    raise RuntimeError(f"no clean success in {_MAX_ATTEMPTS} attempts at optimal episode {index} of {sim.task}")
+
+
+_simulators: dict[tuple, tuple[Env, Cameras | None]] = {}  # of this process: a model and a GL context are made once
+
+
+def _simulator(sim: SimConfig, backend: Backend | None) -> tuple[Env, Cameras | None]:
+    key = (sim.task, sim.horizon, sim.image_size, backend)
+    if key not in _simulators:
+        env = Env(sim.task, sim.horizon)
+        cameras = Cameras(env.model, sim.image_size, sim.image_size, backend) if backend else None
+        _simulators[key] = env, cameras
+    return _simulators[key]
+
+
+def _one_thread() -> None:
+    os.environ["LP_NUM_THREADS"] = "1"  # Mesa's rasteriser: the processes are the parallelism
