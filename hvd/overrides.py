@@ -128,7 +128,7 @@ class _Parsed:
     value: Any
 
 
-def apply(config: Experiment, flags: Sequence[Flag]) -> Experiment:
+def apply[T](config: T, flags: Sequence[Flag]) -> T:
     """The config with the flags' values; of one field named twice the later. UserError: unknown field, bad value."""
     known = leaves(type(config))
     chosen: dict[str, tuple[Flag, list[str] | _Parsed]] = {}
@@ -218,7 +218,7 @@ def _bad_value(flag: Flag, kind: Any) -> str:
     return f"{flag.token}: {got!r} is not {_needs(kind)}"
 
 
-def _tyro(config: Experiment, args: list[str]) -> Experiment:
+def _tyro[T](config: T, args: list[str]) -> T:
     import tyro
 
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):

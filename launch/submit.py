@@ -1,0 +1,206 @@
+"""One command for both stages: python launch/submit.py --stage all|value|policy [--config NAME] [--field value]...
+
+Checks what can be checked, then runs the stage's steps, here or (see the README) on a cluster. A rerun goes on where
+the last one stopped. Exit codes: 0 complete, 2 the user's mistake, 143 stopped after saving, 1 anything else.
+"""
+
+import dataclasses
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if __name__ == "__main__":  # as a script: the checkout, not launch/, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from hvd import overrides
+from hvd.checks import check_config, check_datasets, check_devices, check_writable
+from hvd.cli import take_overwrite
+from hvd.configs import Experiment
+from hvd.errors import EXIT_COMPLETE, EXIT_USER, UserError
+from launch import local, steps
+
+CLUSTERS = ("auto", "local", "slurm", "kubernetes")
+
+
+@dataclass(frozen=True)
+class Submit:
+    """What the launcher itself is told (`usage` says what each means); all other options are fields of the config."""
+
+    stage: Literal["all", "value", "policy"] = "all"
+    nodes: int = 1
+    cluster: Literal["auto", "local", "slurm", "kubernetes"] = "auto"
+    config: str = "demo"
+    dry_run: bool = False
+    detach: bool = False
+    data: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in argv or "--help" in argv:
+        print(usage())
+        return EXIT_COMPLETE
+    try:
+        return submit(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+
+
+def usage() -> str:
+    lines = ["usage: python launch/submit.py [--stage all] [--dotted.field value]...", ""]
+    notes = {
+        "stage": "all, value or policy (needs a complete value run)",
+        "nodes": "processes of jax.distributed; on this machine they share its cores or GPUs",
+        "cluster": "auto, local, slurm or kubernetes; auto is local where there is neither of the others",
+        "config": "`hvd configs` lists them",
+        "dry_run": "print the commands, run nothing",
+        "detach": "run in the background; prints the process id and the log",
+        "data": "a LeRobot dataset, or the folder that holds the config's repo_ids",
+    }
+    for field in dataclasses.fields(Submit):
+        name = "--" + field.name.replace("_", "-")
+        lines.append(f"  {name:<12} {notes[field.name]} (default: {field.default if field.default != '' else 'none'})")
+    lines += [
+        "  --overwrite  delete the stage's run directories and start again (default: --resume, go on)",
+        "",
+        "Every field of the config can be set: --exp-name my_run --model.method expectile --value.batch_size 128.",
+        "`hvd train-policy --help --config NAME` lists the fields with their values.",
+    ]
+    return "\n".join(lines)
+
+
+def submit(argv: list[str]) -> int:
+    """Parse, check, and run or print. Raises UserError; nothing is written before everything has been checked."""
+    options, rest = parse(argv)
+    rest, overwrite = take_overwrite(rest)
+    passed_on = ["--config", options.config, *(["--data", options.data] if options.data else []), *rest]
+    cfg = overrides.experiment(passed_on)
+    place = choose_cluster(options.cluster)
+    if place != "local":
+        raise UserError(f"--cluster {place} is not built yet (it comes with its own issue); use --cluster local")
+    check(cfg, options)
+    plan = steps.plan(cfg, options.stage, passed_on, overwrite)
+    log_dir = logs(cfg)
+    if options.dry_run:
+        print("\n".join(commands(plan, options.nodes)))
+        return EXIT_COMPLETE
+    if options.detach:
+        return detach(argv, log_dir)
+    started = time.monotonic()
+    code = local.Runner(log_dir, options.nodes).run(plan)
+    if code == EXIT_COMPLETE:
+        finish(cfg, options.stage, time.monotonic() - started)
+    return code
+
+
+def parse(argv: Sequence[str]) -> tuple[Submit, list[str]]:
+    """The launcher's own options, and the rest as it was."""
+    own = overrides.leaves(Submit)
+    flags = overrides.split_flags(argv)
+    options = overrides.apply(Submit(), [flag for flag in flags if flag.field in own or flag.field[3:] in own])
+    rest = [flag for flag in flags if not (flag.field in own or flag.field[3:] in own)]
+    if options.nodes < 1:
+        raise UserError(f"--nodes {options.nodes} must be at least 1")
+    return options, [arg for flag in rest for arg in (flag.token, *flag.values)]
+
+
+def choose_cluster(asked: str) -> str:
+    """The place a job runs at: what was asked for; auto is this machine, and says so where a cluster was found."""
+    if asked != "auto":
+        return asked
+    found = []
+    if shutil.which("sbatch"):
+        found.append("slurm (sbatch)")
+    if kubernetes_context():
+        found.append("kubernetes (kubectl has a context)")
+    if found:
+        print(f"--cluster auto: {' and '.join(found)} found but not built yet; running on this machine", flush=True)
+    return "local"
+
+
+def kubernetes_context() -> bool:
+    """Does kubectl know a cluster? Asks no cluster."""
+    if not shutil.which("kubectl"):
+        return False
+    asked = subprocess.run(["kubectl", "config", "current-context"], capture_output=True, text=True, check=False)
+    return asked.returncode == 0 and bool(asked.stdout.strip())
+
+
+def check(cfg: Experiment, options: Submit) -> None:
+    """Everything that can be known before a step runs; raises UserError."""
+    check_config(cfg)
+    found = local.gpus()
+    if found and len(found) < options.nodes:
+        raise UserError(f"--nodes {options.nodes}: this machine has only {len(found)} GPU(s) to divide among them")
+    check_devices(cfg, local.devices(options.nodes), options.nodes)
+    check_datasets(cfg)
+    check_writable(cfg.exp_dir)
+    check_writable(cfg.assets_dir)
+    if options.stage == "policy" and steps.needs_value(cfg):
+        from hvd.train.complete import check_complete
+
+        check_complete(cfg.value_dir)
+
+
+def logs(cfg: Experiment) -> Path:
+    """Folder of the steps' logs: in the experiment's, or below runs/ when that is remote."""
+    name = cfg.exp_name or cfg.name
+    return (Path("runs") / name if "://" in cfg.exp_dir else Path(cfg.exp_dir)) / "logs"
+
+
+def commands(plan: Sequence[steps.Group], nodes: int) -> list[str]:
+    """The plan as shell commands, one a line; what runs at the same time is said in a comment."""
+    lines = []
+    for group in plan:
+        at_a_time = len(local.core_shares(len(group)))
+        if len(group) > 1:
+            lines.append(f"# the next {len(group)}: {at_a_time} at a time, each on its share of the cores")
+        for task in group:
+            count = nodes if task.spread else 1
+            for index in range(count):
+                env = local.node_environment("127.0.0.1:PORT", count, index) if count > 1 else {}
+                words = [f"{name}={value}" for name, value in env.items()]
+                command = [sys.executable, "-m", "hvd.cli", *task.args]
+                lines.append(" ".join([*words, shlex.join(command)]) + (" &" if index < count - 1 else ""))
+    return lines
+
+
+def detach(argv: Sequence[str], log_dir: Path) -> int:
+    """The same command without --detach, in a session of its own; prints how to follow and to stop it."""
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log = log_dir / "submit.log"
+    again = [flag for flag in overrides.split_flags(argv) if flag.field != "detach"]
+    command = [sys.executable, __file__, *(arg for flag in again for arg in (flag.token, *flag.values))]
+    with open(log, "a", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    print(f"running in the background: process {process.pid}, log {log}")
+    print(f"follow it: tail -f {shlex.quote(str(log))}; stop it (it saves): kill {process.pid}")
+    return EXIT_COMPLETE
+
+
+def finish(cfg: Experiment, stage: str, seconds: float) -> None:
+    """The last lines: results and where the report is, or what comes next."""
+    print(f"stage {stage} complete after {seconds / 60:.1f} minutes")
+    if stage == "value":
+        print(f"value run: {cfg.value_dir}; next: --stage policy")
+    elif stage == "policy":
+        print(f"policy run: {cfg.policy_dir}; next: hvd evaluate and hvd report with the same options, or --stage all")
+    else:
+        from hvd.report_results import summary
+
+        print(summary(cfg))
+        print(f"report: {os.path.join(cfg.exp_dir, 'report.html')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
