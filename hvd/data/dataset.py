@@ -1,0 +1,202 @@
+"""A LeRobot dataset (v2.1 or v3.0) as arrays: numeric columns memory-mapped, frames decoded only when asked for. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
+
+from hvd.configs import DataConfig
+from hvd.data.columns import digest, load_columns
+from hvd.data.frames import Frames, open_frames
+from hvd.data.layout import Layout, read_layout
+from hvd.errors import UserError, nearest
+from hvd.robots import get_robot
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode: its number in the dataset, its first row, its frames, its prompt, and how it ended."""
+
+    index: int
+    start: int
+    length: int
+    task: str
+    success: bool
+    quality: str
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An open dataset. Row numbers are those of the dataset, whatever the config filters out.
+
+    Attributes:
+        episodes: those the config offers (success_only, max_episodes); `all_episodes` are all, episode_of indexes those.
+        state, actions: float32 [N,S] and [N,A], raw units of the robot; actions are absolute.
+        rewards, terminal: float32 [N] and bool [N].
+        task_ids: int32 [N] into `tasks`, the prompts.
+        cameras: the model's cameras that this dataset has; the others are zero images with mask False.
+        digest: sha256 of the dataset's contents.
+    """
+
+    name: str
+    root: Path
+    version: str
+    fps: float
+    digest: str
+    episodes: tuple[Episode, ...]
+    all_episodes: tuple[Episode, ...]
+    state: Float32[np.ndarray, "n s"]
+    actions: Float32[np.ndarray, "n a"]
+    rewards: Float32[np.ndarray, " n"]
+    terminal: Bool[np.ndarray, " n"]
+    episode_of: Int32[np.ndarray, " n"]
+    task_ids: Int32[np.ndarray, " n"]
+    tasks: tuple[str, ...]
+    cameras: tuple[str, ...]
+    camera_frames: Mapping[str, Frames]
+
+    @classmethod
+    def open(cls, cfg: DataConfig, *, cameras: tuple[str, ...], robot: str = "", horizon: int = 0) -> "Dataset":
+        """Open the dataset that `cfg` names.
+
+        Args:
+            cameras: names of the model's cameras whose frames will be asked for; () for numbers alone.
+            robot: when given, the actions must have this robot's width.
+            horizon: when given, at least one episode must be as long.
+
+        Raises UserError (one line) for a missing or damaged file, an unknown version, a missing column or camera, a wrong
+        width, NaN or infinite values, or no episode left after filtering.
+        """
+        layout = read_layout(cfg.path())
+        frames_keys = _camera_keys(layout, cfg, cameras)
+        data_digest = digest(layout)
+        columns = load_columns(layout, data_digest, cfg)
+        name = cfg.repo_id or layout.root.name
+        if robot and columns["actions"].shape[1] != get_robot(robot).action_dim:
+            raise UserError(
+                f"{name}: actions have {columns['actions'].shape[1]} dims, robot {robot} has {get_robot(robot).action_dim}; "
+                "set robot, or the data config's keys.actions"
+            )
+        tasks, task_ids = _prompts(layout, columns["task_index"])
+        everything = _episodes(layout, columns["success"], tasks, task_ids)
+        offered = [e for e in everything if e.success or not cfg.success_only]
+        if not offered:
+            raise UserError(f"{name}: no successful episode, and success_only is set")
+        offered = offered[: cfg.max_episodes or None]
+        check_horizon(name, offered, horizon)
+        episode_of = columns["episode_of"]
+        time = columns["time"]
+        camera_frames = {c: open_frames(layout, k, time, episode_of, data_digest) for c, k in frames_keys.items()}
+        return cls(
+            name=name,
+            root=layout.root,
+            version=layout.version,
+            fps=layout.fps,
+            digest=data_digest,
+            episodes=tuple(offered),
+            all_episodes=tuple(everything),
+            state=columns["state"],
+            actions=columns["actions"],
+            rewards=columns["rewards"],
+            terminal=columns["terminal"],
+            episode_of=episode_of,
+            task_ids=task_ids,
+            tasks=tasks,
+            cameras=tuple(frames_keys),
+            camera_frames=camera_frames,
+        )
+
+    @property
+    def num_frames(self) -> int:
+        """Rows of the whole dataset, filtered ones included."""
+        return len(self.state)
+
+    def rows(self, episodes: tuple[Episode, ...] | None = None) -> Int64[np.ndarray, " n"]:
+        """Rows of the given (default: the offered) episodes, in order, without frames after an episode's first terminal one."""
+        parts = []
+        for episode in self.episodes if episodes is None else episodes:
+            over = np.flatnonzero(self.terminal[episode.start : episode.stop])
+            length = int(over[0]) + 1 if len(over) else episode.length
+            parts.append(np.arange(episode.start, episode.start + length))
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def frames(self, camera: str, rows: np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
+        """Frames of the model's camera at `rows`; may be called from several threads."""
+        if camera not in self.camera_frames:
+            raise UserError(f"{self.name}: camera {camera!r} was not opened{nearest(camera, self.camera_frames)}")
+        return self.camera_frames[camera](rows)
+
+    def task_of(self, row: int) -> str:
+        """The prompt of a row."""
+        return self.tasks[int(self.task_ids[row])]
+
+
+def check_horizon(name: str, episodes: list[Episode] | tuple[Episode, ...], horizon: int) -> None:
+    """A horizon longer than every episode would train on padding alone."""
+    longest = max(e.length for e in episodes)
+    if horizon > longest:
+        raise UserError(f"{name}: action_horizon {horizon} is longer than every episode (the longest has {longest} frames)")
+
+
+def split_episodes(
+    dataset: Dataset, val_fraction: float, seed: int
+) -> tuple[Int64[np.ndarray, " train"], Int64[np.ndarray, " val"]]:
+    """Rows of the training and of the held-out episodes: whole episodes, chosen by `seed`.
+
+    With at least two episodes and a positive fraction, each side has at least one.
+    """
+    episodes = dataset.episodes
+    count = round(val_fraction * len(episodes))
+    if val_fraction > 0 and len(episodes) >= 2:
+        count = min(max(count, 1), len(episodes) - 1)
+    else:
+        count = 0
+    order = np.random.default_rng(np.random.SeedSequence([seed, 0x5911])).permutation(len(episodes))
+    held_out = set(order[:count].tolist())
+    train = tuple(e for i, e in enumerate(episodes) if i not in held_out)
+    val = tuple(e for i, e in enumerate(episodes) if i in held_out)
+    return dataset.rows(train), dataset.rows(val)
+
+
+def _camera_keys(layout: Layout, cfg: DataConfig, cameras: tuple[str, ...]) -> dict[str, str]:
+    """model camera -> feature of the dataset, for those cameras that cfg.keys.images names."""
+    found = {}
+    for camera in cameras:
+        if camera not in cfg.keys.images:
+            continue  # the dataset has no such camera: the model gets a masked image
+        key = cfg.keys.images[camera]
+        if key not in layout.image_keys:
+            raise UserError(f"{layout.root}: camera {key!r} (for {camera}) is not in the dataset{nearest(key, layout.image_keys)}")
+        found[camera] = key
+    if cameras and not found:
+        raise UserError(
+            f"{layout.root}: keys.images names none of the model's cameras ({', '.join(cameras)}); "
+            f"the dataset has {', '.join(layout.image_keys) or 'no camera'}"
+        )
+    return found
+
+
+def _prompts(layout: Layout, task_index: np.ndarray) -> tuple[tuple[str, ...], Int32[np.ndarray, " n"]]:
+    """The prompts and each row's position among them."""
+    known = sorted(layout.tasks)
+    used = np.unique(task_index)
+    missing = [int(t) for t in used if int(t) not in layout.tasks]
+    if missing:
+        raise UserError(f"{layout.root / 'meta'}: task_index {missing[0]} of the data is not among the tasks")
+    return tuple(layout.tasks[t] for t in known), np.searchsorted(known, task_index).astype(np.int32)
+
+
+def _episodes(layout: Layout, success: np.ndarray, tasks: tuple[str, ...], task_ids: np.ndarray) -> list[Episode]:
+    episodes, start = [], 0
+    for i, meta in enumerate(layout.episodes):
+        task = meta.tasks[0] if meta.tasks else tasks[int(task_ids[start])]
+        quality = str(meta.extra.get("quality") or "")
+        episodes.append(Episode(meta.index, start, meta.length, task, bool(success[i]), quality))
+        start += meta.length
+    return episodes

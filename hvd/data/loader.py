@@ -1,0 +1,299 @@
+"""Batches for the trainer: rows chosen by `Order`, numbers gathered without a loop over samples, frames decoded by threads (PyAV
+and PIL release the interpreter lock), placed on the devices ahead of the step that needs them.
+"""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+from jaxtyping import Float32, Int
+
+from hvd.data.dataset import Dataset, check_horizon
+from hvd.data.image_cache import cached_frames
+from hvd.data.order import Order
+from hvd.data.transforms import InputTransform, resize_with_pad
+from hvd.data.transitions import Transitions
+from hvd.errors import UserError
+
+Batch = dict[str, Any]
+"""Numpy arrays with B rows: observation (hvd.data.transforms.Observation), actions [B,K,action_dim], action_mask [B,K], source,
+index [B], weights [B,levels]; in the value stage also reward, discount [B] and next_observation."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset's part of the batches: `share` of its `rows` per global batch; `weights` [rows of the dataset, levels]
+    are the policy stage's omega, None = ones."""
+
+    dataset: Dataset
+    rows: Int[np.ndarray, " n"]
+    share: int
+    weights: Float32[np.ndarray, "n_dataset levels"] | None = None
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What a sample is.
+
+    Attributes:
+        next_images: what the value stage's next observation shows; "none" leaves reward, discount and next observation out.
+        gamma: discount per step.
+        image_cache: read frames from a file of resized frames, made on first use.
+    """
+
+    transform: InputTransform
+    num_levels: int = 1
+    next_images: Literal["none", "true", "current"] = "none"
+    gamma: float = 1.0
+    image_cache: bool = False
+
+    @property
+    def horizon(self) -> int:
+        return self.transform.model.action_horizon
+
+
+class Batcher:
+    """Builds batches from (source, row) pairs; `executor` decodes in parallel, None decodes in the calling thread."""
+
+    def __init__(self, sources: Sequence[Source], spec: SampleSpec, executor: Executor | None = None):
+        self.sources, self.spec, self._executor = tuple(sources), spec, executor
+        self._parallel = getattr(executor, "_max_workers", 1)
+        datasets = {id(s.dataset): s.dataset for s in sources}
+        for dataset in datasets.values():
+            check_horizon(dataset.name, dataset.episodes, spec.horizon)
+        tables = {i: Transitions(d, spec.horizon, spec.gamma) for i, d in datasets.items()}
+        tokens = {i: spec.transform.tokenizer.encode(list(d.tasks)) for i, d in datasets.items()}
+        self._transitions = [tables[id(s.dataset)] for s in sources]
+        self._tokens = [tokens[id(s.dataset)] for s in sources]
+        size = spec.transform.model.image_size
+        self._frames = {
+            (id(d), camera): cached_frames(d, camera, size) if spec.image_cache else d.camera_frames[camera]
+            for d in datasets.values()
+            for camera in spec.transform.model.cameras
+            if camera in d.cameras
+        }
+
+    def batch(self, source: Int[np.ndarray, " b"], rows: Int[np.ndarray, " b"]) -> Batch:
+        """The batch of these samples."""
+        return self.start(source, rows)()
+
+    def start(self, source: Int[np.ndarray, " b"], rows: Int[np.ndarray, " b"]) -> Callable[[], Batch]:
+        """Begin to build a batch; the returned function waits for it."""
+        spec, transform = self.spec, self.spec.transform
+        b, value = len(rows), spec.next_images != "none"
+        parts: list[tuple[np.ndarray, Batch]] = []
+        next_rows = np.zeros(b, np.int64)
+        for i in np.unique(source):
+            at = np.flatnonzero(source == i)
+            part, following = self._numbers(int(i), rows[at], value)
+            parts.append((at, part))
+            next_rows[at] = following
+        batch = parts[0][1] if len(parts) == 1 else _merge(parts, b)
+        batch["source"], batch["index"] = source.astype(np.int32), rows.astype(np.int32)
+
+        pending: list[Future] = []
+        for name in ("observation", "next_observation")[: 1 + value]:
+            shown = next_rows if name == "next_observation" and spec.next_images == "true" else rows
+            images, masks = batch[name]["images"], batch[name]["image_masks"] = {}, {}
+            for camera in transform.model.cameras:
+                if name == "next_observation" and spec.next_images == "current":
+                    images[camera], masks[camera] = batch["observation"]["images"][camera], batch["observation"]["image_masks"][camera]
+                else:
+                    size = transform.model.image_size
+                    images[camera], masks[camera] = np.zeros((b, size, size, 3), np.uint8), np.zeros(b, bool)
+                    pending += self._start_images(source, shown, camera, images[camera], masks[camera])
+
+        def finish() -> Batch:
+            for future in pending:
+                future.result()
+            return batch
+
+        return finish
+
+    def _numbers(self, i: int, rows: np.ndarray, value: bool) -> tuple[Batch, np.ndarray]:
+        """All that is not an image, of rows of one source; and the next rows."""
+        source, transitions, transform = self.sources[i], self._transitions[i], self.spec.transform
+        dataset, (tokens, token_mask) = source.dataset, self._tokens[i]
+        tasks = dataset.task_ids[rows]
+        prompt = {"tokenized_prompt": tokens[tasks], "tokenized_prompt_mask": token_mask[tasks]}
+        chunk, state = transitions.chunk(rows), dataset.state[rows]
+        weights = np.ones((len(rows), self.spec.num_levels), np.float32) if source.weights is None else source.weights[rows]
+        batch: Batch = {
+            "observation": {"state": transform.state(state), **prompt},
+            "actions": transform.actions_in(chunk.actions, state),
+            "action_mask": chunk.action_mask,
+            "weights": weights,
+        }
+        if not value:
+            return batch, rows
+        outcome = transitions.outcome(rows)
+        batch["reward"], batch["discount"] = outcome.reward, outcome.discount
+        batch["next_observation"] = {"state": transform.state(dataset.state[outcome.next_row]), **prompt}
+        return batch, outcome.next_row
+
+    def _start_images(
+        self, source: np.ndarray, rows: np.ndarray, camera: str, out: np.ndarray, mask: np.ndarray
+    ) -> list[Future]:
+        """Fill `out` and `mask` where the sample's dataset has the camera; jobs of some samples each, near ones together."""
+        pending: list[Future] = []
+        for i in np.unique(source):
+            dataset = self.sources[i].dataset
+            frames = self._frames.get((id(dataset), camera))
+            if frames is None:
+                continue
+            at = np.flatnonzero(source == i)
+            mask[at] = True
+            at = at[np.argsort(rows[at], kind="stable")]
+
+            def fill(part: np.ndarray, frames=frames) -> None:
+                out[part] = resize_with_pad(frames(rows[part]), out.shape[1], out.shape[2])
+
+            for part in np.array_split(at, min(len(at), max(1, -(-len(at) // 8), self._parallel))):
+                if self._executor is None:
+                    fill(part)
+                else:
+                    pending.append(self._executor.submit(fill, part))
+        return pending
+
+
+def _merge(parts: Sequence[tuple[np.ndarray, Batch]], b: int) -> Batch:
+    """Put the rows of several part batches at their places in a batch of b rows."""
+    merged: Batch = {}
+    for key, first in parts[0][1].items():
+        if isinstance(first, dict):
+            merged[key] = _merge([(at, part[key]) for at, part in parts], b)
+        else:
+            out = np.empty((b, *first.shape[1:]), first.dtype)
+            for at, part in parts:
+                out[at] = part[key]
+            merged[key] = out
+    return merged
+
+
+def make_batch(sources: Sequence[Source], spec: SampleSpec, source: np.ndarray, rows: np.ndarray) -> Batch:
+    """One batch, synchronously; for many, keep a `Batcher`."""
+    return Batcher(sources, spec).batch(np.asarray(source), np.asarray(rows))
+
+
+@dataclass(frozen=True)
+class LoaderStats:
+    """Since last asked: what the loader could deliver (samples/s of this process, time blocked on a full queue left out), and
+    how long the consumer waited for a batch."""
+
+    rate: float
+    wait_s: float
+
+
+class Loader:
+    """Iterates (step, placed batch) from `start_step` on, without end.
+
+    Args:
+        batch_size: of all processes; the sources' shares must add up to it.
+        num_workers: decoding threads.
+        prefetch: batches placed ahead of the consumer.
+        process_index, process_count: this process loads its contiguous slice of each global batch.
+        place: puts a batch on the devices; called in the loader's thread.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        spec: SampleSpec,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 4,
+        prefetch: int = 2,
+        process_index: int = 0,
+        process_count: int = 1,
+        start_step: int = 0,
+        place: Callable[[Batch], Any] = lambda batch: batch,
+    ):
+        shares = [s.share for s in sources]
+        if sum(shares) != batch_size:
+            raise UserError(f"the datasets' shares {shares} do not add up to batch_size {batch_size}")
+        self.order = Order([np.asarray(s.rows, np.int64) for s in sources], shares, seed)
+        self._slice = (process_index, process_count)
+        self.order.slice(start_step, *self._slice)
+        self._pool = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="hvd-decode")
+        self._batcher = Batcher(sources, spec, self._pool)
+        self._place, self._prefetch, self._step = place, max(1, prefetch), start_step
+        self._ready: queue.Queue[tuple[int, Any, BaseException | None]] = queue.Queue(self._prefetch)
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._samples, self._busy, self._waited = 0, 0.0, 0.0
+        self._thread = threading.Thread(target=self._produce, args=(start_step,), name="hvd-loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return self
+
+    def __next__(self) -> tuple[int, Any]:
+        if self._stop.is_set():
+            raise StopIteration
+        begin = time.perf_counter()
+        step, batch, error = self._ready.get()
+        with self._lock:
+            self._waited += time.perf_counter() - begin
+        if error is not None:
+            self.close()
+            raise error
+        return step, batch
+
+    @property
+    def batcher(self) -> Batcher:
+        return self._batcher
+
+    def stats(self) -> LoaderStats:
+        """Rate and wait since the last call."""
+        with self._lock:
+            rate = self._samples / self._busy if self._busy else 0.0
+            result = LoaderStats(rate, self._waited)
+            self._samples, self._busy, self._waited = 0, 0.0, 0.0
+        return result
+
+    def close(self) -> None:
+        """Stop all threads; waiting batches are dropped."""
+        self._stop.set()
+        while self._thread.is_alive():
+            while not self._ready.empty():
+                self._ready.get_nowait()
+            self._thread.join(0.05)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _produce(self, step: int) -> None:
+        started: deque[tuple[int, int, Callable[[], Batch]]] = deque()
+        try:
+            while not self._stop.is_set():
+                begin = time.perf_counter()
+                while len(started) < 2:  # the decoding of the next batch begins before this one is done
+                    source, rows = self.order.slice(step, *self._slice)
+                    started.append((step, len(rows), self._batcher.start(source, rows)))
+                    step += 1
+                this, count, finish = started.popleft()
+                batch = self._place(finish())
+                with self._lock:
+                    self._samples += count
+                    self._busy += time.perf_counter() - begin
+                self._put((this, batch, None))
+        except BaseException as error:  # whatever it is, the consumer must learn of it
+            self._put((-1, None, error))
+
+    def _put(self, item: tuple[int, Any, BaseException | None]) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+

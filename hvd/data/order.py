@@ -1,0 +1,66 @@
+"""Which rows a step's batch holds: a pure function of seed and step, so that a resumed run needs no iterator state."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from hvd.errors import UserError
+
+
+class Order:
+    """The order in which rows are visited.
+
+    Each source is an endless stream of epochs; an epoch visits every row of the source once, in an order drawn from
+    (seed, source, epoch). A step takes the next `share` rows of each stream, so an epoch may end within a batch.
+
+    Args:
+        rows: rows of each source.
+        shares: rows of each source per global batch; a source of share 0 is never visited.
+    """
+
+    def __init__(self, rows: Sequence[Int64[np.ndarray, " _"]], shares: Sequence[int], seed: int):
+        for i, (source, share) in enumerate(zip(rows, shares, strict=True)):
+            if share and not len(source):
+                raise UserError(f"dataset {i} has no rows to train on, but {share} rows of each batch must come from it")
+        self._rows, self._shares, self._seed = tuple(rows), tuple(shares), seed
+        self._source = np.repeat(np.arange(len(rows), dtype=np.int32), shares)
+        self._epochs: dict[int, tuple[int, Int64[np.ndarray, " n"]]] = {}  # source -> (epoch, its order)
+        self._lock = threading.Lock()
+
+    @property
+    def batch_size(self) -> int:
+        return len(self._source)
+
+    def batch_rows(self, step: int) -> tuple[Int32[np.ndarray, " b"], Int64[np.ndarray, " b"]]:
+        """Source and row of each sample of the global batch of `step`."""
+        parts = [self._stream(i, step * share, share) for i, share in enumerate(self._shares)]
+        return self._source, np.concatenate(parts)
+
+    def slice(self, step: int, index: int, count: int) -> tuple[Int32[np.ndarray, " b"], Int64[np.ndarray, " b"]]:
+        """The part of a step's batch that process `index` of `count` loads: a contiguous slice."""
+        if self.batch_size % count:
+            raise UserError(f"batch_size {self.batch_size} is not divisible by {count} processes")
+        part = slice(self.batch_size // count * index, self.batch_size // count * (index + 1))
+        source, rows = self.batch_rows(step)
+        return source[part], rows[part]
+
+    def _stream(self, source: int, start: int, count: int) -> Int64[np.ndarray, " count"]:
+        """Rows number start .. start + count of a source's endless stream."""
+        parts, n = [np.zeros(0, np.int64)], len(self._rows[source])
+        while count:
+            epoch, offset = divmod(start, n)
+            take = min(count, n - offset)
+            parts.append(self._epoch(source, epoch)[offset : offset + take])
+            start, count = start + take, count - take
+        return np.concatenate(parts)
+
+    def _epoch(self, source: int, epoch: int) -> Int64[np.ndarray, " n"]:
+        with self._lock:
+            known = self._epochs.get(source)
+            if known is None or known[0] != epoch:
+                generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, source, epoch])))
+                known = epoch, generator.permutation(self._rows[source])
+                self._epochs[source] = known
+            return known[1]

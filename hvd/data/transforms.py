@@ -1,0 +1,127 @@
+"""From raw robot numbers and camera frames to the model's inputs, and from its outputs back. The loader, the rollouts and a
+served policy use the same `InputTransform`, so that training and acting cannot differ.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int32, UInt8
+from PIL import Image
+
+from hvd.configs import Experiment, ModelConfig, NormConfig
+from hvd.data import normalize
+from hvd.errors import UserError
+from hvd.robots import Robot, get_robot
+
+Observation = dict[str, Any]
+"""{state [B,action_dim], images {camera: uint8 [B,S,S,3]}, image_masks {camera: bool [B]}, tokenized_prompt int32 [B,L],
+tokenized_prompt_mask bool [B,L]}, numpy arrays."""
+
+
+class Tokenizer(Protocol):
+    """hvd.models.tokenizer.Tokenizer, as far as data needs it."""
+
+    def encode(self, prompts: list[str]) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]: ...
+
+
+class InputTransform:
+    """Raw observation and actions <-> the model's, for one experiment.
+
+    Args:
+        stats: "state" and "actions" statistics with the robot's dims.
+        tokenizer: of the prompts.
+    """
+
+    def __init__(
+        self, model: ModelConfig, norm: NormConfig, robot: Robot, stats: Mapping[str, normalize.NormStats], tokenizer: Tokenizer
+    ):
+        self.model, self.norm, self.robot, self.stats, self.tokenizer = model, norm, robot, dict(stats), tokenizer
+        self._delta_mask = robot.delta_mask()
+        if norm.delta_actions and stats["state"].dim < int(np.flatnonzero(self._delta_mask).max()) + 1:
+            raise UserError(
+                f"norm.delta_actions needs a state that begins with the robot's {robot.action_dim} dims; it has {stats['state'].dim}"
+            )
+        for name, each in stats.items():
+            if each.dim > model.action_dim:
+                raise UserError(f"model.action_dim {model.action_dim} is smaller than the {each.dim} dims of {name}")
+
+    @classmethod
+    def from_config(cls, cfg: Experiment, stats: Mapping[str, normalize.NormStats] | None = None) -> "InputTransform":
+        """With the experiment's shared statistics (unless given) and its tokenizer."""
+        from hvd.models.tokenizer import Tokenizer as ModelTokenizer  # models import jax; data alone does not
+
+        stats = normalize.load_shared(cfg) if stats is None else stats
+        return cls(cfg.model, cfg.norm, get_robot(cfg.robot), stats, ModelTokenizer(cfg.model))
+
+    def state(self, state: Float[np.ndarray, "b s"]) -> Float32[np.ndarray, "b d"]:
+        """Normalised and zero-padded state."""
+        return self._inwards(state, "state")
+
+    def actions_in(self, actions: Float[np.ndarray, "b k a"], state: Float[np.ndarray, "b s"]) -> Float32[np.ndarray, "b k d"]:
+        """Raw absolute actions -> (delta,) normalised, zero-padded; `state` is raw."""
+        if self.norm.delta_actions:
+            actions = normalize.delta(actions, state, self._delta_mask)
+        return self._inwards(actions, "actions")
+
+    def actions_out(self, actions: Float[np.ndarray, "b k d"], state: Float[np.ndarray, "b s"]) -> Float32[np.ndarray, "b k a"]:
+        """The model's actions [B,K,action_dim] -> raw absolute actions [B,K,A]; `state` is raw."""
+        stats = self.stats["actions"]
+        raw = normalize.unnormalize(np.asarray(actions)[..., : stats.dim], stats, self.norm.mode, self.norm.std_floor)
+        if self.norm.delta_actions:
+            raw = normalize.absolute(raw, state, self._delta_mask)
+        return raw.astype(np.float32)
+
+    def observation(
+        self, state: Float[np.ndarray, "b s"], images: Mapping[str, UInt8[np.ndarray, "b h w 3"]], prompts: Sequence[str]
+    ) -> Observation:
+        """A batch of raw observations as the model takes them; cameras that are not in `images` are masked."""
+        tokens, token_mask = self.tokenizer.encode(list(prompts))
+        size, b = self.model.image_size, len(state)
+        pictures, masks = {}, {}
+        for camera in self.model.cameras:
+            masks[camera] = np.full(b, camera in images)
+            if camera in images:
+                pictures[camera] = resize_with_pad(images[camera], size, size)
+            else:
+                pictures[camera] = np.zeros((b, size, size, 3), np.uint8)
+        return {
+            "state": self.state(state),
+            "images": pictures,
+            "image_masks": masks,
+            "tokenized_prompt": tokens,
+            "tokenized_prompt_mask": token_mask,
+        }
+
+    def _inwards(self, x: np.ndarray, name: str) -> np.ndarray:
+        stats = self.stats[name]
+        if x.shape[-1] != stats.dim:
+            raise UserError(f"{name} has {x.shape[-1]} dims, its norm stats have {stats.dim}: norm stats of another robot?")
+        out = np.zeros((*x.shape[:-1], self.model.action_dim), np.float32)
+        out[..., : stats.dim] = normalize.normalize(x, stats, self.norm.mode, self.norm.std_floor)
+        return out
+
+
+def resize_with_pad(images: UInt8[np.ndarray, "b h w 3"], height: int, width: int) -> UInt8[np.ndarray, "b height width 3"]:
+    """Resize without distortion (PIL, bilinear with antialiasing) and pad with black; an odd rest of padding goes to the end."""
+    b, h, w, _ = images.shape
+    if (h, w) == (height, width):
+        return images
+    ratio = max(w / width, h / height)
+    inner_h, inner_w = int(h / ratio), int(w / ratio)
+    top, left = (height - inner_h) // 2, (width - inner_w) // 2
+    out = np.zeros((b, height, width, 3), np.uint8)
+    for i in range(b):
+        resized = Image.fromarray(images[i]).resize((inner_w, inner_h), Image.Resampling.BILINEAR)
+        out[i, top : top + inner_h, left : left + inner_w] = resized
+    return out
+
+
+def make_bool_mask(*dims: int) -> tuple[bool, ...]:
+    """openpi's notation: 6 = six true, -1 = one false; make_bool_mask(2, -1, 2) = T T F T T."""
+    return tuple(value for n in dims for value in [n > 0] * abs(n))
+
+
+def pad_to_dim(x: Float[np.ndarray, "*n d"], dim: int) -> Float[np.ndarray, "*n dim"]:
+    """Zero-pad the last axis to `dim`; a longer one is left as it is."""
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, max(0, dim - x.shape[-1]))])
