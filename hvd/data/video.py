@@ -10,12 +10,13 @@ Encoders run with one thread each: the output is then a pure function of the fra
 the fastest way to fill a machine.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import av
 import av.container
@@ -77,12 +78,13 @@ def encode_video(
     spec = get_codec(codec)
     os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder otherwise greets on stderr for every file
     count = 0
-    stream = None
+    stream: av.VideoStream | None = None
     with _container(path) as container:
         for block in blocks:
             if stream is None:
                 height, width = block.shape[1:3]
-                stream = container.add_stream(spec.encoder, fps, options=spec.options(spec.crf if crf is None else crf))
+                options = spec.options(spec.crf if crf is None else crf)
+                stream = cast(av.VideoStream, container.add_stream(spec.encoder, fps, options=options))
                 stream.width, stream.height = width, height
                 stream.pix_fmt = _pixel_format(spec, width, height)
                 stream.time_base = Fraction(1, fps)
@@ -131,17 +133,13 @@ def join_videos(segments: Iterable[str | os.PathLike[str]], path: str | os.PathL
     return count
 
 
-def same_stream(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
-    """Whether two videos can be joined: same codec, size, pixel format and codec parameters."""
-
-    def key(path: str | os.PathLike[str]) -> tuple[Any, ...]:
-        with av.open(os.fspath(path)) as container:
-            stream = container.streams.video[0]
-            context = stream.codec_context
-            found = stream.codec.canonical_name, stream.width, stream.height, stream.pix_fmt, context.extradata
-        return found
-
-    return key(first) == key(second)
+def stream_kind(path: str | os.PathLike[str]) -> tuple[Any, ...]:
+    """Codec, size, pixel format and codec parameters: videos alike in these can be joined."""
+    with av.open(os.fspath(path)) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        kind = stream.codec.canonical_name, stream.width, stream.height, stream.pix_fmt, context.extradata
+    return kind
 
 
 def read_video(path: str | os.PathLike[str]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
@@ -193,6 +191,6 @@ def _verify(path: str | os.PathLike[str], frames: int) -> None:
         with av.open(os.fspath(path)) as container:
             found = container.streams.video[0].frames
     except (av.error.FFmpegError, IndexError) as error:
-        raise OSError(f"{path}: the video was not written whole (is the disk full?)") from error
+        raise OSError(errno.EIO, "the video was not written whole (is the disk full?)", os.fspath(path)) from error
     if found != frames:
-        raise OSError(f"{path}: the video has {found} of {frames} frames (is the disk full?)")
+        raise OSError(errno.EIO, f"the video has {found} of {frames} frames (is the disk full?)", os.fspath(path))
