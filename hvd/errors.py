@@ -16,6 +16,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class Failed(Exception):
+    """The run cannot go on, and it is not the user's mistake (a non-finite loss). Its text is one line; exit code 1."""
+
+
 class Stopped(Exception):
     """The run was asked to stop by a signal and has saved; exit code 143."""
 

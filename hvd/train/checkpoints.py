@@ -1,0 +1,163 @@
+"""Checkpoints of a run: asynchronous Orbax saves, restored onto whatever mesh the run has now.
+
+<run>/checkpoints/<steps done>/params       {'params': tree}: openpi's form; the averaged parameters if there are any
+                               train_state  step, optimiser state, target; the raw parameters where `params` is an average
+                               loop         small JSON: what the step loop had not written out yet
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+from hvd.errors import UserError
+from hvd.train import run_dir as runs
+from hvd.train.state import Graph, TrainState, join, named
+
+_ITEMS = ("params", "train_state", "loop")
+
+
+class Checkpoints:
+    """Saving and restoring; every process of the run calls every method.
+
+    Args:
+        run_dir: the run's folder.
+        graph: splits the parameters when restoring.
+        keep_period: checkpoints at its multiples are kept; of all others only the newest. 0 = only the newest.
+    """
+
+    def __init__(self, run_dir: os.PathLike | str, graph: Graph, keep_period: int):
+        self.folder = _folder(run_dir)
+        self._graph = graph
+        keep: list[Any] = [policies.LatestN(1)]
+        if keep_period > 0:
+            keep.append(policies.EveryNSteps(keep_period))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            save_decision_policy=policies.FixedIntervalPolicy(1),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=_ITEMS)
+
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, loop: dict[str, Any]) -> None:
+        """Start a save and return when the arrays have been copied out; the writing goes on in the background.
+
+        An error of the writing (a full disk) is raised here, or by the next `save` or `wait`.
+        """
+        items = _items(state)
+        self._manager.check_for_errors()
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(items["params"]),
+                train_state=ocp.args.PyTreeSave(items["train_state"]),
+                loop=ocp.args.JsonSave(loop),
+            ),
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Until the newest save is whole on disk."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """(state, loop) of a step, placed as `like` (shapes with shardings of the current mesh) says."""
+        items = _items(like)
+        for name, tree in items.items():
+            _check_same(self.folder / str(step) / name, tree)
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=_restore_args(items["params"]),
+                train_state=_restore_args(items["train_state"]),
+                loop=ocp.args.JsonRestore(),
+            ),
+        )
+        trained, frozen = self._graph.split(found["params"]["params"])
+        rest = found["train_state"]
+        state = TrainState(
+            step=rest["step"],
+            trained=rest.get("trained", trained),
+            frozen=frozen,
+            opt_state=rest["opt_state"],
+            ema=trained if like.ema else {},
+            target=rest.get("target", {}),
+        )
+        return state, found["loop"]
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def restore_params(run_dir: os.PathLike | str, step: int, like: Any) -> Any:
+    """The parameters for inference of one step of a run, placed as `like` says (its shapes have shardings)."""
+    path = _folder(run_dir) / str(step) / "params"
+    tree = {"params": like}
+    _check_same(path, tree)
+    return ocp.PyTreeCheckpointHandler().restore(path, args=_restore_args(tree))["params"]
+
+
+def _folder(run_dir: os.PathLike | str) -> epath.Path:
+    root = os.fspath(run_dir)
+    # Orbax takes absolute paths only
+    return epath.Path(os.path.abspath(root) if runs.is_local(root) else root) / runs.CHECKPOINTS
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The trees as they lie in a checkpoint; nothing is stored twice."""
+    rest: dict[str, Any] = {"step": state.step, "opt_state": state.opt_state}
+    if state.ema:
+        rest["trained"] = state.trained
+    if state.target:
+        rest["target"] = state.target
+    return {"params": {"params": join(state.ema or state.trained, state.frozen)}, "train_state": rest}
+
+
+def _restore_args(tree: Any) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+
+
+def _check_same(path: epath.Path, tree: Any) -> None:
+    """UserError naming the first array that the checkpoint has and the model has not, or the other way round."""
+    stored = _named_shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+    wanted = _named_shapes(tree)
+    for name in sorted(wanted.keys() | stored.keys()):
+        if name not in stored:
+            problem = "is not in it"
+        elif name not in wanted:
+            problem = "is in it, but the model has no such parameter"
+        elif stored[name] != wanted[name]:
+            problem = f"has shape {list(stored[name])} in it, the model needs {list(wanted[name])}"
+        else:
+            continue
+        raise UserError(f"{path} is a checkpoint of another model: {name} {problem}")
+
+
+def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        shape = getattr(leaf, "shape", None)
+        if shape is not None:
+            found["/".join(_key(part) for part in path)] = tuple(shape)
+    return found
+
+
+def _key(part: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(part, attribute):
+            return str(getattr(part, attribute))
+    return str(part)
+
+
+def parameter_count(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in named(tree).values())

@@ -1,0 +1,153 @@
+"""Using trained runs: a policy that acts, a value function that judges. For rollouts, reports and serving.
+
+Everything comes from the run's own folder: config.yaml, norm_stats.json and the parameters of the checkpoint that
+complete.json names (rule 1: a run that is not complete is not used).
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Float32, UInt8
+
+from hvd.configs import Experiment
+from hvd.data import normalize
+from hvd.data.transforms import InputTransform, Observation
+from hvd.errors import UserError
+from hvd.models.pi0 import Pi0
+from hvd.models.value import ValueModel
+from hvd.train import checkpoints, complete, mesh, state
+from hvd.train import run_dir as runs
+from hvd.train.mesh import Devices
+from hvd.train.state import Graph, Tree
+
+
+class Policy:
+    """A trained policy. `act` compiles once per batch size.
+
+    Attributes:
+        cfg: the config the run was trained with.
+        transform: raw numbers <-> the model's.
+    """
+
+    def __init__(self, cfg: Experiment, transform: InputTransform, graph: Graph, params: Tree):
+        self.cfg, self.transform = cfg, transform
+        self._params = params
+
+        def sample(params: Tree, observation: Observation, key: jax.Array) -> Float[Array, "b k a"]:
+            b = observation["state"].shape[0]
+            noise = jax.random.normal(key, (b, cfg.model.action_horizon, cfg.model.action_dim))
+            # Padded dims are never trained: they were 0 in training and stay 0 here
+            noise = noise * pad_mask(cfg)
+            return graph.module(params).sample_actions(observation, noise, cfg.policy.num_flow_steps)
+
+        self._sample = jax.jit(sample)
+
+    def act(
+        self,
+        state: Float32[np.ndarray, "b s"],
+        images: Mapping[str, UInt8[np.ndarray, "b h w 3"]],
+        prompts: Sequence[str],
+        key: jax.Array,
+    ) -> Float32[np.ndarray, "b k a"]:
+        """A chunk of raw absolute actions.
+
+        Args:
+            state: raw state, as in the dataset.
+            images: by the model's camera names; a camera that is missing is masked.
+            key: of the initial noise; the same key gives the same actions.
+        """
+        observation = self.transform.observation(state, images, prompts)
+        actions = jax.device_get(self._sample(self._params, observation, key))
+        return self.transform.actions_out(actions, state)
+
+
+class ValueFunction:
+    """A trained value model on the mesh it was loaded onto."""
+
+    def __init__(self, cfg: Experiment, transform: InputTransform, graph: Graph, params: Tree, devices: Devices):
+        self.cfg, self.transform, self.levels = cfg, transform, cfg.levels()
+        self._params = params
+
+        def evaluate(params: Tree, batch: Mapping[str, Array], flags: Array) -> tuple[Array, Array, Array]:
+            v, q = graph.module(params)(batch["observation"], batch["actions"], batch["action_mask"])
+            return v, q, jnp.max(flags)
+
+        self._evaluate = jax.jit(evaluate, out_shardings=devices.replicated)
+
+    def evaluate(
+        self, batch: Mapping[str, Array], flags: Array
+    ) -> tuple[Float[Array, "b"], Float[Array, "b l 2"], Array]:
+        """V, twin Q, and whether any process was asked to stop, of a batch of the loader; not waited for."""
+        return self._evaluate(self._params, batch, flags)
+
+    def __call__(
+        self, observation: Observation, actions: np.ndarray, action_mask: np.ndarray
+    ) -> tuple[Float32[np.ndarray, "b"], Float32[np.ndarray, "b l"]]:
+        """V and Q_i (minimum of the twins) of normalised inputs as the loader makes them."""
+        batch = {"observation": observation, "actions": actions, "action_mask": action_mask}
+        v, q, _ = jax.device_get(self.evaluate(batch, np.zeros(1, np.int32)))
+        return v, q.min(axis=-1)
+
+
+def load_policy(run: Experiment | os.PathLike | str, *, devices: Devices | None = None) -> Policy:
+    """The policy of a run folder, or of an experiment (its policy_dir). UserError unless the run is complete."""
+    cfg, transform, step, folder = _open(run, "policy")
+    graph = Graph(lambda rngs: Pi0(cfg.model, rngs))
+    params = _params(graph, folder, step, devices or _local(cfg))
+    # The velocity of padded dims has no meaning: without it they keep the noise they start from, which is 0
+    keep = pad_mask(cfg)
+    head = params["action_out_proj"]
+    params["action_out_proj"] = {name: leaf * keep for name, leaf in head.items()}
+    return Policy(cfg, transform, graph, params)
+
+
+def load_value(run: Experiment | os.PathLike | str, *, devices: Devices | None = None) -> ValueFunction:
+    """The value function of a run folder, or of an experiment (its value_dir). UserError unless the run is complete."""
+    cfg, transform, step, folder = _open(run, "value")
+    graph = Graph(lambda rngs: ValueModel(cfg.model, cfg.levels(), rngs))
+    devices = devices or _local(cfg)
+    return ValueFunction(cfg, transform, graph, _params(graph, folder, step, devices), devices)
+
+
+def pad_mask(cfg: Experiment) -> Float32[np.ndarray, " a"]:
+    """1 for the model's action dims that belong to the robot, 0 for padding."""
+    mask = np.zeros(cfg.model.action_dim, np.float32)
+    mask[[dim for level in cfg.levels() for dim in level]] = 1.0
+    return mask
+
+
+def _local(cfg: Experiment) -> Devices:
+    mesh.use_compilation_cache(cfg.runs_dir)
+    return mesh.make_devices(1, jax.local_devices()[:1])
+
+
+def _open(
+    run: Experiment | os.PathLike | str, stage: runs.Stage
+) -> tuple[Experiment, InputTransform, int, os.PathLike | str]:
+    """The run's own config (with the present folders), its transform, its final step, its folder."""
+    given = run if isinstance(run, Experiment) else None
+    folder = getattr(run, f"{stage}_dir") if given else run
+    found = complete.check_complete(folder, stage=stage, cfg=given)
+    record = runs.read(folder)
+    if record is None:
+        raise UserError(f"{folder} has no {runs.CONFIG}: it is not a run directory")
+    stats = normalize.load(epath.Path(folder) / runs.NORM_STATS)
+    cfg = record.config
+    if given is not None:
+        cfg = dataclasses.replace(cfg, runs_dir=given.runs_dir, assets_dir=given.assets_dir)
+    return cfg, InputTransform.from_config(cfg, stats), found.step, folder
+
+
+def _params(graph: Graph, folder: os.PathLike | str, step: int, devices: Devices) -> Tree:
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.parameter(x.shape, x.dtype)), graph.shapes
+    )
+    params = checkpoints.restore_params(folder, step, like)
+    if not jax.device_get(jax.jit(state.all_finite, out_shardings=devices.replicated)(params)):
+        raise UserError(f"{folder}: the parameters of step {step} are not finite: train the run again")
+    return params

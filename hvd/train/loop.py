@@ -1,0 +1,289 @@
+"""The step loop that both stages share.
+
+The host is always one step ahead of the metrics: step n+1 is dispatched, then the metrics of step n are read. Those tell of
+a non-finite loss and of a signal to any process, so all processes stop after the same step. Order at a step boundary:
+metrics, save, validation; a resumed run repeats what came after the save, so its files are those of an undisturbed one.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float
+
+from hvd.configs import Experiment, StageConfig
+from hvd.data import normalize
+from hvd.errors import Failed, UserError
+from hvd.train import complete, preemption, state
+from hvd.train import run_dir as runs
+from hvd.train.checkpoints import Checkpoints
+from hvd.train.mesh import Devices
+from hvd.train.stage_data import StageData
+from hvd.train.state import Graph, TrainState
+from hvd.train.telemetry import Telemetry
+
+type Batch = dict[str, Any]
+type Metrics = dict[str, Float[Array, ""]]
+
+
+class Batches(Protocol):
+    """An endless stream of (step, placed batch)."""
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training run, ready to go.
+
+    Attributes:
+        inputs: digests of what it is trained on, for config.yaml and complete.json.
+        init: key -> the state before the first step.
+        prepare: what to do with a fresh state (load pretrained weights).
+        step: (state, batch) -> (next state, metrics). Pure; randomness comes from state.step alone.
+        evaluate: (state, batch, key) -> metrics of a validation batch; the i-th batch always gets the i-th key.
+        loader: start step -> batches from that step on.
+        validation: the placed validation batches, the same in every run; () = no validation.
+    """
+
+    cfg: Experiment
+    stage: runs.Stage
+    folder: str
+    devices: Devices
+    inputs: dict[str, str]
+    graph: Graph
+    init: Callable[[jax.Array], TrainState]
+    prepare: Callable[[TrainState], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[TrainState, Batch, jax.Array], Metrics]
+    loader: Callable[[int], Batches]
+    validation: Callable[[], list[Batch]]
+
+
+def already_complete(folder: str, cfg: Experiment, stage: runs.Stage) -> bool:
+    """True, with a line printed, if the run is complete at the configured step; UserError if it is damaged or longer."""
+    if not (epath.Path(folder) / runs.COMPLETE).exists():
+        return False
+    found = complete.read_complete(folder)
+    steps = getattr(cfg, stage).num_train_steps
+    if found.step < steps:
+        return False  # it is to be continued
+    complete.check_complete(folder, stage=stage, cfg=cfg)
+    print(f"{folder}: complete at step {found.step}, nothing to do", flush=True)
+    return True
+
+
+def claim(data: StageData, folder: str, devices: Devices, inputs: dict[str, str], *, overwrite: bool) -> None:
+    """Make the folder this run's (--overwrite: emptied first): config.yaml and the norm stats are written.
+
+    Raises:
+        UserError: it holds another run, or what --overwrite does not delete; nothing is changed then.
+    """
+    cfg, stage = data.cfg, data.stage
+    runs.check_startable(folder, cfg, stage, inputs, overwrite=overwrite)
+    devices.barrier("checked")  # nobody writes before all have looked
+    if devices.is_main:
+        if overwrite:
+            runs.delete(folder)
+        runs.write_config(folder, cfg, stage, inputs)
+        normalize.save(epath.Path(folder) / runs.NORM_STATS, data.transform.stats)
+    devices.barrier("claimed")
+
+
+def run(job: Job) -> None:
+    """Train to the end: complete.json is written, or `Stopped`, `Failed` or `UserError` is raised."""
+    began = time.perf_counter()
+    devices, stage_cfg = job.devices, getattr(job.cfg, job.stage)
+    steps: int = stage_cfg.num_train_steps
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(_checkpoints(job, stage_cfg)))
+        start = checkpoints.latest() or 0
+        if start > steps:
+            raise UserError(f"{job.folder} is at step {start}, past {job.stage}.num_train_steps {steps}: raise it")
+        loader = stack.enter_context(contextlib.closing(job.loader(start))) if start < steps else None
+
+        # --- the state, fresh or restored
+        like = state.abstract(job.init, devices)
+        if start:
+            train_state, carried = checkpoints.restore(start, like)
+        else:
+            train_state, carried = job.prepare(state.create(job.init, job.cfg.seed, like)), {}
+        devices.poll("before the first step")
+        if devices.is_main:
+            (epath.Path(job.folder) / runs.COMPLETE).unlink(missing_ok=True)  # a run that goes on is not complete
+        telemetry = Telemetry(job.cfg, job.stage, job.folder, start=start, carried=carried, is_main=devices.is_main)
+        stack.callback(telemetry.close)
+
+        # --- the steps
+        trainer = _Trainer(job, stage_cfg, checkpoints, telemetry, like, train_state, start)
+        with jax.transfer_guard("disallow"):
+            if loader is not None:
+                trainer.train(loader, steps, began)
+            trainer.validate_if_due(steps, last=True)
+
+        # --- complete
+        checkpoints.wait()
+        finite = jax.jit(state.all_finite, out_shardings=devices.replicated)
+        if not jax.device_get(finite((trainer.state.trained, trainer.state.frozen, trainer.state.ema))):
+            raise Failed(f"{job.folder}: the parameters are not finite after {steps} steps; the run is not complete")
+        telemetry.event("complete", step=steps)
+    if devices.is_main:
+        digest = runs.config_hash(job.cfg, job.stage)
+        complete.write_complete(
+            job.folder, stage=job.stage, step=steps, config_hash=digest, inputs=job.inputs, finite=True
+        )
+    devices.barrier("complete")
+
+
+def _checkpoints(job: Job, stage_cfg: StageConfig) -> Checkpoints:
+    return Checkpoints(job.folder, job.graph, stage_cfg.keep_period)
+
+
+class _Trainer:
+    """The loop's moving parts: the state, the metrics not yet read, and what was saved last."""
+
+    def __init__(
+        self,
+        job: Job,
+        stage_cfg: StageConfig,
+        checkpoints: Checkpoints,
+        telemetry: Telemetry,
+        like: TrainState,
+        train_state: TrainState,
+        start: int,
+    ):
+        self.state = train_state
+        self._job, self._cfg, self._devices = job, stage_cfg, job.devices
+        self._checkpoints, self._telemetry = checkpoints, telemetry
+        self._done = self._saved = start
+        self._pending: tuple[int, Any, float] | None = None
+        replicated = job.devices.replicated
+        self._names: list[str] = []
+        self._step = jax.jit(
+            _packed(job.step, self._names, stage_cfg.trace_samples),
+            donate_argnums=0,
+            out_shardings=(state.shardings(like), replicated),
+        )
+        self._val_names: list[str] = []
+        self._evaluate = jax.jit(_packed_evaluation(job.evaluate, self._val_names), out_shardings=replicated)
+        self._validation: list[tuple[Batch, jax.Array]] | None = None
+        _ = job.devices.flags  # placed now: the loop itself transfers nothing implicitly
+
+    def train(self, loader: Batches, steps: int, began: float) -> None:
+        batches = iter(loader)
+        first = True
+        while self._done < steps:
+            self.validate_if_due(self._done, last=False)
+            asked = time.perf_counter()
+            step, batch = next(batches)
+            waited = time.perf_counter() - asked
+            if step != self._done:
+                raise RuntimeError(f"the loader gave the batch of step {step} at step {self._done}")
+            self.state, out = self._step(self.state, batch, self._devices.flag())
+            self._done += 1
+            stop = self._read()
+            self._pending = (self._done, out, waited)
+            if stop or first or self._done % self._cfg.save_interval == 0 or self._done == steps:
+                stop |= self._read()  # a checkpoint never holds a step whose metrics were not looked at
+            if first:
+                self._telemetry.first_step(time.perf_counter() - began)
+                first = False
+            if self._done % self._cfg.save_interval == 0 or self._done == steps:
+                self._save()
+            if stop:
+                self._stop()
+
+    def validate_if_due(self, done: int, *, last: bool) -> None:
+        """Validation of the state after `done` steps, every val_interval steps and at the end."""
+        if self._cfg.val_batches == 0 or not (last or done % self._cfg.val_interval == 0):
+            return
+        if self._validation is None:
+            self._validation = [
+                (batch, jax.random.key_data(jax.random.fold_in(jax.random.key(_VALIDATION_SEED), i)))
+                for i, batch in enumerate(self._job.validation())
+            ]
+        if not self._validation:
+            return
+        stop = self._read()
+        totals: dict[str, float] = {}
+        for batch, key in self._validation:
+            *values, stopped = jax.device_get(self._evaluate(self.state, batch, key, self._devices.flag())).tolist()
+            if stop or stopped:
+                self._stop()
+            for name, value in zip(self._val_names, values, strict=True):
+                totals[name] = totals.get(name, 0.0) + value / len(self._validation)
+        _check_finite(done, totals, "validation")
+        self._telemetry.validation(done, totals)
+
+    def _read(self) -> bool:
+        """Take in the metrics that were not yet read. True: some process was asked to stop."""
+        if self._pending is None:
+            return False
+        (done, out, waited), self._pending = self._pending, None
+        values, visited = jax.device_get(out)
+        *numbers, stop = values.tolist()
+        metrics = dict(zip(self._names, numbers, strict=True))
+        _check_finite(done, metrics, "training")
+        if self._cfg.trace_samples:
+            self._telemetry.samples(done - 1, np.asarray(visited))
+        self._telemetry.train(done, metrics, waited)
+        return stop > 0
+
+    def _save(self) -> None:
+        if self._saved == self._done:
+            return
+        self._telemetry.flush()
+        self._checkpoints.save(self._done, self.state, self._telemetry.state())
+        self._saved = self._done
+
+    def _stop(self) -> None:
+        self._read()
+        asked = time.perf_counter()
+        self._save()
+        self._checkpoints.wait()
+        seconds = round(time.perf_counter() - asked, 3)
+        self._telemetry.event("stop", step=self._done, signal=preemption.requested(), save_seconds=seconds)
+        preemption.raise_stopped(f"at step {self._done}, saved in {seconds:.1f} s")
+
+
+_VALIDATION_SEED = 0x7A11D
+
+
+def _packed(step: Callable, names: list[str], trace: bool) -> Callable:
+    """`step` with its metrics and the stop flag in one array, so that reading them is one small transfer."""
+
+    def packed(train_state: TrainState, batch: Batch, flags: jax.Array) -> tuple[TrainState, Any]:
+        train_state, metrics = step(train_state, batch)
+        visited = jnp.stack([batch["source"], batch["index"]], axis=1) if trace else ()
+        return train_state, (_pack(metrics, names, flags), visited)
+
+    return packed
+
+
+def _packed_evaluation(evaluate: Callable, names: list[str]) -> Callable:
+    def packed(train_state: TrainState, batch: Batch, key_data: jax.Array, flags: jax.Array) -> jax.Array:
+        return _pack(evaluate(train_state, batch, jax.random.wrap_key_data(key_data)), names, flags)
+
+    return packed
+
+
+def _pack(metrics: Metrics, names: list[str], flags: jax.Array) -> jax.Array:
+    names[:] = sorted(metrics)
+    return jnp.stack([metrics[name] for name in names] + [jnp.max(flags)]).astype(jnp.float32)
+
+
+def _check_finite(done: int, metrics: dict[str, float], kind: str) -> None:
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise Failed(
+            f"{kind} at step {done}: {bad[0]} is {metrics[bad[0]]}; the run stops and is not complete "
+            "(a smaller learning rate or clip_gradient_norm may help)"
+        )

@@ -1,0 +1,119 @@
+"""The policy stage: pi0 by flow matching, each kinematic level weighted by its advantage (METHOD, "Policy stage").
+`hvd train-policy`. With policy.weighting "none" the same code is imitation and needs no value run.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from hvd.configs import Experiment
+from hvd.models.pi0 import Pi0, freeze_filter
+from hvd.rl import flow
+from hvd.train import (
+    advantage_table,
+    advantages,
+    complete,
+    inference,
+    loop,
+    mesh,
+    preemption,
+    pretrained,
+    stage_data,
+    state,
+)
+from hvd.train import optimizer as optim
+from hvd.train import run_dir as runs
+from hvd.train.state import Graph, TrainState, Tree
+from hvd.train.value import augment
+
+
+def make_graph(cfg: Experiment) -> Graph:
+    """pi0 and which of its parameters are trained."""
+    frozen = freeze_filter(cfg.model) if cfg.policy.freeze_filter == "auto" else None
+    return Graph(lambda rngs: Pi0(cfg.model, rngs), frozen)
+
+
+def main(cfg: Experiment, overwrite: bool = False) -> None:
+    """Train, or go on training, the policy run of the experiment; ends when complete.json is written."""
+    with preemption.catch():
+        _main(cfg, overwrite)
+
+
+def _main(cfg: Experiment, overwrite: bool) -> None:
+    folder, own = cfg.policy_dir, cfg.policy
+
+    # --- what can be refused before anything heavy; rule 1: only on a complete value run
+    weighted = own.weighting != "none"
+    value = complete.check_complete(cfg.value_dir, stage="value", cfg=cfg) if weighted else None
+    of_value = {"value": value.digest} if value else {}
+    runs.check_startable(folder, cfg, "policy", of_value, overwrite=overwrite)
+    if not overwrite and loop.already_complete(folder, cfg, "policy"):
+        return
+    devices = mesh.start(cfg)
+    devices.check_batch(own.batch_size, "policy.batch_size")
+
+    # --- data, and the weights of its rows
+    data = stage_data.open_data(cfg, "policy")
+    inputs = data.inputs | of_value
+    runs.check_startable(folder, cfg, "policy", inputs, overwrite=overwrite)
+    devices.poll("before the first step")
+    weights: dict[str, Float32[np.ndarray, "n l"]] = {}
+    if value is not None:
+        datasets = {role: data.datasets[role] for role in advantages.weighted_roles(cfg)}
+        advantages.ensure(cfg, devices, value, datasets)
+        weights = advantage_table.read_weights(cfg.advantages_dir, datasets)
+
+    # --- model and optimiser
+    graph = make_graph(cfg)
+    schedule = optim.learning_rate(own.lr_schedule)
+    optimizer = optim.make_optimizer(own.optimizer, schedule)
+    init = state.make_init(graph, optimizer, ema=own.ema_decay > 0, target=False)
+    levels, names, real_dims = cfg.levels(), cfg.level_names(), inference.pad_mask(cfg)
+
+    # --- loss: L_RL over the suboptimal rows + lambda L_BC over the optimal rows of a batch
+    def losses(trained: Tree, frozen: Tree, batch: loop.Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        noise_key, time_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, batch["actions"].shape) * real_dims
+        time = flow.sample_time(time_key, batch["actions"].shape[0])
+        x_t, u = flow.interpolate(noise, batch["actions"], time)
+        velocity = graph.module(trained, frozen).velocity(batch["observation"], x_t, time)
+        errors = flow.level_errors(velocity, u, batch["action_mask"], levels)
+        loss, metrics = flow.policy_loss(errors, batch["weights"], batch["source"], own.bc_lambda)
+        metrics = metrics | {"loss": loss, "flow_error": errors.sum(axis=-1).mean()}
+        for i, name in enumerate(names):
+            metrics[f"flow_error/{name}"] = errors[:, i].mean()
+            metrics[f"weight/{name}"] = batch["weights"][:, i].mean()
+        return loss, metrics
+
+    # --- one step
+    def step(s: TrainState, batch: loop.Batch) -> tuple[TrainState, loop.Metrics]:
+        key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
+        if own.augment_images and cfg.model.cameras:
+            batch = augment(batch, "observation", image_key)
+        grads, metrics = jax.grad(losses, has_aux=True)(s.trained, s.frozen, batch, key)
+        new, norm = state.advance(s, grads, optimizer, own)
+        return new, metrics | {"grad_norm": norm, "lr": schedule(s.step)}
+
+    def evaluate(s: TrainState, batch: loop.Batch, key: jax.Array) -> loop.Metrics:
+        return losses(s.ema or s.trained, s.frozen, batch, key)[1]
+
+    # --- the run's folder, and the loop
+    loop.claim(data, folder, devices, inputs, overwrite=overwrite)
+    loop.run(
+        loop.Job(
+            cfg=cfg,
+            stage="policy",
+            folder=folder,
+            devices=devices,
+            inputs=inputs,
+            graph=graph,
+            init=init,
+            prepare=lambda s: pretrained.load(s, own.weight_loader, graph),
+            step=step,
+            evaluate=evaluate,
+            loader=lambda start: data.loader(start, devices, weights),
+            validation=lambda: data.validation(devices, weights),
+        )
+    )

@@ -1,0 +1,150 @@
+"""What a stage trains on: its datasets, their split, the shares of a batch, and the streams of batches made of them."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from hvd.configs import Experiment, StageConfig
+from hvd.data import normalize
+from hvd.data.dataset import Dataset, split_episodes
+from hvd.data.loader import Batcher, Loader, SampleSpec, Source
+from hvd.data.order import Order
+from hvd.data.transforms import InputTransform
+from hvd.errors import UserError
+from hvd.train import run_dir as runs
+from hvd.train.mesh import Devices
+
+ROLES = ("optimal", "suboptimal")  # their positions are the numbers in a batch's `source`
+
+type Weights = Mapping[str, Float32[np.ndarray, "n l"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageData:
+    """The open datasets of a stage by role, rows of training and held-out episodes, and rows of a batch for each role."""
+
+    cfg: Experiment
+    stage: runs.Stage
+    transform: InputTransform
+    datasets: dict[str, Dataset]
+    train: dict[str, Int64[np.ndarray, " n"]]
+    val: dict[str, Int64[np.ndarray, " n"]]
+    shares: dict[str, int]
+    inputs: dict[str, str]
+
+    @property
+    def stage_cfg(self) -> StageConfig:
+        return getattr(self.cfg, self.stage)
+
+    @property
+    def spec(self) -> SampleSpec:
+        value = self.stage == "value"
+        return SampleSpec(
+            self.transform,
+            num_levels=len(self.cfg.levels()),
+            next_images=self.cfg.value.next_images if value else "none",
+            gamma=self.cfg.value.gamma,
+            image_cache=self.cfg.image_cache,
+        )
+
+    def loader(self, start: int, devices: Devices, weights: Weights) -> Loader:
+        """The stream of training batches from step `start` on."""
+        return Loader(
+            _sources(self.datasets, self.train, self.shares, weights),
+            self.spec,
+            self.stage_cfg.batch_size,
+            self.cfg.seed,
+            num_workers=self.cfg.num_workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            start_step=start,
+            place=devices.place_batch,
+        )
+
+    def validation(self, devices: Devices, weights: Weights) -> list[dict]:
+        """The placed validation batches, the same in every run; [] when no episode is held out."""
+        having = [role for role in self.datasets if len(self.val[role])]
+        if not having:
+            return []
+        shares = _split(self.stage_cfg.batch_size, {role: float(self.shares[role]) for role in having})
+        sources = _sources(self.datasets, self.val, shares, weights)
+        order = Order([source.rows for source in sources], [source.share for source in sources], self.cfg.seed)
+        batcher = Batcher(sources, self.spec)
+        place = (jax.process_index(), jax.process_count())
+        return [devices.place_batch(batcher.batch(*order.slice(i, *place))) for i in range(self.stage_cfg.val_batches)]
+
+
+def open_data(cfg: Experiment, stage: runs.Stage) -> StageData:
+    """Open the datasets of a stage; a UserError for whatever is wrong with them, before anything is written."""
+    stats = normalize.load_shared(cfg)
+    datasets: dict[str, Dataset] = {}
+    train, val = {}, {}
+    for role in runs.roles(cfg, stage):
+        data = open_dataset(cfg, role)
+        datasets[role] = data
+        train[role], val[role] = split_episodes(data, cfg.evaluate.val_fraction, cfg.seed)
+    if stage == "value":
+        parts = {role: float(len(rows)) for role, rows in train.items()}  # every frame equally often
+    else:
+        share = cfg.policy.suboptimal_share
+        parts = {role: {"optimal": 1 - share, "suboptimal": share}[role] for role in datasets}
+    inputs = {role: data.digest for role, data in datasets.items()} | {"norm_stats": stats_digest(stats)}
+    return StageData(
+        cfg,
+        stage,
+        InputTransform.from_config(cfg, stats),
+        datasets,
+        train,
+        val,
+        _split(getattr(cfg, stage).batch_size, parts),
+        inputs,
+    )
+
+
+def open_dataset(cfg: Experiment, role: str) -> Dataset:
+    """The experiment's "optimal" or "suboptimal" dataset with the model's cameras."""
+    named = dict(cfg.datasets())
+    if role not in named:
+        raise UserError(f"config {cfg.name}: {role}_data is needed here; set {role}_data.repo_id")
+    return Dataset.open(named[role], cameras=cfg.model.cameras, robot=cfg.robot, horizon=cfg.model.action_horizon)
+
+
+def stats_digest(stats: normalize.Stats) -> str:
+    """sha256 of the numbers of norm stats."""
+    content = {
+        key: {f.name: getattr(value, f.name).tolist() for f in dataclasses.fields(value)}
+        for key, value in stats.items()
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _split(rows: int, parts: Mapping[str, float]) -> dict[str, int]:
+    """`rows` of a batch in proportion to `parts`; each part gets at least one row."""
+    if rows < len(parts):
+        raise UserError(f"batch_size {rows} is too small for {len(parts)} datasets: each needs a row")
+    total, names = sum(parts.values()), list(parts)
+    found = {name: max(1, round(rows * parts[name] / total)) for name in names}
+    largest = max(names, key=lambda name: found[name])
+    found[largest] += rows - sum(found.values())
+    return found
+
+
+def _sources(
+    datasets: Mapping[str, Dataset],
+    rows: Mapping[str, Int64[np.ndarray, " n"]],
+    shares: Mapping[str, int],
+    weights: Weights,
+) -> list[Source]:
+    """One source a role, in the order of ROLES. A role that is not used stands there with nothing, to keep the numbers."""
+    stand_in = next(iter(datasets.values()))
+    return [
+        Source(datasets[role], rows[role], shares[role], weights.get(role))
+        if role in datasets and role in shares
+        else Source(stand_in, np.zeros(0, np.int64), 0)
+        for role in ROLES
+    ]

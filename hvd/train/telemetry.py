@@ -1,0 +1,272 @@
+"""What a run tells: metrics.jsonl, TensorBoard, W&B if asked for, and a progress bar.
+
+    metrics.jsonl  {"step": steps done, "split": "train" | "val", <metric>: mean over the steps since the line before, ...}
+    samples.jsonl  (trace_samples) {"step": step, "samples": [[source, row], ...]}: what each step really was given
+    events.jsonl   {"event": "start" | "stop" | "complete", ...}: one line each, never cut
+
+A resumed run's files are those of one run: lines past the restored step are dropped before new ones are written.
+Metrics that depend on the machine and not on the run start with "time/" or "memory/".
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from hvd.configs import Experiment, StageConfig
+from hvd.errors import UserError
+from hvd.train import run_dir as runs
+
+
+class JsonLines:
+    """A file of JSON lines that is appended to. Lines that `keep` refuses, and a torn last one, are dropped at opening.
+
+    On a remote path, where nothing can be appended, the whole file is written at each `flush`.
+    """
+
+    def __init__(self, path: epath.PathLike, keep: Callable[[dict[str, Any]], bool]):
+        self._path = epath.Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        before = self._path.read_text() if self._path.exists() else ""
+        self._lines = [line for line in before.splitlines() if (found := _parse(line)) is not None and keep(found)]
+        kept = "".join(f"{line}\n" for line in self._lines)
+        if kept != before:
+            runs.write_atomic(self._path, kept.encode())
+        self._local = runs.is_local(self._path)
+        self._file = self._path.open("a") if self._local else None
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._lines]
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(record)
+        self._lines.append(line)
+        if self._file is not None:
+            self._file.write(line + "\n")
+            self._file.flush()  # a killed process loses nothing that was flushed; only a lost machine does
+
+    def flush(self) -> None:
+        """Make sure that the lines outlive the machine."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        else:
+            runs.write_atomic(self._path, "".join(f"{line}\n" for line in self._lines).encode())
+
+    def close(self) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+class Telemetry:
+    """The voice of one run; processes other than the main one keep the same books and write nothing.
+
+    Args:
+        start: steps done when this process began.
+        carried: `state` of the checkpoint that was restored, or {}.
+    """
+
+    def __init__(
+        self,
+        cfg: Experiment,
+        stage: runs.Stage,
+        folder: os.PathLike | str,
+        *,
+        start: int,
+        carried: Mapping[str, Any],
+        is_main: bool,
+    ):
+        stage_cfg: StageConfig = getattr(cfg, stage)
+        self._log_interval, self._total, self._rows = (
+            stage_cfg.log_interval,
+            stage_cfg.num_train_steps,
+            stage_cfg.batch_size,
+        )
+        self._sums: dict[str, float] = dict(carried.get("sums", {}))
+        self._count = int(carried.get("count", 0))
+        self._busy_before = float(carried.get("busy_s", 0.0))
+        self._main = is_main
+        self._began = self._last = time.perf_counter()
+        self._steps, self._wait = 0, 0.0
+        self._stack = contextlib.ExitStack()
+        self._samples = None
+        self.restarts = 0
+        if not is_main:
+            return
+        root = epath.Path(folder)
+        self._events = self._lines(root / "events.jsonl", lambda line: True)
+        self.restarts = sum(line.get("event") == "start" for line in self._events.records())
+        self._metrics = self._lines(root / "metrics.jsonl", lambda line: _belongs(line, start))
+        if stage_cfg.trace_samples:
+            self._samples = self._lines(root / "samples.jsonl", lambda line: line["step"] < start)
+        self._writers = [_tensorboard(self._stack, root / "tb", start)]
+        if cfg.wandb:
+            self._writers.append(_wandb(self._stack, cfg, stage, root))
+        self._bar = self._stack.enter_context(
+            tqdm(
+                total=self._total,
+                initial=start,
+                desc=stage,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            )
+        )
+        self.event("start", step=start, devices=jax.device_count(), processes=jax.process_count())
+
+    def _lines(self, path: epath.Path, keep: Callable[[dict[str, Any]], bool]) -> JsonLines:
+        lines = JsonLines(path, keep)
+        self._stack.callback(lines.close)
+        return lines
+
+    def event(self, name: str, **what: Any) -> None:
+        if self._main:
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            self._events.write(
+                {"event": name, "time": now, "host": socket.gethostname(), "version": runs.code_version(), **what}
+            )
+
+    def train(self, done: int, metrics: Mapping[str, float], wait_s: float) -> None:
+        """Metrics of the step that made it `done` steps; a line is written every log_interval steps and at the end."""
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+        self._steps += 1
+        self._wait += wait_s
+        if self._main:
+            self._bar.update()
+        if done % self._log_interval and done != self._total:
+            return
+        now = time.perf_counter()
+        step_s = (now - self._last) / self._steps
+        line = {name: total / self._count for name, total in self._sums.items()}
+        line |= {
+            "time/step_s": step_s,
+            "time/samples_per_s": self._rows / step_s,
+            "time/data_wait_s": self._wait / self._steps,
+            "time/busy_s": self._busy_before + now - self._began,
+            "time/restarts": self.restarts,
+            **_memory(),
+        }
+        if self._main:
+            self._bar.set_postfix(loss=f"{line.get('loss', float('nan')):.4g}", wait=f"{self._wait / self._steps:.3f}s")
+        self._write(done, "train", line)
+        self._sums, self._count, self._steps, self._wait, self._last = {}, 0, 0, 0.0, now
+
+    def validation(self, done: int, metrics: Mapping[str, float]) -> None:
+        self._write(done, "val", metrics)
+
+    def first_step(self, seconds: float) -> None:
+        """How long it took from the start of the stage to the first finished step."""
+        self.event("first_step", seconds=round(seconds, 3))
+        self._last, self._steps, self._wait = time.perf_counter(), 0, 0.0
+
+    def samples(self, step: int, visited: np.ndarray) -> None:
+        """`visited` [B, 2]: source and row of each sample that step `step` (0-based) was given."""
+        if self._samples is not None:
+            self._samples.write({"step": step, "samples": visited.tolist()})
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that the next line is the same as without an interruption."""
+        busy = self._busy_before + time.perf_counter() - self._began
+        return {"sums": self._sums, "count": self._count, "busy_s": busy}
+
+    def flush(self) -> None:
+        if self._main:
+            self._metrics.flush()
+            if self._samples is not None:
+                self._samples.flush()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def _write(self, done: int, split: str, metrics: Mapping[str, float]) -> None:
+        if not self._main:
+            return
+        self._metrics.write({"step": done, "split": split, **metrics})
+        for write in self._writers:
+            write(done, split, metrics)
+
+
+def _belongs(line: Mapping[str, Any], start: int) -> bool:
+    """Training lines up to the restored step stay; its validation is done again, since it comes after the save."""
+    return line["step"] <= start if line.get("split") == "train" else line["step"] < start
+
+
+def _tensorboard(stack: contextlib.ExitStack, folder: epath.Path, start: int) -> Callable[..., None]:
+    from tensorboardX import SummaryWriter  # 0.5 s to import: not before a run needs it
+
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = SummaryWriter(os.fspath(folder), purge_step=start + 1)
+    stack.callback(writer.close)
+
+    def write(done: int, split: str, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(_titled(name, split), value, done)
+
+    return write
+
+
+def _wandb(stack: contextlib.ExitStack, cfg: Experiment, stage: str, folder: epath.Path) -> Callable[..., None]:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError("wandb is set, but the package wandb is not installed: install hvd[wandb]") from error
+    marker = folder / "wandb_id.txt"
+    known = marker.read_text().strip() if marker.exists() else None
+    run = wandb.init(
+        project="hvd",
+        name=f"{cfg.exp_name or cfg.name}/{stage}",
+        id=known,
+        resume="allow",
+        config=runs.to_dict(cfg),
+        dir=os.fspath(folder) if runs.is_local(folder) else None,
+    )
+    if known is None:
+        runs.write_atomic(marker, run.id.encode())
+    stack.callback(run.finish)
+
+    def write(done: int, split: str, metrics: Mapping[str, float]) -> None:
+        run.log({_titled(name, split): value for name, value in metrics.items()}, step=done)
+
+    return write
+
+
+def _titled(name: str, split: str) -> str:
+    return name if name.startswith(("time/", "memory/")) else f"{split}/{name}"
+
+
+def _memory() -> dict[str, float]:
+    """Resident memory of this process and the peak of its first device, in MB."""
+    try:
+        with open("/proc/self/statm") as file:
+            resident = int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:  # no /proc on this system: the peak instead of the present value
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {"memory/rss_mb": resident / 1e6}
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        found["memory/device_peak_mb"] = stats["peak_bytes_in_use"] / 1e6
+    return found

@@ -1,0 +1,111 @@
+"""The value stage: V(s) and one Q per kinematic level (METHOD, "Value stage"). `hvd train-value`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hvd.configs import Experiment
+from hvd.data.augment import augment_images
+from hvd.models.pi0 import freeze_filter
+from hvd.models.value import ValueModel
+from hvd.rl import objectives, weights
+from hvd.train import loop, mesh, preemption, pretrained, stage_data, state
+from hvd.train import optimizer as optim
+from hvd.train import run_dir as runs
+from hvd.train.state import Graph, TrainState, Tree
+
+
+def make_graph(cfg: Experiment) -> Graph:
+    """The value model and which of its parameters are trained."""
+    auto = cfg.value.freeze_filter == "auto"
+    frozen = freeze_filter(cfg.model, cfg.model.value_expert_variant) if auto else None
+    return Graph(lambda rngs: ValueModel(cfg.model, cfg.levels(), rngs), frozen)
+
+
+def augment(batch: loop.Batch, name: str, key: jax.Array) -> loop.Batch:
+    """The batch with the images of its observation `name` augmented."""
+    return batch | {name: batch[name] | {"images": augment_images(key, batch[name]["images"])}}
+
+
+def main(cfg: Experiment, overwrite: bool = False) -> None:
+    """Train, or go on training, the value run of the experiment; ends when complete.json is written."""
+    with preemption.catch():
+        _main(cfg, overwrite)
+
+
+def _main(cfg: Experiment, overwrite: bool) -> None:
+    folder, own = cfg.value_dir, cfg.value
+
+    # --- what can be refused before anything heavy
+    runs.check_startable(folder, cfg, "value", {}, overwrite=overwrite)
+    if not overwrite and loop.already_complete(folder, cfg, "value"):
+        return
+    devices = mesh.start(cfg)
+    devices.check_batch(own.batch_size, "value.batch_size")
+
+    # --- data
+    data = stage_data.open_data(cfg, "value")
+    devices.poll("before the first step")
+
+    # --- model and optimiser
+    graph = make_graph(cfg)
+    schedule = optim.learning_rate(own.lr_schedule)
+    optimizer = optim.make_optimizer(own.optimizer, schedule)
+    init = state.make_init(graph, optimizer, ema=own.ema_decay > 0, target=True)
+
+    # --- losses: y from the online V, L_Q over all levels, L_V against the target network's Q
+    def losses(trained: Tree, s: TrainState, batch: loop.Batch) -> tuple[jax.Array, dict[str, Any]]:
+        next_v = graph.module(jax.lax.stop_gradient(trained), s.frozen).state_value(batch["next_observation"])
+        y = objectives.td_target(batch["reward"], batch["discount"], next_v)
+        inputs = batch["observation"], batch["actions"], batch["action_mask"]
+        v, q = graph.module(trained, s.frozen)(*inputs)
+        _, target_q = graph.module(s.target, s.frozen)(*inputs)
+        loss_q = objectives.q_loss(q, y)
+        method = {"alpha": cfg.model.alpha, "tau": cfg.model.tau, "exp_clip_log": own.exp_clip_log}
+        loss_v = objectives.v_loss(v, target_q, cfg.model.method, **method)
+        advantages = weights.advantages(v, q)
+        metrics = {
+            "loss": loss_q + loss_v,
+            "loss_q": loss_q,
+            "loss_v": loss_v,
+            "v_mean": jnp.mean(v),
+            "v_std": jnp.std(v),
+            "td_target": jnp.mean(y),
+        }
+        for i, name in enumerate(cfg.level_names()):
+            metrics[f"q/{name}"] = jnp.mean(q[:, i])
+            metrics[f"advantage/{name}"] = jnp.mean(advantages[:, i])
+            metrics[f"advantage_std/{name}"] = jnp.std(advantages[:, i])
+        return loss_q + loss_v, metrics
+
+    # --- one step
+    def step(s: TrainState, batch: loop.Batch) -> tuple[TrainState, loop.Metrics]:
+        if own.augment_images and cfg.model.cameras:
+            key, next_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
+            batch = augment(augment(batch, "observation", key), "next_observation", next_key)
+        grads, metrics = jax.grad(losses, has_aux=True)(s.trained, s, batch)
+        new, norm = state.advance(s, grads, optimizer, own, target_share=own.target_ema)
+        return new, metrics | {"grad_norm": norm, "lr": schedule(s.step)}
+
+    def evaluate(s: TrainState, batch: loop.Batch, key: jax.Array) -> loop.Metrics:
+        return losses(s.ema or s.trained, s, batch)[1]
+
+    # --- the run's folder, and the loop
+    loop.claim(data, folder, devices, data.inputs, overwrite=overwrite)
+    loop.run(
+        loop.Job(
+            cfg=cfg,
+            stage="value",
+            folder=folder,
+            devices=devices,
+            inputs=data.inputs,
+            graph=graph,
+            init=init,
+            prepare=lambda s: pretrained.load(s, own.weight_loader, graph),
+            step=step,
+            evaluate=evaluate,
+            loader=lambda start: data.loader(start, devices, {}),
+            validation=lambda: data.validation(devices, {}),
+        )
+    )
