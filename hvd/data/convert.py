@@ -1,0 +1,373 @@
+"""hvd convert: recordings with label sidecars -> one LeRobot v3.0 dataset.
+
+All recordings are checked before anything is written. The work happens in `<target>.partial`, and the finished dataset
+is moved to the target in one step: a killed conversion leaves no half dataset, and the same command goes on where it
+was. Run again on a finished dataset, the command says so and does nothing.
+
+Columns: observation.images.<camera> (video), observation.state, observation.environment_state (simulated recordings),
+action, next.reward, terminal and truncated (one of them is true at an episode's last frame); `success` and `quality`
+per episode in meta/episodes; the sidecars in labels/episode_NNNNNN.labels.json.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hvd.configs import DataConfig
+from hvd.data import hub
+from hvd.data.convert_plan import Episode, Plan, Selection, make_plan
+from hvd.data.convert_work import NO_ROOM, Job, WorkFolder, encode_all, is_work_folder
+from hvd.data.labels import episode_path, write_labels
+from hvd.data.lerobot_writer import Feature, LeRobotWriter, Segment
+from hvd.data.recordings import CAMERAS, SUFFIXES, Recording, RecordingRef
+from hvd.data.video import CodecName, get_codec
+from hvd.errors import UserError, nearest
+from hvd.robots import Robot, get_robot
+
+RECORD = "hvd_convert.json"  # in the dataset: the request that made it
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Recordings (JoyLo HDF5 with label sidecars) -> one LeRobot v3.0 dataset."""
+
+    raw_dirs: tuple[str, ...]
+    """Folders of recordings (or merged files)."""
+    repo_id: str
+    """Name of the dataset."""
+    tasks: tuple[str, ...] = ()
+    """A prompt per folder; without any the sidecars' own."""
+    num_episodes: int = 0
+    """Episodes per folder, the first ones; 0 = all."""
+    root: str = ""
+    """Target folder; default $HF_LEROBOT_HOME/REPO_ID."""
+    robot: str = "r1"
+    """Action layout of the recordings: r1 or r1_pro."""
+    cameras: tuple[str, ...] = CAMERAS
+    """Cameras to convert."""
+    success_only: bool = False
+    """Leave out episodes whose label says that they failed."""
+    default_success: bool = False
+    """Recordings without a sidecar count as successes (reward 1 at the last frame)."""
+    skip_bad: bool = False
+    """Count, list and leave out broken recordings instead of stopping at the first."""
+    push_to_hub: bool = False
+    """Upload the finished dataset to the Hugging Face Hub."""
+    fps: int = 0
+    """Frames per second; 0 = as recorded (10 where the files do not say)."""
+    codec: CodecName = "h264"
+    """h264: fast to write and to read at random; av1: half the size, 8 times slower to write."""
+    crf: int = -1
+    """Quality of the videos, less is better; -1 = the codec's default."""
+    odom_yaw_deg: float = 0.0
+    """How the odometry tracker is turned on the base, for recordings without obs/odom/base_velocity."""
+    workers: int = 0
+    """Encoding processes; 0 = one per core."""
+    overwrite: bool = False
+    """Replace a dataset that is there already."""
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What the dataset at `root` holds; `done_before`: it was there already and nothing was done."""
+
+    root: Path
+    num_episodes: int
+    num_frames: int
+    num_successes: int
+    skipped: tuple[str, ...]
+    failures: int
+    done_before: bool = False
+
+    def lines(self) -> list[str]:
+        what = "complete already, nothing to do" if self.done_before else "written"
+        line = f"{self.root}: {what}: {self.num_episodes} episodes ({self.num_successes} successes), "
+        line += f"{self.num_frames} frames"
+        if self.failures:
+            line += f"; {self.failures} without success left out"
+        if self.skipped:
+            line += f"; {len(self.skipped)} bad recordings skipped:"
+        return [line, *(f"  {reason}" for reason in self.skipped)]
+
+
+def main(argv: Sequence[str]) -> None:
+    """`hvd convert ...`; prints what the dataset holds."""
+    print("\n".join(convert(parse(argv)).lines()))
+
+
+def parse(argv: Sequence[str]) -> ConvertConfig:
+    """The command line as a ConvertConfig; a mistake in it is a UserError of one line (tyro draws a box)."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                Annotated[ConvertConfig, tyro.conf.arg(name="")],
+                args=list(argv),
+                prog="hvd convert",
+                description=__doc__,
+                use_underscores=False,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip("\u2502 ") for line in said.getvalue().splitlines() if line.startswith("\u2502")]
+        text = [line for line in lines if re.search(r"\w", line) and "full helptext" not in line]
+        known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ConvertConfig)]
+        wrong = [arg for arg in argv if re.match(r"--\w", arg) and not _is_flag(arg, known)]
+        raise UserError(f"hvd convert: {' '.join(text)}{nearest(wrong[0], known) if wrong else ''}") from None
+
+
+def _is_flag(arg: str, known: Sequence[str]) -> bool:
+    name = arg.split("=")[0].replace("_", "-")
+    return name in known or name.replace("--no-", "--", 1) in known
+
+
+def convert(config: ConvertConfig) -> ConvertResult:
+    """Do the conversion, or go on with it; returns what the dataset holds. Raises UserError, exit code 2."""
+    target, work = _check(config)
+    if config.push_to_hub:
+        hub.check(config.repo_id)  # before hours of work
+    request = _request(config)
+    result = None if config.overwrite else _done_before(target, work, request, config)
+    if result is None:
+        try:
+            record = {"request": request, "sources": {folder: _fingerprint(folder) for folder in request["raw_dirs"]}}
+            selection = _selection(config)
+            result = _write(config, selection, make_plan(selection), target, work, record)
+        except OSError as error:
+            line = _no_room(error, work)
+            if line is None:
+                raise
+            raise line from error
+    if config.push_to_hub:
+        hub.push(result.root, config.repo_id, ignore=(RECORD,))
+    return result
+
+
+def _no_room(error: OSError, work: Path) -> UserError | None:
+    """The line about a disk that is full or may not be written; None for any other error."""
+    where, why = error.filename or work, error.strerror or error
+    if error.errno in NO_ROOM:
+        kept = f"; what is done is kept in {work}" if work.exists() else ""
+        return UserError(f"{where}: cannot write ({why}); make room and run the same command again{kept}")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+        return UserError(f"{where}: {why}; choose another --root, or look at the folder's rights")
+    return None
+
+
+def _check(config: ConvertConfig) -> tuple[Path, Path]:
+    """Target and work folder, after a look at every field."""
+    if not config.raw_dirs:
+        raise UserError("--raw-dirs: name at least one folder of recordings")
+    if config.tasks and len(config.tasks) != len(config.raw_dirs):
+        raise UserError(f"--tasks: {len(config.tasks)} prompts for {len(config.raw_dirs)} folders; give one per folder")
+    if any(not task.strip() for task in config.tasks):
+        raise UserError("--tasks: a prompt is empty")
+    if not config.root and (not config.repo_id or Path(config.repo_id).is_absolute() or ".." in config.repo_id):
+        raise UserError(f"--repo-id {config.repo_id!r}: give a name like user/dataset")
+    for name in ("num_episodes", "fps", "workers"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+    if len(set(config.cameras)) != len(config.cameras):
+        raise UserError(f"--cameras {' '.join(config.cameras)}: each camera once")
+    if not math.isfinite(config.odom_yaw_deg):
+        raise UserError(f"--odom-yaw-deg {config.odom_yaw_deg}: must be finite")
+    get_codec(config.codec)
+    target = DataConfig(repo_id=config.repo_id, root=config.root).path().expanduser().absolute()
+    work = target.with_name(f"{target.name}.partial")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: is a file; choose another --root or --repo-id")
+    if target.is_dir() and any(target.iterdir()) and not (target / "meta/info.json").is_file():
+        raise UserError(f"{target}: is a folder but no dataset, and is not touched; choose another --root or --repo-id")
+    if work.exists() and not is_work_folder(work):
+        raise UserError(f"{work}: exists but is no work folder of hvd convert; move it away")
+    return target, work
+
+
+def _selection(config: ConvertConfig) -> Selection:
+    return Selection(
+        folders=tuple(Path(folder) for folder in config.raw_dirs),
+        prompts=config.tasks or ("",) * len(config.raw_dirs),
+        num_episodes=config.num_episodes,
+        robot=get_robot(config.robot),
+        cameras=config.cameras,
+        success_only=config.success_only,
+        default_success=config.default_success,
+        skip_bad=config.skip_bad,
+        fps=config.fps,
+        odom_yaw=math.radians(config.odom_yaw_deg),
+    )
+
+
+def _request(config: ConvertConfig) -> dict[str, Any]:
+    """What decides the dataset's content, as JSON: all fields but those that only say how the work is done."""
+    how = ("skip_bad", "push_to_hub", "workers", "overwrite", "root", "repo_id")
+    request = {key: value for key, value in vars(config).items() if key not in how}
+    request |= {"raw_dirs": [os.path.abspath(folder) for folder in config.raw_dirs], "crf": _crf(config)}
+    return json.loads(json.dumps(request))
+
+
+def _crf(config: ConvertConfig) -> int:
+    return get_codec(config.codec).crf if config.crf < 0 else config.crf
+
+
+def _fingerprint(folder: str) -> str | None:
+    """Hash over names, sizes and times of a folder's recordings and sidecars; None when it is gone."""
+    path = Path(folder)
+    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else None
+    if files is None:
+        return None
+    stats = [(p.name, p.stat()) for p in files if p.suffix in SUFFIXES or p.name.endswith(".labels.json")]
+    text = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _done_before(target: Path, work: Path, request: Mapping[str, Any], config: ConvertConfig) -> ConvertResult | None:
+    """The result if the target is this very dataset; None if nothing is there; UserError if it is another."""
+    if not target.is_dir() or not any(target.iterdir()):
+        return None
+    again = "pass --overwrite to convert again, or choose another --root or --repo-id"
+    try:
+        record = json.loads((target / RECORD).read_text(encoding="utf-8"))
+        made_by, sources = record["request"], record["sources"]
+        result = _result(target, record, done_before=True)
+    except FileNotFoundError:
+        raise UserError(f"{target}: a dataset that hvd convert did not make is there; {again}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{target / RECORD}: damaged ({error}); {again}") from None
+    for key in request:
+        if made_by.get(key) != request[key]:
+            raise UserError(f"{target}: was converted with {key} {made_by.get(key)}, not {request[key]}; {again}")
+    for folder, known in sources.items():
+        now = _fingerprint(folder)
+        if now is not None and now != known:  # recordings that are gone were converted all the same
+            raise UserError(f"{target}: the recordings or labels in {folder} have changed since; {again}")
+    if work.exists():  # killed between the last two steps of _write
+        with WorkFolder(work):
+            shutil.rmtree(work)
+    return result
+
+
+def _result(target: Path, record: Mapping[str, Any], done_before: bool = False) -> ConvertResult:
+    episodes, frames, successes = record["counts"]
+    return ConvertResult(target, episodes, frames, successes, tuple(record["skipped"]), record["failures"], done_before)
+
+
+def _write(
+    config: ConvertConfig, selection: Selection, plan: Plan, target: Path, work_path: Path, record: dict[str, Any]
+) -> ConvertResult:
+    crf = _crf(config)
+    for camera, (height, width) in zip(config.cameras, plan.image_sizes, strict=True):
+        if config.codec == "av1" and (height % 2 or width % 2):
+            raise UserError(f"--codec av1: camera {camera} has {height}x{width} images, an odd side; use h264")
+    skipped = list(plan.skipped)
+    broken: set[RecordingRef] = set()
+
+    def on_bad(job: Job, line: str) -> None:
+        if not config.skip_bad:
+            raise UserError(line)
+        if job.ref not in broken:
+            broken.add(job.ref)
+            skipped.append(line)
+
+    with WorkFolder(work_path) as work:
+        jobs = [
+            Job(e.ref, camera, config.robot, e.num_frames, plan.fps, config.codec, crf)
+            for e in plan.episodes
+            for camera in config.cameras
+        ]
+        segments = encode_all(work, jobs, config.workers, on_bad)
+        episodes = [e for e in plan.episodes if e.ref not in broken]
+        if not episodes:
+            raise UserError(f"no episode left: {skipped[-1]}")
+        folder = work.path / "dataset"
+        shutil.rmtree(folder, ignore_errors=True)
+        writer = LeRobotWriter(
+            folder,
+            fps=plan.fps,
+            robot_type=config.robot,
+            features=_features(selection.robot, config.cameras, plan),
+            codec=config.codec,
+            crf=crf,
+        )
+        (folder / "labels").mkdir()
+        for i, episode in enumerate(tqdm(episodes, desc="write", unit="episode", mininterval=0.5)):
+            with Recording(episode.ref, selection.robot, selection.odom_yaw) as recording:
+                columns = _columns(recording, episode)
+            mine = {f"observation.images.{c}": segments[episode.ref, c] for c in config.cameras}
+            _add(writer, folder, i, episode, columns, mine)
+        writer.close()
+        successes = sum(e.labels.success for e in episodes)
+        counts = [writer.num_episodes, writer.num_frames, successes]
+        record |= {"version": _VERSION, "counts": counts, "skipped": skipped, "failures": plan.failures}
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if target.is_dir() and any(target.iterdir()):  # --overwrite: the old dataset stays whole until now
+            shutil.rmtree(work.path / "replaced", ignore_errors=True)
+            os.replace(target, work.path / "replaced")
+        os.replace(folder, target)
+        shutil.rmtree(work_path)
+    return _result(target, record)
+
+
+def _add(
+    writer: LeRobotWriter,
+    folder: Path,
+    index: int,
+    episode: Episode,
+    columns: dict[str, np.ndarray],
+    segments: dict[str, Segment],
+) -> None:
+    labels = episode.labels
+    writer.add_episode(columns, episode.prompt, segments, {"success": labels.success, "quality": labels.quality})
+    path = episode_path(folder / "labels", index)
+    if episode.sidecar is None:
+        write_labels(path, labels)
+    else:
+        shutil.copyfile(episode.sidecar, path)
+
+
+def _features(robot: Robot, cameras: tuple[str, ...], plan: Plan) -> dict[str, Feature]:
+    names = robot.action_names
+    features = {
+        f"observation.images.{camera}": Feature("video", (*size, 3), ("height", "width", "channels"))
+        for camera, size in zip(cameras, plan.image_sizes, strict=True)
+    }
+    features["observation.state"] = Feature("float32", (len(names),), names)
+    if plan.environment_dim:
+        features["observation.environment_state"] = Feature("float32", (plan.environment_dim,))
+    features["action"] = Feature("float32", (len(names),), names)
+    features["next.reward"] = Feature("float32", (1,))
+    features["terminal"] = Feature("bool", (1,))
+    features["truncated"] = Feature("bool", (1,))
+    return features
+
+
+def _columns(recording: Recording, episode: Episode) -> dict[str, np.ndarray]:
+    """The episode's numeric columns: [T, d], or [T] for reward, terminal and truncated."""
+    last = np.arange(recording.num_frames) == recording.num_frames - 1
+    columns = {"observation.state": recording.state()}
+    environment = recording.environment_state()
+    if environment is not None:
+        columns["observation.environment_state"] = environment
+    columns["action"] = recording.actions()
+    columns["next.reward"] = episode.labels.rewards(recording.num_frames)
+    columns["terminal"] = last & episode.labels.is_terminal
+    columns["truncated"] = last & (not episode.labels.is_terminal)
+    return columns

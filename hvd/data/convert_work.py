@@ -1,0 +1,247 @@
+"""The encoding of a conversion: all cores, resumable.
+
+The work folder `<target>.partial` holds the encoded video of each recording and camera (`segments/`) and a journal with
+one line per finished segment. A segment is named by a hash of what it was made from (recording, its size and time,
+camera, codec), so one that is there can be used by any later run.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av.error
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from hvd.data.lerobot_stats import ImageStats, plain
+from hvd.data.lerobot_writer import Segment
+from hvd.data.recordings import Recording, RecordingRef
+from hvd.data.video import encode_video
+from hvd.errors import Failed, UserError
+from hvd.robots import get_robot
+
+JOURNAL = "journal.jsonl"
+FRAMES_PER_WORKER = 1_000  # a worker process takes about a second to start; fewer frames are not worth one
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One segment to encode: a recording's camera."""
+
+    ref: RecordingRef
+    camera: str
+    robot: str
+    num_frames: int
+    fps: int
+    codec: str
+    crf: int
+
+    def name(self) -> str:
+        """File name, a hash of all that the segment depends on."""
+        stat = self.ref.path.stat()
+        source = (str(self.ref.path.resolve()), self.ref.demo, stat.st_size, stat.st_mtime_ns)
+        text = json.dumps([*source, self.camera, self.num_frames, self.fps, self.codec, self.crf])
+        return hashlib.sha256(text.encode()).hexdigest()[:24] + ".mp4"
+
+
+class WorkFolder:
+    """`<target>.partial`, locked for this process while it is open (a context manager)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.segments = path / "segments"
+        self._journal = path / JOURNAL
+        self._done: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> "WorkFolder":
+        if self.path.exists() and not is_work_folder(self.path):
+            raise UserError(f"{self.path}: exists but is no work folder of hvd convert; move it away")
+        # The journal is made first: without it a folder left by a kill would not be known as ours.
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._file = self._journal.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(f"{self.path}: another hvd convert is writing this dataset; wait for it") from None
+        self.segments.mkdir(exist_ok=True)
+        self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text.rfind(b"\n") + 1  # a line that a kill cut short is written again
+        self._file.truncate(whole)
+        for line in text[:whole].splitlines():
+            entry = json.loads(line)
+            self._done[entry["segment"]] = entry
+
+    def finished(self, name: str) -> Segment | None:
+        """The segment, if it was encoded before and its file is still whole."""
+        entry, path = self._done.get(name), self.segments / name
+        if entry is None or not path.is_file() or path.stat().st_size != entry["size"]:
+            return None
+        stats = {key: np.asarray(value, np.float64) for key, value in entry["stats"].items()}
+        return Segment(path, entry["frames"], entry["size"], stats)
+
+    def note(self, entry: dict[str, Any]) -> None:
+        """Add a finished segment to the journal."""
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+        self._done[entry["segment"]] = entry
+
+
+def is_work_folder(path: Path) -> bool:
+    """Whether `path` was made by hvd convert (or is empty: killed before the journal was there)."""
+    return path.is_dir() and ((path / JOURNAL).is_file() or not any(path.iterdir()))
+
+
+def encode_all(
+    work: WorkFolder, jobs: Sequence[Job], workers: int, on_bad: Callable[[Job, str], None]
+) -> dict[tuple[RecordingRef, str], Segment]:
+    """Encode what is not there yet; returns the segments by (recording, camera).
+
+    Args:
+        workers: processes; 0 = one per core, or fewer for little work.
+        on_bad: called for a recording that cannot be read; raises, or notes that it is skipped.
+    """
+    names = {job: job.name() for job in jobs}
+    todo = [job for job in jobs if work.finished(names[job]) is None]
+    frames = sum(job.num_frames for job in todo)
+    workers = min(workers or min(num_cores(), frames // FRAMES_PER_WORKER + 1), max(1, len(todo)))
+    done = sum(job.num_frames for job in jobs) - frames
+    with tqdm(total=done + frames, initial=done, desc=f"encode x{workers}", unit="frame", mininterval=0.5) as bar:
+        run = _run_here if workers == 1 else _run_in_pool
+        with contextlib.closing(run(todo, work.segments, names, workers, bar)) as outcomes:
+            for job, result in outcomes:
+                if isinstance(result, str):
+                    on_bad(job, result)
+                else:
+                    work.note(result)
+    found = {(job.ref, job.camera): work.finished(names[job]) for job in jobs}
+    return {key: segment for key, segment in found.items() if segment is not None}
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+Outcome = tuple[Job, dict[str, Any] | str]  # a journal entry, or what is wrong with the recording
+
+
+def _run_here(jobs: Sequence[Job], folder: Path, names: dict[Job, str], workers: int, bar: tqdm) -> Generator[Outcome]:
+    for job in jobs:
+        yield job, encode_segment(job, folder / names[job], bar.update)
+
+
+def _run_in_pool(
+    jobs: Sequence[Job], folder: Path, names: dict[Job, str], workers: int, bar: tqdm
+) -> Generator[Outcome]:
+    """Processes, not threads: HDF5 decompresses under one lock. Spawned: a fork of a process with threads may hang."""
+    context = multiprocessing.get_context("spawn")
+    frames, stop = context.Value("q", 0), context.Event()
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (frames, stop, os.getpid()))
+    start = bar.n
+    try:
+        running = {pool.submit(_encode_in_worker, job, folder / names[job]): job for job in jobs}
+        while running:
+            finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            bar.update(start + frames.value - bar.n)
+            for future in finished:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool:
+        raise Failed(
+            "an encoding process died (out of memory?); the same command goes on where it was, --workers N uses fewer"
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Stop(Exception):
+    """The parent wants no more."""
+
+
+_frames: Any = None
+_stop: Any = None
+
+
+def _begin_worker(frames: Any, stop: Any, parent: int) -> None:
+    """Count frames in shared memory; leave the signals to the parent, and die with it (SIGKILL reaches only one)."""
+    global _frames, _stop
+    _frames, _stop = frames, stop
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _encode_in_worker(job: Job, path: Path) -> dict[str, Any] | str:
+    def count(n: int) -> None:
+        with _frames.get_lock():
+            _frames.value += n
+        if _stop.is_set():
+            raise _Stop
+
+    return encode_segment(job, path, count)
+
+
+def encode_segment(job: Job, path: Path, on_frames: Callable[[int], Any]) -> dict[str, Any] | str:
+    """Encode a recording's camera into `path`, atomically; returns the journal entry, or a line about a bad recording.
+
+    Raises builtin OSErrors for what is wrong with the disk (PyAV's own do not travel between processes).
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    stats = ImageStats(job.num_frames)
+    try:
+        with Recording(job.ref, get_robot(job.robot)) as recording:
+            blocks = _watched(recording.frames(job.camera), stats)
+            count = encode_video(temporary, blocks, job.fps, job.codec, job.crf, on_frames)
+        size = temporary.stat().st_size
+        os.replace(temporary, path)
+    except UserError as error:
+        return str(error)
+    except av.error.FFmpegError as error:
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise RuntimeError(f"{job.ref}: encoding {job.camera} failed: {error}") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+    result = {key: plain(key, value) for key, value in stats.result().items()}
+    return {"segment": path.name, "frames": count, "size": size, "stats": result}
+
+
+def _watched(
+    blocks: Iterator[UInt8[np.ndarray, "n h w 3"]], stats: ImageStats
+) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+    first = 0
+    for block in blocks:
+        stats.add(first, block)
+        first += len(block)
+        yield block
