@@ -1,7 +1,8 @@
 """hvd <step> --config NAME [--dotted.field value]...
 
 Each step is the `main` of one module, imported only when it runs. Exit codes: 0 complete; 2 the user's mistake (one
-line); 143 stopped by a signal after saving, run me again; 130 interrupted; 1 anything else, with a traceback.
+line); 143 stopped by a signal after saving, run me again; 130 interrupted; 1 anything else: a run that cannot go on
+says why in a line, a bug gives a traceback.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import ctypes
 import errno
 import importlib
 import inspect
+import io
 import os
 import re
 import signal
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 from hvd import overrides
 from hvd.checks import check_config
 from hvd.configs import CONFIGS, Experiment
-from hvd.errors import EXIT_COMPLETE, EXIT_STOPPED, EXIT_USER, Stopped, UserError, nearest
+from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, Failed, Stopped, UserError, nearest
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -75,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(argv)
     except UserError as error:
         return _fail(str(error))
+    except Failed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except Stopped as stop:
         print(f"stopped: {stop}; run the same command again to go on", file=sys.stderr)
         return EXIT_STOPPED
@@ -141,8 +146,11 @@ def step_help(name: str, argv: Sequence[str]) -> str:
     config, _ = overrides.take_config(argv, "demo")
     default = overrides.get_config(config)
     build = CONFIGS[config]
-    fields = tyro.extras.get_parser(Experiment, default=default).format_help().split("\n", 1)[1]
-    fields = re.sub(r"\x1b\[[0-9;]*m", "", fields).split("One experiment:", 1)[1].split("\n", 1)[1]
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+        tyro.cli(Experiment, default=default, args=["--help"])
+    # without tyro's own usage line, and without colours: the page may go to a file
+    fields = re.sub(r"\x1b\[[0-9;]*m", "", page.getvalue()).partition("One experiment:")[2].partition("\n")[2]
     doc = inspect.cleandoc(build.__doc__ or "")
     return f"usage: hvd {name} --config NAME [options]\n\n{STEPS[name].help}\n\nconfig {config}: {doc}\n{fields}"
 

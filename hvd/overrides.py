@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import itertools
 import json
 import types
 import typing
@@ -177,6 +178,10 @@ def _resolve(flag: Flag, known: dict[str, Any]) -> tuple[str, "list[str] | _Pars
     container = typing.get_origin(kind) in (tuple, dict)
     if container and len(flag.values) == 1 and flag.values[0].lstrip()[:1] in ("[", "{"):
         return name, _Parsed(_from_json(flag, kind))
+    if typing.get_origin(kind) is dict:
+        if len(flag.values) % 2:
+            raise UserError(_bad_value(flag, kind))
+        return name, _Parsed(dict(itertools.batched(flag.values, 2)))
     if not container:
         one_value(flag, _needs(kind))
     return name, ["--" + name.replace("_", "-"), *flag.values]

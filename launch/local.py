@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, UserError
 from launch.output import Stream, short
@@ -27,8 +27,10 @@ from launch.steps import Group, Task
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STATUS_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0  # for another launch of the same experiment to end
 GRACE_SECONDS = 60.0  # from SIGTERM to SIGKILL for the companions of a process that failed
 AT_A_TIME = 4  # tasks of a group, at most
+COMMAND = (sys.executable, "-m", "hvd.cli")
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Running:
     process: subprocess.Popen
     streams: list[Stream]
     log: TextIO
-    open_pipes: int = 2
+    pipes: list[IO[bytes]]
     ended: float = 0.0  # when it was first seen to have ended
 
 
@@ -49,6 +51,7 @@ class Runner:
 
     log_dir: Path
     nodes: int = 1
+    command: tuple[str, ...] = COMMAND
     _running: list[Running] = field(default_factory=list)
     _signal: int = 0
     _lock: int = -1
@@ -79,7 +82,7 @@ class Runner:
                 if not self._running:
                     break
                 self._pump(selector)
-                for done in self._reap():
+                for done in self._reap(selector):
                     codes.append(self._code(done))
                     if not any(other.task is done.task for other in self._running):
                         free.append(used.pop(done.task.name))
@@ -103,7 +106,7 @@ class Runner:
             env = {**os.environ, **environment(cores_of[index] if len(cores) < _cpu_count() or count > 1 else set())}
             if count > 1:
                 env |= node_environment(coordinator, count, index)
-            argv = [sys.executable, "-m", "hvd.cli", *task.args]
+            argv = [*self.command, *task.args]
             print(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(argv)}", file=log, flush=True)
             with _affinity(cores_of[index]):
                 process = subprocess.Popen(
@@ -121,38 +124,39 @@ class Runner:
                 Stream(screen_out, log, prefix, raw=alone and count == 1 and sys.stdout.isatty()),
                 Stream(sys.stderr, log, prefix, raw=alone and count == 1 and sys.stderr.isatty()),
             ]
-            running = Running(task, process, streams, log)
+            pipes = [pipe for pipe in (process.stdout, process.stderr) if pipe is not None]
+            running = Running(task, process, streams, log, pipes)
             self._running.append(running)
-            for pipe, stream in zip((process.stdout, process.stderr), streams, strict=True):
-                assert pipe is not None
-                os.set_blocking(pipe.fileno(), False)
-                selector.register(pipe, selectors.EVENT_READ, (running, stream))
+            for pipe, stream in zip(pipes, streams, strict=True):
+                selector.register(pipe, selectors.EVENT_READ, (running, pipe, stream))
             if self._signal:  # it came while the process was being started
                 self._send(running, self._signal)
 
     def _pump(self, selector: selectors.BaseSelector) -> None:
         for key, _ in selector.select(timeout=0.2):
-            running, stream = key.data
-            chunk = os.read(key.fd, 1 << 16)
+            running, pipe, stream = key.data
+            chunk = os.read(pipe.fileno(), 1 << 16)
             stream.feed(chunk)
             if not chunk:
-                selector.unregister(key.fileobj)
-                os.close(key.fd)
-                running.open_pipes -= 1
+                selector.unregister(pipe)
+                pipe.close()
+                running.pipes.remove(pipe)
 
-    def _reap(self) -> list[Running]:
-        """Processes that have ended (a pipe may stay open in a grandchild; that does not hold us up)."""
-        done = [running for running in self._running if running.process.poll() is not None and self._drained(running)]
+    def _reap(self, selector: selectors.BaseSelector) -> list[Running]:
+        """Processes that have ended and said their last lines."""
+        done = [running for running in self._running if running.process.poll() is not None and self._silent(running)]
         for running in done:
+            for pipe in running.pipes:  # still open in a grandchild
+                selector.unregister(pipe)
+                pipe.close()
             self._running.remove(running)
             running.log.close()
         return done
 
-    def _drained(self, running: Running) -> bool:
-        if running.open_pipes == 0:
-            return True
+    @staticmethod
+    def _silent(running: Running) -> bool:
         running.ended = running.ended or time.monotonic()
-        return time.monotonic() - running.ended > 1.0  # long enough for the last lines
+        return not running.pipes or time.monotonic() - running.ended > 1.0
 
     def _code(self, done: Running) -> int:
         """The exit code as a shell has it; a death by the signal that we handed on is a stop."""
@@ -298,10 +302,10 @@ def _affinity(cores: set[int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path, patience: float = 60.0) -> Iterator[int]:
+def _only_one(folder: Path) -> Iterator[int]:
     """One launcher an experiment. Steps inherit the lock: a launcher that was killed leaves steps that still save."""
     with open(folder / "lock", "a+") as lock:
-        until = time.monotonic() + patience
+        until = time.monotonic() + PATIENCE_SECONDS
         told = False
         while True:
             try:

@@ -168,7 +168,7 @@ def commands(plan: Sequence[steps.Group], nodes: int) -> list[str]:
             for index in range(count):
                 env = local.node_environment("127.0.0.1:PORT", count, index) if count > 1 else {}
                 words = [f"{name}={value}" for name, value in env.items()]
-                command = [sys.executable, "-m", "hvd.cli", *task.args]
+                command = [*local.COMMAND, *task.args]
                 lines.append(" ".join([*words, shlex.join(command)]) + (" &" if index < count - 1 else ""))
     return lines
 

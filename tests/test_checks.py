@@ -1,0 +1,106 @@
+"""What is said about a config before anything runs."""
+
+import dataclasses
+
+import pytest
+
+from hvd import checks, overrides
+from hvd.configs import CONFIGS, DataConfig, get_config
+from hvd.errors import UserError
+
+
+def parse(text: str, config: str = "demo"):
+    return overrides.experiment(["--config", config, *text.split()])
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_named_configs_are_right(name):
+    cfg = get_config(name).resolved()
+    checks.check_config(cfg)
+    checks.check_devices(cfg, 1)
+
+
+def test_every_number_has_a_rule():
+    names = {name for name, _ in checks._numbers(get_config("demo"))}
+    assert names == set(checks.RULES)
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("--value.batch_size 0", "value.batch_size 0 must be at least 1"),
+        ("--value.gamma 1.5", "value.gamma 1.5 must be more than 0 and at most 1"),
+        ("--value.gamma nan", "value.gamma nan is not a finite number"),
+        ("--policy.lr_schedule.peak_lr -1", "policy.lr_schedule.peak_lr -1.0 must be positive"),
+        ("--model.tau 1", "model.tau 1.0 must be between 0 and 1"),
+        ("--policy.suboptimal_share 2", "policy.suboptimal_share 2.0 must be from 0 to 1"),
+        ("--evaluate.val_fraction 1", "evaluate.val_fraction 1.0 must be from 0 to less than 1"),
+        ("--model.action_patch 3", "model.action_patch 3 does not divide model.action_horizon 20"),
+        ("--model.action_dim 7", "model.action_dim 7 is smaller than robot r1's 21"),
+        ("--evaluate.execute_steps 21", "evaluate.execute_steps 21 is more than the 20 actions"),
+        ("--robot r2", "unknown robot 'r2'; nearest: r1"),
+        ("--model.hierarchical_actions [[0,1,99]]", "model.hierarchical_actions: robot r1 has no action 99"),
+        ("--model.hierarchical_actions [[0,1],[1]]", "model.hierarchical_actions: action 1 stands in it twice"),
+        ("--model.hierarchical_actions [[0,1],[2]]", "model.hierarchical_actions: robot r1's action(s) [3, 4, 5"),
+        ("--model.cameras base_0_rbg", "model.cameras: 'base_0_rbg' is in no dataset's keys.images; nearest: base_0"),
+        ("--fsdp_devices 3", "value.batch_size 64 is not divisible by fsdp_devices 3"),
+        ("--policy.run_name value", "policy.run_name 'value' is taken by another part"),
+        ("--policy.run_name a/b", "policy.run_name 'a/b' is no name of a folder"),
+        ("--exp_name ../up", "exp_name '../up' is no name of a folder"),
+        ("--exp_name /up", "exp_name '/up' is no name of a folder"),
+    ],
+)
+def test_a_contradiction_is_one_line(text, line):
+    with pytest.raises(UserError) as error:
+        checks.check_config(parse(text))
+    assert str(error.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    "text, devices, processes, line",
+    [
+        ("", 3, 1, "value.batch_size 64 is not divisible by the 3 devices"),
+        ("--value.batch_size 60", 8, 1, "value.batch_size 60 is not divisible by the 8 devices"),
+        ("--policy.batch_size 66", 4, 2, "policy.batch_size 66 is not divisible by the 4 devices"),
+        ("--fsdp_devices 4", 2, 1, "fsdp_devices 4 does not divide the 2 device(s)"),
+        ("", 3, 2, "3 devices cannot be divided over 2 processes"),
+    ],
+)
+def test_batches_are_divided_over_devices(text, devices, processes, line):
+    with pytest.raises(UserError) as error:
+        checks.check_devices(parse(text), devices, processes)
+    assert str(error.value).startswith(line)
+
+
+def test_the_sets_that_are_asked_for_must_be_named():
+    cfg = get_config("demo")
+    with pytest.raises(UserError, match="has no optimal set"):
+        checks.check_config(dataclasses.replace(cfg, optimal_data=DataConfig()))
+    with pytest.raises(UserError, match=r"policy.suboptimal_share 0.5 needs a suboptimal set"):
+        checks.check_config(dataclasses.replace(cfg, suboptimal_data=DataConfig()))
+    alone = dataclasses.replace(cfg, suboptimal_data=DataConfig())
+    alone = dataclasses.replace(alone, policy=dataclasses.replace(cfg.policy, suboptimal_share=0.0))
+    with pytest.raises(UserError, match=r"value.data 'both' needs a suboptimal set"):
+        checks.check_config(alone)
+    checks.check_config(dataclasses.replace(alone, value=dataclasses.replace(cfg.value, data="optimal")))
+
+
+def test_a_dataset_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"optimal_data: no LeRobot dataset at {tmp_path / 'g1_bottle'}"):
+        checks.check_datasets(get_config("g1"))
+    checks.check_datasets(get_config("demo"))  # makes its own
+
+
+def test_a_tokenizer_file_that_is_not_there_is_named():
+    with pytest.raises(UserError, match=r"model.tokenizer_path 'nowhere' is no file"):
+        checks.check_datasets(parse("--model.tokenizer paligemma --model.tokenizer_path nowhere"))
+
+
+def test_a_runs_dir_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match="is no folder; set --runs_dir"):
+        checks.check_writable(str(tmp_path / "runs" / "demo"))
+    checks.check_writable(str(tmp_path / "new" / "demo"))
+    assert not (tmp_path / "new").exists(), "asking changes nothing"
+    checks.check_writable("gs://bucket/demo")

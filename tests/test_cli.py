@@ -1,0 +1,157 @@
+"""hvd STEP: which module runs, exit codes, help."""
+
+import errno
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+
+from hvd import cli
+from hvd.configs import CONFIGS, Experiment
+from hvd.errors import Failed, Stopped, UserError
+
+
+@pytest.fixture
+def step(monkeypatch):
+    """Register a function as the step `fake`; returns how to do it."""
+
+    def register(main, **options):
+        module = types.ModuleType("hvd_fake_step")
+        module.__dict__["main"] = main
+        monkeypatch.setitem(sys.modules, "hvd_fake_step", module)
+        monkeypatch.setattr(cli, "STEPS", {**cli.STEPS, "fake": cli.Step("hvd_fake_step", "a fake", **options)})
+
+    return register
+
+
+def raiser(error: BaseException):
+    def main(cfg):
+        raise error
+
+    return main
+
+
+def test_the_step_gets_the_config_with_its_overrides(step):
+    seen = []
+    step(lambda cfg: seen.append(cfg))
+    assert cli.main(["fake", "--config", "demo", "--exp-name", "mine"]) == 0
+    assert isinstance(seen[0], Experiment)
+    assert seen[0].exp_name == "mine"
+    assert seen[0].optimal_data.root == os.path.join("runs", "mine", "datasets", "optimal")
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [([], False), (["--resume"], False), (["--overwrite"], True), (["--overwrite", "--seed", "1"], True)],
+)
+def test_overwrite_reaches_a_step_that_knows_it(step, flags, expected):
+    seen = []
+
+    def main(cfg, *, overwrite=False):
+        seen.append(overwrite)
+
+    step(main)
+    assert cli.main(["fake", "--config", "demo", *flags]) == 0
+    assert seen == [expected]
+
+
+def test_overwrite_is_refused_by_a_step_without_a_run_directory(step, capsys):
+    step(lambda cfg: None)
+    assert cli.main(["fake", "--config", "demo", "--overwrite"]) == 2
+    assert "keeps no run directory" in capsys.readouterr().err
+
+
+def test_a_step_with_its_own_flags_gets_them_as_they_are(step):
+    seen = []
+    step(seen.append, own_flags=True)
+    assert cli.main(["fake", "--raw-dirs", "a", "b"]) == 0
+    assert seen == [["--raw-dirs", "a", "b"]]
+
+
+def caused(outer: Exception, inner: Exception) -> Exception:
+    outer.__cause__ = inner
+    return outer
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (UserError("file x: mend it"), 2, "error: file x: mend it"),
+        (Stopped("at step 3"), 143, "stopped: at step 3; run the same command again to go on"),
+        (Failed("loss is nan"), 1, "failed: loss is nan"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on"),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 2, "error: no space left on the disk of /data/x"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/home/x"), 2, "error: no space left on the disk of /home/x"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: no space left on the disk of one of "),
+        (
+            caused(RuntimeError("save failed"), ValueError("Error writing '/runs/a/b': No space left on device")),
+            2,
+            "error: no space left on the disk of /runs/a/b",
+        ),
+    ],
+)
+def test_exit_codes(step, capsys, error, code, line):
+    step(raiser(error))
+    assert cli.main(["fake", "--config", "demo"]) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(line)
+    assert printed.count("\n") == 1
+
+
+def test_a_bug_is_a_traceback(step):
+    step(raiser(OSError(errno.EACCES, "Permission denied", "/x")))
+    with pytest.raises(PermissionError):
+        cli.main(["fake", "--config", "demo"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_stops_a_step_that_has_no_handler(step, capsys, number):
+    before = signal.getsignal(number)
+    step(lambda cfg: os.kill(os.getpid(), number))
+    assert cli.main(["fake", "--config", "demo"]) == 143
+    assert signal.Signals(number).name in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+
+
+def test_help_names_every_step(capsys):
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in cli.STEPS)
+    assert cli.main([]) == 2
+
+
+def test_configs_are_listed_with_their_first_line(capsys):
+    assert cli.main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(CONFIGS)
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_help_of_a_step_shows_the_config_s_own_values(capsys, name):
+    assert cli.main(["train-value", "--help", "--config", name]) == 0
+    printed = capsys.readouterr().out
+    assert "--value.num-train-steps" in printed
+    assert f"(default: {CONFIGS[name]().value.num_train_steps})" in printed
+    assert "Command:" in printed
+
+
+def test_every_step_has_a_module_with_a_main():
+    for step in cli.STEPS.values():
+        assert callable(importlib.import_module(step.module).main)
+
+
+def test_it_runs_as_a_module_and_imports_no_jax_for_a_mistake():
+    code = (
+        "import sys; from hvd import cli; code = cli.main(['train-value', '--config', 'nope']); "
+        "assert 'jax' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    done = subprocess.run([sys.executable, "-m", "hvd.cli", "configs"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "demo" in done.stdout

@@ -1,0 +1,140 @@
+"""Command line -> config: every spelling that is promised, and one line for every mistake."""
+
+import dataclasses
+
+import pytest
+
+from hvd import overrides
+from hvd.configs import CONFIGS, Experiment, get_config
+from hvd.errors import UserError
+
+
+def parse(text: str, config: str = "demo") -> Experiment:
+    return overrides.experiment(["--config", config, *text.split()])
+
+
+@pytest.mark.parametrize(
+    "text, field, value",
+    [
+        ("--model.network_type q", "model.network_type", "q"),
+        ("--model.network-type q", "model.network_type", "q"),
+        ("--model.network-type=q", "model.network_type", "q"),
+        ("--model.method expectile --model.method quantile", "model.method", "quantile"),
+        ("--exp-name mine", "exp_name", "mine"),
+        ("--value.batch_size 128", "value.batch_size", 128),
+        ("--value.lr_schedule.peak_lr 1e-3", "value.lr_schedule.peak_lr", 1e-3),
+        ("--evaluate.seed -1", "evaluate.seed", -1),
+        ("--wandb", "wandb", True),
+        ("--wandb true", "wandb", True),
+        ("--wandb False", "wandb", False),
+        ("--policy.no-augment-images", "policy.augment_images", False),
+        ("--policy.no_augment_images", "policy.augment_images", False),
+        ("--suboptimal_data.success_only true", "suboptimal_data.success_only", True),
+        ("--model.cameras a b", "model.cameras", ("a", "b")),
+        ("--model.cameras", "model.cameras", ()),
+        ("--model.cameras []", "model.cameras", ()),
+        ("--model.hierarchical_actions [[7,8,9],[0]]", "model.hierarchical_actions", ((7, 8, 9), (0,))),
+        ("--optimal_data.keys.images a b c d", "optimal_data.keys.images", {"a": "b", "c": "d"}),
+        ('--optimal_data.keys.images {"a":"b"}', "optimal_data.keys.images", {"a": "b"}),
+        ("--optimal_data.keys.state observation.state", "optimal_data.keys.state", ("observation.state",)),
+    ],
+)
+def test_a_field_takes_the_value(text, field, value):
+    found = parse(text)
+    for name in field.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_nothing_else_changes():
+    changed = parse("--value.batch_size 128 --model.cameras []")
+    before = get_config("demo")
+    value = dataclasses.replace(before.value, batch_size=128)
+    assert changed == dataclasses.replace(before, value=value).resolved()
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("--value.batchsize 3", "unknown field --value.batchsize; nearest: --value.batch_size"),
+        ("--batch_size 3", "unknown field --batch_size; nearest: --value.batch_size, --policy.batch_size"),
+        ("--method q", "unknown field --method; nearest: --model.method"),
+        ("--qqqq 3", "unknown field --qqqq; `hvd train-policy --help` lists all fields"),
+        ("--value.batch_size abc", "--value.batch_size: 'abc' is not a whole number"),
+        ("--seed 1.5", "--seed: '1.5' is not a whole number"),
+        ("--value.gamma high --seed 3", "--value.gamma: 'high' is not a number"),
+        ("--value.batch_size", "--value.batch_size: the value is missing; needs a whole number"),
+        ("--value.batch_size 1 2", "--value.batch_size: '1 2' are 2 values; needs a whole number"),
+        ("--model.method expo", "--model.method: 'expo' is not one of exponential, expectile, quantile; nearest: expo"),
+        ("--wandb maybe", "--wandb: 'maybe' is not true or false"),
+        ("--no-wandb true", "--no-wandb takes no value, got 'true'"),
+        ("--value 3", "--value is a group of fields, for example --value.num_train_steps"),
+        ("--name other", "--name: the config's name is fixed; --exp_name names a run of it"),
+        ("--model.hierarchical_actions [1]", "--model.hierarchical_actions: '[1]' is not a JSON list of lists"),
+        ("--model.hierarchical_actions [[1]", "--model.hierarchical_actions: '[[1]' is not JSON"),
+        ("--optimal_data.keys.images a", "--optimal_data.keys.images: 'a' is not pairs"),
+        ("--data somewhere", "--data: config demo simulates its own data"),
+        ("--config", "--config: the value is missing"),
+        ("--config nonesuch", "unknown config 'nonesuch'; known: demo, g1"),
+        ("--config dem", "unknown config 'dem'; nearest: demo"),
+    ],
+)
+def test_a_mistake_is_one_line(text, line):
+    with pytest.raises(UserError) as error:
+        parse(text)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_a_value_without_an_option_is_named():
+    with pytest.raises(UserError, match="'demo' stands alone"):
+        overrides.experiment(["demo"])
+
+
+def test_config_is_required_without_a_default():
+    with pytest.raises(UserError, match="--config NAME is missing"):
+        overrides.experiment([])
+    assert overrides.experiment([], "demo").name == "demo"
+
+
+def dataset(folder):
+    (folder / "meta").mkdir(parents=True)
+    (folder / "meta" / "info.json").write_text("{}")
+    return folder
+
+
+def test_data_is_a_dataset_or_the_folder_above(tmp_path):
+    here = dataset(tmp_path / "g1_bottle")
+    for given in (here, tmp_path):
+        cfg = parse(f"--data {given}", "g1")
+        assert (cfg.optimal_data.root, cfg.suboptimal_data.root) == (str(here), str(here))
+    cfg = parse(f"--data {here} --suboptimal_data.root elsewhere", "g1")
+    assert (cfg.optimal_data.root, cfg.suboptimal_data.root) == (str(here), "elsewhere")
+
+
+def test_data_without_a_dataset_names_the_folder(tmp_path):
+    with pytest.raises(UserError, match="no LeRobot dataset there"):
+        parse(f"--data {tmp_path}", "g1")
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_field_of_every_config_can_be_set_to_what_it_is(name):
+    """Round trip through the command line: no field has a type that the command line cannot take."""
+    cfg = get_config(name)
+    args = []
+    for field, kind in overrides.leaves(Experiment).items():
+        value = cfg
+        for part in field.split("."):
+            value = getattr(value, part)
+        if field == "name" or (not value and kind is not bool and not isinstance(value, int | float)):
+            continue
+        flag = "--" + field
+        match value:
+            case dict():
+                args += [flag, *(word for pair in value.items() for word in pair)]
+            case tuple():
+                args += [flag, str([list(v) if isinstance(v, tuple) else v for v in value]).replace("'", '"')]
+            case _:
+                args += [flag, str(value)]
+    assert overrides.experiment(["--config", name, *args]) == cfg.resolved()
