@@ -22,8 +22,9 @@ def augment_images(
 ) -> dict[str, Float[Array, "b h w 3"]]:
     """Augmented float32 images in [-1, 1].
 
-    Cameras whose name holds "wrist" keep their geometry: their view is fixed to the hand. The others get a random crop of 95%
-    of each side, scaled back, and a rotation within 5 degrees (outside is black). All get colour jitter, half of the time.
+    Cameras whose name holds "wrist" keep their geometry: their view is fixed to the hand. The others get a random crop
+    of 95% of each side, scaled back, and a rotation within 5 degrees (outside is black). All get colour jitter, half of
+    the time.
     """
     out = {}
     for number, camera in enumerate(sorted(images)):
@@ -48,7 +49,8 @@ def _crop_and_rotate(key: Key[Array, ""], image: Float[Array, "h w 3"]) -> Float
     where, turn = jax.random.split(key)
     corner = jax.random.uniform(where, (2,)) * (1.0 - CROP) * jnp.asarray([h, w], jnp.float32)
     angle = jnp.deg2rad(jax.random.uniform(turn, (), minval=-ROTATION, maxval=ROTATION))
-    y, x = jnp.meshgrid(jnp.arange(h) - (h - 1) / 2, jnp.arange(w) - (w - 1) / 2, indexing="ij")
+    rows, columns = jnp.arange(h, dtype=jnp.float32), jnp.arange(w, dtype=jnp.float32)
+    y, x = jnp.meshgrid(rows - (h - 1) / 2, columns - (w - 1) / 2, indexing="ij")
     turned_y = jnp.cos(angle) * y - jnp.sin(angle) * x
     turned_x = jnp.sin(angle) * y + jnp.cos(angle) * x
     inside = (jnp.abs(turned_y) <= (h - 1) / 2 + 0.5) & (jnp.abs(turned_x) <= (w - 1) / 2 + 0.5)
@@ -60,9 +62,9 @@ def _crop_and_rotate(key: Key[Array, ""], image: Float[Array, "h w 3"]) -> Float
 def _bilinear(image: Float[Array, "h w 3"], y: Float[Array, "h w"], x: Float[Array, "h w"]) -> Float[Array, "h w 3"]:
     h, w, _ = image.shape
     y, x = jnp.clip(y, 0.0, h - 1.0), jnp.clip(x, 0.0, w - 1.0)
+    dy, dx = (y - jnp.floor(y))[..., None], (x - jnp.floor(x))[..., None]
     top, left = jnp.floor(y).astype(jnp.int32), jnp.floor(x).astype(jnp.int32)
     bottom, right = jnp.minimum(top + 1, h - 1), jnp.minimum(left + 1, w - 1)
-    dy, dx = (y - top)[..., None], (x - left)[..., None]
     upper = image[top, left] * (1 - dx) + image[top, right] * dx
     lower = image[bottom, left] * (1 - dx) + image[bottom, right] * dx
     return upper * (1 - dy) + lower * dy

@@ -1,14 +1,9 @@
-"""Numeric columns of a LeRobot dataset as memory-mapped arrays, one row per frame, in a cache keyed by the data's digest."""
+"""Numeric columns of a LeRobot dataset as memory-mapped arrays, one row per frame, cached by the data's digest."""
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from hvd.configs import DataConfig
+from hvd.data.cache import cache_folder, cached, replacing
 from hvd.data.labels import episode_path, load_labels
 from hvd.data.layout import Layout, read_parquet, read_schema
 from hvd.errors import UserError, nearest
@@ -39,7 +35,10 @@ def digest(layout: Layout) -> str:
         except OSError:
             raise UserError(f"{path}: file of the dataset is missing or unreadable") from None
         seen.update(f"{path.relative_to(layout.root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    note = cache_folder(layout.root) / f"digest-{hashlib.sha256(str(layout.root.resolve()).encode()).hexdigest()[:12]}.json"
+    note = (
+        cache_folder(layout.root)
+        / f"digest-{hashlib.sha256(str(layout.root.resolve()).encode()).hexdigest()[:12]}.json"
+    )
     if note.is_file():
         with contextlib.suppress(ValueError, KeyError, OSError):  # a damaged note is only computed again
             known = json.loads(note.read_bytes())
@@ -62,46 +61,10 @@ def digest(layout: Layout) -> str:
     return total.hexdigest()
 
 
-def cache_folder(root: Path) -> Path:
-    """<dataset>/.hvd_cache, or a folder of the user's cache when the dataset is read-only."""
-    beside = root / ".hvd_cache"
-    if os.access(beside if beside.exists() else root, os.W_OK):
-        return beside
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(home) / "hvd" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` to write a file or fill a folder at; it becomes `target` when the block succeeds.
-
-    When another process was faster with a folder, its result is kept. A full disk is a UserError; nothing partial stays.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"{target.parent}: cannot write the dataset's cache here ({error.strerror})") from error
-    try:
-        temporary = work / target.name
-        yield temporary
-        try:
-            os.replace(temporary, target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{target.parent}: the disk is full; the dataset's cache needs room here") from error
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def load_columns(layout: Layout, data_digest: str, cfg: DataConfig) -> dict[str, np.ndarray]:
-    """The dataset's arrays, memory-mapped: state [n,S] and actions [n,A] float32, rewards [n] float32, terminal [n] bool,
-    time [n] float64 (seconds into the episode), task_index and episode_of [n] int32 (position among the episodes),
-    success [episodes] bool. Built on first use; UserErrors name the missing key, the episode and the frame.
+    """The dataset's arrays, memory-mapped: state [n,S] and actions [n,A] float32, rewards [n] float32, terminal [n]
+    bool, time [n] float64 (seconds into the episode), task_index and episode_of [n] int32 (position among the
+    episodes), success [episodes] bool. Built on first use; UserErrors name the missing key, the episode and the frame.
     """
     recipe = {
         "version": CACHE_VERSION,
@@ -115,10 +78,7 @@ def load_columns(layout: Layout, data_digest: str, cfg: DataConfig) -> dict[str,
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:24]
     folder = cache_folder(layout.root) / f"columns-{key}"
-    if not folder.is_dir():
-        with replacing(folder) as temporary:
-            temporary.mkdir()
-            _build(layout, cfg, temporary)
+    cached(folder, lambda temporary: _build(layout, cfg, temporary))
     return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
 
 
@@ -136,6 +96,7 @@ def _labels_digest(layout: Layout, cfg: DataConfig) -> str:
 
 def _build(layout: Layout, cfg: DataConfig, folder: Path) -> None:
     """Read every data file once and write the arrays of `load_columns` into `folder`."""
+    folder.mkdir()
     schema = read_schema(layout.data_paths[0])
     keys = cfg.keys
     for column in (*keys.state, *keys.actions):
@@ -146,7 +107,9 @@ def _build(layout: Layout, cfg: DataConfig, folder: Path) -> None:
     if cfg.reward == "column":
         advice = '; or set the data config\'s reward to "success_at_end" or "labels"'
         reward_key = _first(layout, schema, keys.rewards, ("next.reward", "reward"), "reward", advice)
-        terminal_key = _first(layout, schema, keys.terminal, ("terminal", "next.terminal", "next.done"), "terminal", advice)
+        terminal_key = _first(
+            layout, schema, keys.terminal, ("terminal", "next.terminal", "next.done"), "terminal", advice
+        )
     success_key = next((k for k in ("success", "next.success") if k in schema.names), "")
     names = {"timestamp", "frame_index", "task_index", "episode_index", reward_key, terminal_key, success_key}
     names |= {_parse(c)[0] for c in (*keys.state, *keys.actions)}
@@ -161,7 +124,9 @@ def _build(layout: Layout, cfg: DataConfig, folder: Path) -> None:
         if name not in out:
             out[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", value.dtype, (n, *value.shape[1:]))
         if value.shape[1:] != out[name].shape[1:]:
-            raise UserError(f"{layout.root}: {name} has width {value.shape[1:]} in one file and {out[name].shape[1:]} in another")
+            raise UserError(
+                f"{layout.root}: {name} has width {value.shape[1:]} in one file and {out[name].shape[1:]} in another"
+            )
         out[name][row : row + len(value)] = value
 
     row, success = 0, _episode_success(layout)
@@ -230,8 +195,9 @@ def _check_finite(layout: Layout, name: str, array: np.ndarray, starts: np.ndarr
         if not finite.all():
             row = begin + int(np.argmin(finite))
             i = int(np.searchsorted(starts, row, side="right")) - 1
+            episode = layout.episodes[i]
             raise UserError(
-                f"{layout.episodes[i].data_path}: {name} is NaN or infinite in episode {layout.episodes[i].index}, frame {row - starts[i]}; "
+                f"{episode.data_path}: {name} is NaN or infinite in episode {episode.index}, frame {row - starts[i]}; "
                 "remove or repair that episode"
             )
 
@@ -301,4 +267,3 @@ def _first(layout: Layout, schema: pa.Schema, given: str, usual: tuple[str, ...]
             return name
     name = given or usual[0]
     raise UserError(f"{layout.root}: no {what} column {name!r} in the dataset{nearest(name, _numeric(schema))}{advice}")
-

@@ -1,4 +1,4 @@
-"""A LeRobot dataset (v2.1 or v3.0) as arrays: numeric columns memory-mapped, frames decoded only when asked for. No torch."""
+"""A LeRobot dataset (v2.1 or v3.0) as arrays, without torch: numeric columns memory-mapped, frames decoded on call."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +36,8 @@ class Dataset:
     """An open dataset. Row numbers are those of the dataset, whatever the config filters out.
 
     Attributes:
-        episodes: those the config offers (success_only, max_episodes); `all_episodes` are all, episode_of indexes those.
+        episodes: those the config offers (success_only, max_episodes); `all_episodes` are all, and episode_of indexes
+            those.
         state, actions: float32 [N,S] and [N,A], raw units of the robot; actions are absolute.
         rewards, terminal: float32 [N] and bool [N].
         task_ids: int32 [N] into `tasks`, the prompts.
@@ -70,17 +71,18 @@ class Dataset:
             robot: when given, the actions must have this robot's width.
             horizon: when given, at least one episode must be as long.
 
-        Raises UserError (one line) for a missing or damaged file, an unknown version, a missing column or camera, a wrong
-        width, NaN or infinite values, or no episode left after filtering.
+        Raises UserError (one line) for a missing or damaged file, an unknown version, a missing column or camera, a
+        wrong width, NaN or infinite values, or no episode left after filtering.
         """
         layout = read_layout(cfg.path())
         frames_keys = _camera_keys(layout, cfg, cameras)
         data_digest = digest(layout)
         columns = load_columns(layout, data_digest, cfg)
         name = cfg.repo_id or layout.root.name
-        if robot and columns["actions"].shape[1] != get_robot(robot).action_dim:
+        width = columns["actions"].shape[1]
+        if robot and width != get_robot(robot).action_dim:
             raise UserError(
-                f"{name}: actions have {columns['actions'].shape[1]} dims, robot {robot} has {get_robot(robot).action_dim}; "
+                f"{name}: actions have {width} dims, robot {robot} has {get_robot(robot).action_dim}; "
                 "set robot, or the data config's keys.actions"
             )
         tasks, task_ids = _prompts(layout, columns["task_index"])
@@ -118,7 +120,8 @@ class Dataset:
         return len(self.state)
 
     def rows(self, episodes: tuple[Episode, ...] | None = None) -> Int64[np.ndarray, " n"]:
-        """Rows of the given (default: the offered) episodes, in order, without frames after an episode's first terminal one."""
+        """Rows of the given (default: the offered) episodes, in order. Frames after an episode's first terminal one
+        belong to no task any more and are left out."""
         parts = []
         for episode in self.episodes if episodes is None else episodes:
             over = np.flatnonzero(self.terminal[episode.start : episode.stop])
@@ -141,7 +144,9 @@ def check_horizon(name: str, episodes: list[Episode] | tuple[Episode, ...], hori
     """A horizon longer than every episode would train on padding alone."""
     longest = max(e.length for e in episodes)
     if horizon > longest:
-        raise UserError(f"{name}: action_horizon {horizon} is longer than every episode (the longest has {longest} frames)")
+        raise UserError(
+            f"{name}: action_horizon {horizon} is longer than every episode (the longest has {longest} frames)"
+        )
 
 
 def split_episodes(
@@ -172,7 +177,9 @@ def _camera_keys(layout: Layout, cfg: DataConfig, cameras: tuple[str, ...]) -> d
             continue  # the dataset has no such camera: the model gets a masked image
         key = cfg.keys.images[camera]
         if key not in layout.image_keys:
-            raise UserError(f"{layout.root}: camera {key!r} (for {camera}) is not in the dataset{nearest(key, layout.image_keys)}")
+            raise UserError(
+                f"{layout.root}: camera {key!r} (for {camera}) is not in the dataset{nearest(key, layout.image_keys)}"
+            )
         found[camera] = key
     if cameras and not found:
         raise UserError(

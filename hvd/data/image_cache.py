@@ -1,19 +1,16 @@
 """Model-sized frames of a camera, decoded once into a memory-mapped file that all processes of a machine share."""
 
-import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
-from hvd.data.columns import cache_folder, replacing
+from hvd.data.cache import cache_folder, cached
 from hvd.data.dataset import Dataset, Episode
 from hvd.data.frames import Frames
 from hvd.data.transforms import resize_with_pad
@@ -35,28 +32,14 @@ def cached_frames(dataset: Dataset, camera: str, size: int) -> Frames:
     """Frames of `camera` at size x size; made on first use, with all cores and a progress bar."""
     offered = hashlib.sha256(np.asarray([e.index for e in dataset.episodes]).tobytes()).hexdigest()[:8]
     name = f"frames-{camera}-{size}-{dataset.digest[:16]}-{offered}.u8"
-    path = cache_folder(dataset.root) / name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
-            if not path.is_file():
-                _build(dataset, camera, size, path)
+    path = cached(cache_folder(dataset.root) / name, lambda temporary: _build(dataset, camera, size, temporary))
     return CachedFrames(path, dataset.num_frames, size)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    path.unlink(missing_ok=True)
 
 
 def _build(dataset: Dataset, camera: str, size: int, path: Path) -> None:
     total = sum(e.length for e in dataset.episodes)
-    with replacing(path) as temporary, tqdm(total=total, unit="frame", desc=f"{dataset.name}: {camera} {size}x{size}") as bar:
-        frames = np.memmap(temporary, np.uint8, "w+", shape=(dataset.num_frames, size, size, 3))  # sparse until written
+    with tqdm(total=total, unit="frame", desc=f"{dataset.name}: {camera} {size}x{size}", delay=1) as bar:
+        frames = np.memmap(path, np.uint8, "w+", shape=(dataset.num_frames, size, size, 3))  # sparse until written
         lock = threading.Lock()
 
         def decode(episode: Episode) -> None:

@@ -1,4 +1,4 @@
-"""Where things lie in a LeRobot dataset folder, for versions v2.1 and v3.0, read from its meta folder without lerobot or torch.
+"""Where things lie in a LeRobot dataset folder, versions v2.1 and v3.0, read from its meta folder without lerobot.
 
 v2.1: meta/{info.json,episodes.jsonl,tasks.jsonl}, one parquet file and one mp4 per camera and episode.
 v3.0: meta/{info.json,tasks.parquet,episodes/*/*.parquet}, files that hold many episodes; meta/episodes says which.
@@ -28,7 +28,7 @@ class VideoSpan:
 
 @dataclass(frozen=True)
 class EpisodeMeta:
-    """One episode as the meta folder has it. `extra` holds columns that are not LeRobot's own (success, quality, ...)."""
+    """One episode as the meta folder has it. `extra` holds fields that are not LeRobot's own (success, quality)."""
 
     index: int
     length: int
@@ -66,14 +66,17 @@ def read_layout(root: Path) -> Layout:
     """Read the meta folder of the dataset at `root`. Raises UserError naming the file that is missing or wrong."""
     info_path = root / "meta" / "info.json"
     if not info_path.is_file():
-        raise UserError(f"{info_path}: not found; is {root} the folder of a LeRobot dataset (data.root, or HF_LEROBOT_HOME)?")
+        raise UserError(
+            f"{info_path}: not found; is {root} the folder of a LeRobot dataset (data.root, or HF_LEROBOT_HOME)?"
+        )
     info = _json(info_path.read_bytes(), info_path)
     if not isinstance(info, dict):
         raise UserError(f"{info_path}: expected a JSON object")
     version = info.get("codebase_version")
     if version not in VERSIONS:
         raise UserError(
-            f"{info_path}: dataset version {version!r} is unknown; hvd reads {' and '.join(VERSIONS)}, convert the dataset with lerobot"
+            f"{info_path}: dataset version {version!r} is unknown; hvd reads {' and '.join(VERSIONS)}, "
+            "convert the dataset with lerobot"
         )
     for field in ("fps", "features", "data_path"):
         if field not in info:
@@ -81,7 +84,9 @@ def read_layout(root: Path) -> Layout:
     try:
         tasks, episodes = (_read_v21 if version == "v2.1" else _read_v30)(root, info)
     except KeyError as error:
-        raise UserError(f"{root / 'meta'}: field {error} is missing from the episodes' or tasks' description") from error
+        raise UserError(
+            f"{root / 'meta'}: field {error} is missing from the episodes' or tasks' description"
+        ) from error
     if not episodes:
         raise UserError(f"{root}: the dataset has no episode")
     return Layout(root, version, float(info["fps"]), info["features"], tuple(episodes), tasks)
@@ -121,10 +126,14 @@ def _read_v30(root: Path, info: Mapping[str, Any]) -> tuple[dict[int, str], list
             chunk, file = row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"]
             path = root / info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
             videos[key] = VideoSpan(path, float(row[f"videos/{key}/from_timestamp"]))
-        data_path = root / info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+        data_path = root / info["data_path"].format(
+            chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
+        )
         extra = {k: v for k, v in row.items() if "/" not in k and k not in _V30_COLUMNS}
         episodes.append(
-            EpisodeMeta(int(row["episode_index"]), int(row["length"]), tuple(row["tasks"] or ()), data_path, videos, extra)
+            EpisodeMeta(
+                int(row["episode_index"]), int(row["length"]), tuple(row["tasks"] or ()), data_path, videos, extra
+            )
         )
     return tasks, episodes
 

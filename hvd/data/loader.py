@@ -1,5 +1,5 @@
-"""Batches for the trainer: rows chosen by `Order`, numbers gathered without a loop over samples, frames decoded by threads (PyAV
-and PIL release the interpreter lock), placed on the devices ahead of the step that needs them.
+"""Batches for the trainer: rows chosen by `Order`, numbers gathered without a loop over samples, frames decoded by
+threads (FFmpeg releases the interpreter lock), all placed on the devices ahead of the step that needs them.
 """
 
 import queue
@@ -15,21 +15,23 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from hvd.data.dataset import Dataset, check_horizon
+from hvd.data.frames import Frames
 from hvd.data.image_cache import cached_frames
 from hvd.data.order import Order
 from hvd.data.transforms import InputTransform, resize_with_pad
 from hvd.data.transitions import Transitions
 from hvd.errors import UserError
 
+_JOB = 4  # frames of a decoding job
 Batch = dict[str, Any]
-"""Numpy arrays with B rows: observation (hvd.data.transforms.Observation), actions [B,K,action_dim], action_mask [B,K], source,
-index [B], weights [B,levels]; in the value stage also reward, discount [B] and next_observation."""
+"""Numpy arrays with B rows: observation (hvd.data.transforms.Observation), actions [B,K,action_dim], action_mask [B,K],
+source, index [B], weights [B,levels]; in the value stage also reward, discount [B] and next_observation."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset's part of the batches: `share` of its `rows` per global batch; `weights` [rows of the dataset, levels]
-    are the policy stage's omega, None = ones."""
+    """One dataset's part of the batches: `share` of its `rows` per global batch; `weights` [rows of the dataset,
+    levels] are the policy stage's omega, None = ones."""
 
     dataset: Dataset
     rows: Int[np.ndarray, " n"]
@@ -42,7 +44,8 @@ class SampleSpec:
     """What a sample is.
 
     Attributes:
-        next_images: what the value stage's next observation shows; "none" leaves reward, discount and next observation out.
+        next_images: what the value stage's next observation shows; "none" leaves reward, discount and the next
+            observation out.
         gamma: discount per step.
         image_cache: read frames from a file of resized frames, made on first use.
     """
@@ -63,7 +66,7 @@ class Batcher:
 
     def __init__(self, sources: Sequence[Source], spec: SampleSpec, executor: Executor | None = None):
         self.sources, self.spec, self._executor = tuple(sources), spec, executor
-        self._parallel = getattr(executor, "_max_workers", 1)
+        self._decoded_s, self._lock = 0.0, threading.Lock()
         datasets = {id(s.dataset): s.dataset for s in sources}
         for dataset in datasets.values():
             check_horizon(dataset.name, dataset.episodes, spec.horizon)
@@ -78,6 +81,12 @@ class Batcher:
             for camera in spec.transform.model.cameras
             if camera in d.cameras
         }
+
+    def take_decoded_s(self) -> float:
+        """Seconds that decoding took, summed over threads, since the last call."""
+        with self._lock:
+            seconds, self._decoded_s = self._decoded_s, 0.0
+        return seconds
 
     def batch(self, source: Int[np.ndarray, " b"], rows: Int[np.ndarray, " b"]) -> Batch:
         """The batch of these samples."""
@@ -103,7 +112,10 @@ class Batcher:
             images, masks = batch[name]["images"], batch[name]["image_masks"] = {}, {}
             for camera in transform.model.cameras:
                 if name == "next_observation" and spec.next_images == "current":
-                    images[camera], masks[camera] = batch["observation"]["images"][camera], batch["observation"]["image_masks"][camera]
+                    images[camera], masks[camera] = (
+                        batch["observation"]["images"][camera],
+                        batch["observation"]["image_masks"][camera],
+                    )
                 else:
                     size = transform.model.image_size
                     images[camera], masks[camera] = np.zeros((b, size, size, 3), np.uint8), np.zeros(b, bool)
@@ -123,7 +135,9 @@ class Batcher:
         tasks = dataset.task_ids[rows]
         prompt = {"tokenized_prompt": tokens[tasks], "tokenized_prompt_mask": token_mask[tasks]}
         chunk, state = transitions.chunk(rows), dataset.state[rows]
-        weights = np.ones((len(rows), self.spec.num_levels), np.float32) if source.weights is None else source.weights[rows]
+        weights = (
+            np.ones((len(rows), self.spec.num_levels), np.float32) if source.weights is None else source.weights[rows]
+        )
         batch: Batch = {
             "observation": {"state": transform.state(state), **prompt},
             "actions": transform.actions_in(chunk.actions, state),
@@ -140,7 +154,7 @@ class Batcher:
     def _start_images(
         self, source: np.ndarray, rows: np.ndarray, camera: str, out: np.ndarray, mask: np.ndarray
     ) -> list[Future]:
-        """Fill `out` and `mask` where the sample's dataset has the camera; jobs of some samples each, near ones together."""
+        """Fill `out` and `mask` where the sample's dataset has the camera, in jobs of a few neighbouring rows."""
         pending: list[Future] = []
         for i in np.unique(source):
             dataset = self.sources[i].dataset
@@ -151,10 +165,13 @@ class Batcher:
             mask[at] = True
             at = at[np.argsort(rows[at], kind="stable")]
 
-            def fill(part: np.ndarray, frames=frames) -> None:
+            def fill(part: np.ndarray, frames: Frames = frames) -> None:
+                begin = time.perf_counter()
                 out[part] = resize_with_pad(frames(rows[part]), out.shape[1], out.shape[2])
+                with self._lock:
+                    self._decoded_s += time.perf_counter() - begin
 
-            for part in np.array_split(at, min(len(at), max(1, -(-len(at) // 8), self._parallel))):
+            for part in np.array_split(at, -(-len(at) // _JOB)):
                 if self._executor is None:
                     fill(part)
                 else:
@@ -183,8 +200,8 @@ def make_batch(sources: Sequence[Source], spec: SampleSpec, source: np.ndarray, 
 
 @dataclass(frozen=True)
 class LoaderStats:
-    """Since last asked: what the loader could deliver (samples/s of this process, time blocked on a full queue left out), and
-    how long the consumer waited for a batch."""
+    """Since last asked: how many samples/s this process's loader could deliver (from the time its threads worked, not
+    from what was asked of it; 0 when it did nothing), and how long the consumer waited for batches."""
 
     rate: float
     wait_s: float
@@ -194,7 +211,7 @@ class Loader:
     """Iterates (step, placed batch) from `start_step` on, without end.
 
     Args:
-        batch_size: of all processes; the sources' shares must add up to it.
+        batch_size: rows of a global batch, over all processes; the sources' shares add up to it.
         num_workers: decoding threads.
         prefetch: batches placed ahead of the consumer.
         process_index, process_count: this process loads its contiguous slice of each global batch.
@@ -220,8 +237,9 @@ class Loader:
         self.order = Order([np.asarray(s.rows, np.int64) for s in sources], shares, seed)
         self._slice = (process_index, process_count)
         self.order.slice(start_step, *self._slice)
-        self._pool = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="hvd-decode")
-        self._batcher = Batcher(sources, spec, self._pool)
+        self._num_workers = max(1, num_workers)
+        self._pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="hvd-decode")
+        self.batcher = Batcher(sources, spec, self._pool)
         self._place, self._prefetch, self._step = place, max(1, prefetch), start_step
         self._ready: queue.Queue[tuple[int, Any, BaseException | None]] = queue.Queue(self._prefetch)
         self._stop = threading.Event()
@@ -234,26 +252,26 @@ class Loader:
         return self
 
     def __next__(self) -> tuple[int, Any]:
-        if self._stop.is_set():
-            raise StopIteration
         begin = time.perf_counter()
-        step, batch, error = self._ready.get()
-        with self._lock:
-            self._waited += time.perf_counter() - begin
-        if error is not None:
-            self.close()
-            raise error
-        return step, batch
-
-    @property
-    def batcher(self) -> Batcher:
-        return self._batcher
+        while not self._stop.is_set():
+            try:
+                step, batch, error = self._ready.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            with self._lock:
+                self._waited += time.perf_counter() - begin
+            if error is not None:
+                self.close()
+                raise error
+            return step, batch
+        raise StopIteration
 
     def stats(self) -> LoaderStats:
         """Rate and wait since the last call."""
         with self._lock:
-            rate = self._samples / self._busy if self._busy else 0.0
-            result = LoaderStats(rate, self._waited)
+            # gathering and placing happen in one thread beside the decoding ones: the slower part sets the pace
+            worked = max(self._busy, self.batcher.take_decoded_s() / self._num_workers)
+            result = LoaderStats(self._samples / worked if worked else 0.0, self._waited)
             self._samples, self._busy, self._waited = 0, 0.0, 0.0
         return result
 
@@ -279,14 +297,17 @@ class Loader:
                 begin = time.perf_counter()
                 while len(started) < 2:  # the decoding of the next batch begins before this one is done
                     source, rows = self.order.slice(step, *self._slice)
-                    started.append((step, len(rows), self._batcher.start(source, rows)))
+                    started.append((step, len(rows), self.batcher.start(source, rows)))
                     step += 1
+                busy = time.perf_counter() - begin
                 this, count, finish = started.popleft()
-                batch = self._place(finish())
+                batch = finish()
+                begin = time.perf_counter()
+                placed = self._place(batch)
                 with self._lock:
                     self._samples += count
-                    self._busy += time.perf_counter() - begin
-                self._put((this, batch, None))
+                    self._busy += busy + time.perf_counter() - begin
+                self._put((this, placed, None))
         except BaseException as error:  # whatever it is, the consumer must learn of it
             self._put((-1, None, error))
 
@@ -296,4 +317,3 @@ class Loader:
                 return self._ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
-

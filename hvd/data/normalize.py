@@ -5,6 +5,7 @@ Statistics come from the optimal dataset alone and are shared, by content, by al
 {"norm_stats": {"state": {"mean", "std", "q01", "q99"}, "actions": {...}}}, with the robot's dims, not padded.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,6 +26,7 @@ from hvd.robots import Robot, get_robot
 
 EPSILON = 1e-6  # openpi adds it to std and to the quantile range
 BINS = 5000
+STILL = 1e-4  # a standard deviation below this, in the dim's own unit, is said aloud
 _ROWS = 1 << 16  # rows of a chunk of the pass
 
 Mode = Literal["z_score", "quantile"]
@@ -46,10 +48,10 @@ class NormStats:
 
 
 class RunningStats:
-    """Statistics of vectors that come in batches, as openpi computes them: quantiles from a histogram of 5000 bins per dim.
+    """Statistics of vectors that come in batches, as openpi computes them: quantiles from 5000 bins per dim.
 
-    A batch outside the range seen so far widens the bins, and what was counted moves with the lower edge of its old bin,
-    which may lose the lowest bin's counts (openpi's way too). Giving the range beforehand, as `compute` does, avoids that.
+    A batch outside the range seen so far widens the bins, and what was counted moves with the lower edge of its old
+    bin; that may lose the lowest bin's counts (openpi's way too). `compute` gives the range beforehand instead.
     """
 
     def __init__(self, low: Float[np.ndarray, " d"] | None = None, high: Float[np.ndarray, " d"] | None = None):
@@ -148,6 +150,8 @@ def compute(datasets: Sequence[Dataset], norm: NormConfig, robot: Robot, horizon
 
     With delta actions: over the differences to the state at the chunk's start, for all real steps of all chunks.
     """
+    for dataset in datasets:
+        check_delta(norm, robot, dataset.state.shape[1])
     stats: Stats = {}
     for name in ("state", "actions"):
         low, high = None, None
@@ -192,6 +196,16 @@ def absolute(
     return actions + _held(actions, state, mask)
 
 
+def check_delta(norm: NormConfig, robot: Robot, state_dim: int) -> None:
+    """Delta actions need a state whose first dims are the robot's."""
+    needed = max(robot.position_dims) + 1
+    if norm.delta_actions and state_dim < needed:
+        raise UserError(
+            f"norm.delta_actions needs a state that begins with the dims of robot {robot.name} ({needed} of them), "
+            f"but the state has {state_dim}; set keys.state or norm.delta_actions False"
+        )
+
+
 def _held(actions: np.ndarray, state: np.ndarray, mask: np.ndarray) -> np.ndarray:
     held = np.zeros((*actions.shape[:-2], 1, actions.shape[-1]), actions.dtype)
     dims = len(mask)
@@ -206,15 +220,20 @@ def path_for(cfg: Experiment, repo_id: str) -> epath.Path:
 
 def save(path: epath.Path, stats: Mapping[str, NormStats]) -> None:
     """Write a norm_stats.json atomically."""
-    content = {k: {f.name: getattr(s, f.name).tolist() for f in dataclasses.fields(s)} for k, s in stats.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        temporary.write_text(json.dumps({"norm_stats": content}, indent=2) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(_to_json(stats))
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write ({error.strerror})") from error
+
+
+def _to_json(stats: Mapping[str, NormStats]) -> str:
+    content = {k: {f.name: getattr(s, f.name).tolist() for f in dataclasses.fields(s)} for k, s in stats.items()}
+    return json.dumps({"norm_stats": content}, indent=2) + "\n"
 
 
 def load(path: epath.Path) -> Stats:
@@ -268,8 +287,8 @@ def load_shared(cfg: Experiment) -> Stats:
     robot = get_robot(cfg.robot)
     if stats["actions"].dim != robot.action_dim:
         raise UserError(
-            f"{path}: norm stats of another robot ({stats['actions'].dim} action dims, {robot.name} has {robot.action_dim}); "
-            f"run `hvd norm-stats --config {cfg.name}`"
+            f"{path}: norm stats of another robot ({stats['actions'].dim} action dims, {robot.name} has "
+            f"{robot.action_dim}); run `hvd norm-stats --config {cfg.name}`"
         )
     return stats
 
@@ -284,16 +303,30 @@ def main(cfg: Experiment) -> None:
     """`hvd norm-stats`: statistics of the optimal dataset, written for every dataset of the experiment."""
     configs = datasets_of(cfg)
     begin = time.perf_counter()
-    dataset = Dataset.open(configs[0], cameras=(), robot=cfg.robot, horizon=cfg.model.action_horizon)
+    dataset, *others = (
+        Dataset.open(c, cameras=(), robot=cfg.robot, horizon=cfg.model.action_horizon)
+        for c in configs
+        if c is configs[0] or c.path().exists()  # the value stage alone needs no suboptimal set
+    )
+    for other in others:
+        if other.state.shape[1] != dataset.state.shape[1]:
+            raise UserError(
+                f"{other.name}: state has {other.state.shape[1]} dims, that of {dataset.name} has "
+                f"{dataset.state.shape[1]}; datasets of one experiment share their statistics, set keys.state"
+            )
     stats = compute([dataset], cfg.norm, get_robot(cfg.robot), cfg.model.action_horizon)
-    took = time.perf_counter() - begin
-    kind = "delta actions" if cfg.norm.delta_actions else "absolute actions"
-    print(f"{dataset.name}: state {stats['state'].dim}, {kind} {stats['actions'].dim}, {len(dataset.rows())} frames, {took:.2f} s")
-    constant = [i for i, s in enumerate(stats["actions"].std) if s < 1e-4]
-    if constant:
-        print(f"action dims {constant} never move in this data; norm.std_floor keeps them from exploding when they do")
+    kind = "delta" if cfg.norm.delta_actions else "absolute"
+    print(
+        f"{dataset.name}: {len(dataset.rows())} frames, state of {stats['state'].dim} dims, {kind} actions of "
+        f"{stats['actions'].dim}, {time.perf_counter() - begin:.2f} s"
+    )
+    still = np.flatnonzero(stats["actions"].std < STILL).tolist()
+    if still and cfg.norm.std_floor < STILL:
+        print(f"action dims {still} hardly move here: norm.std_floor keeps them from exploding where they do move")
     for data in configs:
         path = path_for(cfg, data.repo_id)
-        known = path.exists() and _equal(load(path), stats)
+        state = "written"
+        if path.exists():
+            state = "unchanged" if path.read_text() == _to_json(stats) else "replaced: the statistics have changed"
         save(path, stats)
-        print(f"{path}: {'unchanged' if known else 'written'}")
+        print(f"{path}: {state}")

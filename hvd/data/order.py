@@ -23,7 +23,9 @@ class Order:
     def __init__(self, rows: Sequence[Int64[np.ndarray, " _"]], shares: Sequence[int], seed: int):
         for i, (source, share) in enumerate(zip(rows, shares, strict=True)):
             if share and not len(source):
-                raise UserError(f"dataset {i} has no rows to train on, but {share} rows of each batch must come from it")
+                raise UserError(
+                    f"dataset {i} has no rows to train on, but {share} rows of each batch must come from it"
+                )
         self._rows, self._shares, self._seed = tuple(rows), tuple(shares), seed
         self._source = np.repeat(np.arange(len(rows), dtype=np.int32), shares)
         self._epochs: dict[int, tuple[int, Int64[np.ndarray, " n"]]] = {}  # source -> (epoch, its order)
@@ -48,7 +50,8 @@ class Order:
 
     def _stream(self, source: int, start: int, count: int) -> Int64[np.ndarray, " count"]:
         """Rows number start .. start + count of a source's endless stream."""
-        parts, n = [np.zeros(0, np.int64)], len(self._rows[source])
+        parts: list[np.ndarray] = [np.zeros(0, np.int64)]
+        n = len(self._rows[source])
         while count:
             epoch, offset = divmod(start, n)
             take = min(count, n - offset)

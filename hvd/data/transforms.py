@@ -1,5 +1,5 @@
-"""From raw robot numbers and camera frames to the model's inputs, and from its outputs back. The loader, the rollouts and a
-served policy use the same `InputTransform`, so that training and acting cannot differ.
+"""From raw robot numbers and camera frames to the model's inputs, and from its outputs back. The loader, the rollouts
+and a served policy use the same `InputTransform`, so that training and acting cannot differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from hvd.errors import UserError
 from hvd.robots import Robot, get_robot
 
 Observation = dict[str, Any]
-"""{state [B,action_dim], images {camera: uint8 [B,S,S,3]}, image_masks {camera: bool [B]}, tokenized_prompt int32 [B,L],
-tokenized_prompt_mask bool [B,L]}, numpy arrays."""
+"""Numpy arrays: state [B,action_dim], images {camera: uint8 [B,S,S,3]}, image_masks {camera: bool [B]},
+tokenized_prompt int32 [B,L], tokenized_prompt_mask bool [B,L]."""
 
 
 class Tokenizer(Protocol):
@@ -34,14 +34,16 @@ class InputTransform:
     """
 
     def __init__(
-        self, model: ModelConfig, norm: NormConfig, robot: Robot, stats: Mapping[str, normalize.NormStats], tokenizer: Tokenizer
+        self,
+        model: ModelConfig,
+        norm: NormConfig,
+        robot: Robot,
+        stats: Mapping[str, normalize.NormStats],
+        tokenizer: Tokenizer,
     ):
         self.model, self.norm, self.robot, self.stats, self.tokenizer = model, norm, robot, dict(stats), tokenizer
         self._delta_mask = robot.delta_mask()
-        if norm.delta_actions and stats["state"].dim < int(np.flatnonzero(self._delta_mask).max()) + 1:
-            raise UserError(
-                f"norm.delta_actions needs a state that begins with the robot's {robot.action_dim} dims; it has {stats['state'].dim}"
-            )
+        normalize.check_delta(norm, robot, stats["state"].dim)
         for name, each in stats.items():
             if each.dim > model.action_dim:
                 raise UserError(f"model.action_dim {model.action_dim} is smaller than the {each.dim} dims of {name}")
@@ -58,13 +60,17 @@ class InputTransform:
         """Normalised and zero-padded state."""
         return self._inwards(state, "state")
 
-    def actions_in(self, actions: Float[np.ndarray, "b k a"], state: Float[np.ndarray, "b s"]) -> Float32[np.ndarray, "b k d"]:
+    def actions_in(
+        self, actions: Float[np.ndarray, "b k a"], state: Float[np.ndarray, "b s"]
+    ) -> Float32[np.ndarray, "b k d"]:
         """Raw absolute actions -> (delta,) normalised, zero-padded; `state` is raw."""
         if self.norm.delta_actions:
             actions = normalize.delta(actions, state, self._delta_mask)
         return self._inwards(actions, "actions")
 
-    def actions_out(self, actions: Float[np.ndarray, "b k d"], state: Float[np.ndarray, "b s"]) -> Float32[np.ndarray, "b k a"]:
+    def actions_out(
+        self, actions: Float[np.ndarray, "b k d"], state: Float[np.ndarray, "b s"]
+    ) -> Float32[np.ndarray, "b k a"]:
         """The model's actions [B,K,action_dim] -> raw absolute actions [B,K,A]; `state` is raw."""
         stats = self.stats["actions"]
         raw = normalize.unnormalize(np.asarray(actions)[..., : stats.dim], stats, self.norm.mode, self.norm.std_floor)
@@ -73,7 +79,10 @@ class InputTransform:
         return raw.astype(np.float32)
 
     def observation(
-        self, state: Float[np.ndarray, "b s"], images: Mapping[str, UInt8[np.ndarray, "b h w 3"]], prompts: Sequence[str]
+        self,
+        state: Float[np.ndarray, "b s"],
+        images: Mapping[str, UInt8[np.ndarray, "b h w 3"]],
+        prompts: Sequence[str],
     ) -> Observation:
         """A batch of raw observations as the model takes them; cameras that are not in `images` are masked."""
         tokens, token_mask = self.tokenizer.encode(list(prompts))
@@ -96,14 +105,18 @@ class InputTransform:
     def _inwards(self, x: np.ndarray, name: str) -> np.ndarray:
         stats = self.stats[name]
         if x.shape[-1] != stats.dim:
-            raise UserError(f"{name} has {x.shape[-1]} dims, its norm stats have {stats.dim}: norm stats of another robot?")
+            raise UserError(
+                f"{name} has {x.shape[-1]} dims, its norm stats have {stats.dim}: norm stats of another robot?"
+            )
         out = np.zeros((*x.shape[:-1], self.model.action_dim), np.float32)
         out[..., : stats.dim] = normalize.normalize(x, stats, self.norm.mode, self.norm.std_floor)
         return out
 
 
-def resize_with_pad(images: UInt8[np.ndarray, "b h w 3"], height: int, width: int) -> UInt8[np.ndarray, "b height width 3"]:
-    """Resize without distortion (PIL, bilinear with antialiasing) and pad with black; an odd rest of padding goes to the end."""
+def resize_with_pad(
+    images: UInt8[np.ndarray, "b h w 3"], height: int, width: int
+) -> UInt8[np.ndarray, "b height width 3"]:
+    """Resize without distortion (PIL, bilinear with antialiasing), then pad with black, the odd pixel at the end."""
     b, h, w, _ = images.shape
     if (h, w) == (height, width):
         return images
@@ -113,7 +126,7 @@ def resize_with_pad(images: UInt8[np.ndarray, "b h w 3"], height: int, width: in
     out = np.zeros((b, height, width, 3), np.uint8)
     for i in range(b):
         resized = Image.fromarray(images[i]).resize((inner_w, inner_h), Image.Resampling.BILINEAR)
-        out[i, top : top + inner_h, left : left + inner_w] = resized
+        out[i, top : top + inner_h, left : left + inner_w] = np.asarray(resized)
     return out
 
 

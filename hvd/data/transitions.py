@@ -1,10 +1,10 @@
-"""K-step transitions from rows of a dataset (METHOD.md, "Value stage"). Pure numpy, vectorised; padding is never a sample of its own.
+"""K-step transitions from rows of a dataset (METHOD.md, "Value stage"). Pure numpy, without a loop over rows.
 
 For row t of an episode whose frames end at E (exclusive), with the first terminal frame at or after t in it at T:
 
     n_real = min(K, E - t, T - t + 1)                    actions of the chunk that were really executed
     reward = sum_{j < n_real} gamma^j r[t+j]             rewards after a terminal frame do not count
-    discount = gamma^n_real, or 0 if T lies in the chunk the bootstrap of the TD target
+    discount = gamma^n_real, or 0 if T lies in the chunk  (the factor of the value that the TD target bootstraps)
     next row = min(t + n_real, E - 1)
 """
 
@@ -26,7 +26,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What followed n chunks: K-step return, the factor of the bootstrapped value (0 after a terminal), and the next row."""
+    """What followed n chunks: K-step return, the factor of the bootstrapped value (0 after a terminal), next row."""
 
     reward: Float32[np.ndarray, " n"]
     discount: Float32[np.ndarray, " n"]
@@ -80,6 +80,4 @@ class Transitions:
         """Everything at once, in raw units."""
         chunk, outcome = self.chunk(rows), self.outcome(rows)
         state, next_state = self.dataset.state[rows], self.dataset.state[outcome.next_row]
-        return Transition(
-            outcome.reward, outcome.discount, outcome.next_row, chunk.actions, chunk.action_mask, state, next_state
-        )
+        return Transition(**vars(chunk), **vars(outcome), state=state, next_state=next_state)
