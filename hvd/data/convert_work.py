@@ -35,7 +35,7 @@ from hvd.errors import Failed, UserError
 from hvd.robots import get_robot
 
 JOURNAL = "journal.jsonl"
-FRAMES_PER_WORKER = 1_000  # a worker process takes about a second to start; fewer frames are not worth one
+FRAMES_PER_WORKER = 4_000  # a worker process takes about a second to start; fewer frames are not worth one
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 

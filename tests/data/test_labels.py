@@ -1,0 +1,134 @@
+"""Sidecars: what is written comes back, rewards lie where METHOD puts them, and every mistake is one clear line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hvd.data.labels import Labels, Mistake, Subtask, episode_path, load_labels, sidecar_path, write_labels
+from hvd.errors import UserError
+
+GOOD = {
+    "task": "move the box",
+    "success": True,
+    "quality": "expert",
+    "subtasks": [
+        {"name": "reached", "start": 0, "end": 4, "reward": 1.0},
+        {"name": "placed", "start": 4, "end": 9, "reward": 2},
+    ],
+}
+
+
+def test_round_trip(tmp_path):
+    labels = Labels(
+        "move the box",
+        False,
+        (Subtask("reached", 0, 4), Subtask("lifted", 6, 9, 0.5)),
+        "rollout",
+        True,
+        (Mistake("torso", 2, 5, "late"), Mistake("arms", 3, 9, "too high")),
+    )
+    write_labels(tmp_path / "a.labels.json", labels)
+    assert load_labels(tmp_path / "a.labels.json", 9) == labels
+    assert [p.name for p in tmp_path.iterdir()] == ["a.labels.json"]
+
+
+def test_defaults(tmp_path):
+    (tmp_path / "a.labels.json").write_text('{"task": "x", "success": false}')
+    labels = load_labels(tmp_path / "a.labels.json", 3)
+    assert labels == Labels("x", False, (), "teleop", None, ())
+
+
+def test_rewards_lie_at_the_last_frame_of_each_subtask():
+    labels = Labels("x", True, (Subtask("a", 0, 4, 1.0), Subtask("b", 4, 9, 2.0)))
+    np.testing.assert_array_equal(labels.rewards(12), [0, 0, 0, 1, 0, 0, 0, 0, 2, 0, 0, 0])
+    assert labels.rewards(12).dtype == np.float32
+
+
+def test_a_success_without_subtasks_is_rewarded_at_the_end():
+    np.testing.assert_array_equal(Labels("x", True).rewards(3), [0, 0, 1])
+    np.testing.assert_array_equal(Labels("x", False).rewards(3), [0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("success", "terminal", "over"), [(True, None, True), (False, None, False), (False, True, True), (True, True, True)]
+)
+def test_terminal(success, terminal, over):
+    assert Labels("x", success, terminal=terminal).is_terminal is over
+
+
+def test_paths(tmp_path):
+    assert sidecar_path(tmp_path / "demo_0001.hdf5") == tmp_path / "demo_0001.labels.json"
+    assert sidecar_path(tmp_path / "merged.hdf5", 3) == tmp_path / "merged.demo_3.labels.json"
+    assert episode_path(tmp_path, 12) == tmp_path / "episode_000012.labels.json"
+
+
+def _changed(**changes):
+    return {key: value for key, value in (GOOD | changes).items() if value is not ...}
+
+
+def _subtask(**changes):
+    return _changed(subtasks=[GOOD["subtasks"][0], GOOD["subtasks"][1] | changes])
+
+
+BAD = {
+    "unknown key": (_changed(sucess=True), "unknown key 'sucess'; nearest: success"),
+    "unknown subtask key": (_subtask(rewards=1), "subtasks[1]: unknown key 'rewards'; nearest: reward"),
+    "unknown mistake key": (
+        _changed(mistakes=[{"level": "base", "start": 0, "end": 1, "kind": "x", "why": "y"}]),
+        "mistakes[0]: unknown key 'why'",
+    ),
+    "missing task": (_changed(task=...), "key 'task' is missing"),
+    "missing success": (_changed(success=...), "key 'success' is missing"),
+    "missing end": (_changed(subtasks=[{"name": "a", "start": 0, "reward": 1}]), "subtasks[0]: key 'end' is missing"),
+    "empty task": (_changed(task=" "), "task is empty"),
+    "success as a number": (_changed(success=1), "success must be true or false, found an integer (1)"),
+    "success as text": (_changed(success="yes"), "success must be true or false, found text (yes)"),
+    "terminal null": (_changed(terminal=None), "terminal must be true or false, found null"),
+    "start as a float": (_subtask(start=4.0), "subtasks[1]: start must be an integer, found a number (4.0)"),
+    "start as a bool": (_subtask(start=True), "subtasks[1]: start must be an integer"),
+    "reward as text": (_subtask(reward="1"), "subtasks[1]: reward must be a number, found text (1)"),
+    "reward not finite": (_subtask(reward=float("nan")), "subtasks[1]: reward is nan"),
+    "quality": (_changed(quality="good"), "quality is 'good'; use one of expert, teleop, rollout"),
+    "subtasks no list": (_changed(subtasks={}), "subtasks must be a list, found an object"),
+    "subtask no object": (_changed(subtasks=[3]), "subtasks[0]: expected an object, found an integer (3)"),
+    "not an object": ([1], "expected an object, found a list"),
+    "overlap": (_subtask(start=3), "subtasks 'reached' (frames 0-4) and 'placed' (3-9) overlap"),
+    "empty span": (_subtask(end=4), "subtasks[1]: start 4 and end 4 must satisfy 0 <= start < end"),
+    "negative start": (_subtask(start=-1), "subtasks[1]: start -1"),
+    "outside": (_subtask(end=11), "subtasks[1]: end 11 lies outside the episode of 10 frames"),
+    "mistake outside": (
+        _changed(mistakes=[{"level": "base", "start": 0, "end": 11, "kind": "x"}]),
+        "mistakes[0]: end 11 lies outside the episode of 10 frames",
+    ),
+    "contradiction": (_changed(terminal=False), "terminal is false but success is true"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sidecar(tmp_path, case):
+    data, line = BAD[case]
+    path = tmp_path / "demo.labels.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError) as error:
+        load_labels(path, 10)
+    assert str(error.value).startswith(f"{path}: ") and line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_sidecar_that_is_no_json(tmp_path):
+    (tmp_path / "demo.labels.json").write_text('{"task": ')
+    with pytest.raises(UserError, match=r"demo.labels.json: not valid JSON: "):
+        load_labels(tmp_path / "demo.labels.json")
+
+
+def test_missing_sidecar(tmp_path):
+    with pytest.raises(UserError, match=r"demo.labels.json: label file is missing; .* --default-success"):
+        load_labels(tmp_path / "demo.labels.json")
+
+
+def test_the_writer_refuses_what_the_reader_would(tmp_path):
+    overlap = Labels("x", True, (Subtask("a", 0, 4), Subtask("b", 3, 6)))
+    with pytest.raises(UserError, match="overlap"):
+        write_labels(tmp_path / "a.labels.json", overlap)
+    assert not list(tmp_path.iterdir())

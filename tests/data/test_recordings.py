@@ -1,0 +1,249 @@
+"""JoyLo recordings: values in the robot's order whatever the variant of the file, lazily, and clear errors."""
+
+import h5py
+import numpy as np
+import pytest
+
+from hvd.data import recordings
+from hvd.data.recordings import CAMERAS, Recording, RecordingRef, episodes_of, recording_files
+from hvd.errors import UserError
+from hvd.robots import get_robot
+from tests.data import joylo
+
+R1 = get_robot("r1")
+
+
+def read(ref, robot=R1, **kw):
+    with Recording(ref, robot, **kw) as recording:
+        frames = {camera: np.concatenate(list(recording.frames(camera))) for camera in CAMERAS}
+        return recording.state(), recording.actions(), frames, recording.environment_state()
+
+
+def check(ref, truth, robot=R1):
+    state, actions, frames, environment = read(ref, robot)
+    np.testing.assert_array_equal(state, truth.state)
+    np.testing.assert_array_equal(actions, truth.actions)
+    for camera in CAMERAS:
+        np.testing.assert_array_equal(frames[camera], truth.images[camera])
+    assert (environment is None) == (truth.environment is None)
+    if environment is not None:
+        np.testing.assert_array_equal(environment, truth.environment)
+
+
+@pytest.mark.parametrize("gripper_2d", [False, True])
+@pytest.mark.parametrize("base_velocity", [False, True])
+def test_raw_file(tmp_path, gripper_2d, base_velocity):
+    path = tmp_path / "demo.hdf5"
+    truth = joylo.write_recording(path, 11, gripper_2d=gripper_2d, base_velocity=base_velocity, environment=True)
+    check(RecordingRef(path), truth)
+
+
+def test_merged_file(tmp_path):
+    path = tmp_path / "merged.hdf5"
+    truths = joylo.write_merged(path, (5, 7, 4, 3, 3, 3, 3, 3, 3, 3, 6))
+    refs = episodes_of(path)
+    assert [ref.demo for ref in refs] == list(range(11))  # by number: demo_2 before demo_10
+    for ref, truth in zip(refs, truths, strict=True):
+        check(ref, truth)
+    assert str(refs[2]).endswith("merged.hdf5:demo_2")
+
+
+def test_r1_pro_has_seven_joints(tmp_path):
+    path = tmp_path / "demo.hdf5"
+    robot = get_robot("r1_pro")
+    truth = joylo.write_recording(path, 6, robot="r1_pro")
+    assert truth.actions.shape == (6, 23)
+    check(RecordingRef(path), truth, robot)
+
+
+def test_odometry_of_a_turned_tracker(tmp_path):
+    path = tmp_path / "demo.hdf5"
+    truth = joylo.write_recording(path, 6, base_velocity=False)
+    state = read(RecordingRef(path), odom_yaw=np.pi / 2)[0]
+    np.testing.assert_allclose(state[:, 7], -truth.state[:, 8], atol=1e-6)
+    np.testing.assert_allclose(state[:, 8], truth.state[:, 7], atol=1e-6)
+    np.testing.assert_array_equal(state[:, 9], truth.state[:, 9])
+
+
+def test_rate(tmp_path):
+    joylo.write_recording(tmp_path / "a.hdf5", 4, fps=15)
+    joylo.write_recording(tmp_path / "b.hdf5", 4, fps=None)
+    with Recording(RecordingRef(tmp_path / "a.hdf5"), R1) as a, Recording(RecordingRef(tmp_path / "b.hdf5"), R1) as b:
+        assert a.fps == 15.0 and b.fps is None
+
+
+def test_files_in_natural_order(tmp_path):
+    for name in ("demo_10.hdf5", "demo_2.hdf5", "demo_1.h5", ".demo_3.hdf5", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [p.name for p in recording_files(tmp_path)] == ["demo_1.h5", "demo_2.hdf5", "demo_10.hdf5"]
+    assert recording_files(tmp_path / "demo_2.hdf5") == [tmp_path / "demo_2.hdf5"]
+
+
+@pytest.mark.parametrize("chunks", [None, 1, 5])
+def test_images_are_read_in_blocks(tmp_path, monkeypatch, chunks):
+    """No read takes more than a block, and a block is whole chunks: an episode is never in memory."""
+    frame = 32 * 48 * 3
+    monkeypatch.setattr(recordings, "BLOCK_BYTES", 7 * frame)
+    path = tmp_path / "demo.hdf5"
+    joylo.write_recording(path, 23)
+    with h5py.File(path, "r+") as file:
+        images = file["obs/rgb/head/img"][...]
+        del file["obs/rgb/head/img"]
+        file.create_dataset("obs/rgb/head/img", data=images, chunks=(chunks, 32, 48, 3) if chunks else None)
+    with Recording(RecordingRef(path), R1) as recording:
+        blocks = list(recording.frames("head"))
+    assert {len(block) for block in blocks[:-1]} == {5 if chunks == 5 else 7}
+    np.testing.assert_array_equal(np.concatenate(blocks), images)
+
+
+def _replace(key, change):
+    """Put change(values) in the place of `key`."""
+
+    def apply(file):
+        values = file[key][...]
+        del file[key]
+        file[key] = change(values)
+
+    return apply
+
+
+def _without(key):
+    def apply(file):
+        del file[key]
+
+    return apply
+
+
+def _group(key):
+    def apply(file):
+        del file[key]
+        file.create_group(key)
+
+    return apply
+
+
+def _set(array, index, value):
+    array[index] = value
+    return array
+
+
+BAD = {
+    "no camera": (_without("obs/rgb/left_wrist"), "camera 'left_wrist' is missing (key obs/rgb/left"),
+    "images shorter": (_replace("obs/rgb/head/img", lambda x: x[:-1]), "obs/rgb/head/img has 11 frames but action/lef"),
+    "images as floats": (
+        _replace("obs/rgb/head/img", lambda x: x / 255.0),
+        "obs/rgb/head/img is float64 [12, 32, 48, 3]; uint8 [T, H, W, 3] is needed",
+    ),
+    "images without colour": (
+        _replace("obs/rgb/head/img", lambda x: x[..., 0]),
+        "obs/rgb/head/img is uint8 [12, 32, 48]",
+    ),
+    "state shorter": (
+        _replace("obs/joint_state/torso/joint_position", lambda x: x[:-2]),
+        "obs/joint_state/torso/joint_position has 10 frames but action/left_arm has 12",
+    ),
+    "action longer": (
+        _replace("action/right_arm", lambda x: np.concatenate([x, x])),
+        "action/right_arm has 24 frames but action/left_arm has 12",
+    ),
+    "NaN action": (
+        _replace("action/torso", lambda x: _set(x, (7, 1), np.nan)),
+        "action/torso has a NaN or infinite val",
+    ),
+    "infinite action": (
+        _replace("action/left_gripper", lambda x: _set(x, 3, np.inf)),
+        "action/left_gripper has a NaN or infinite value at frame 3",
+    ),
+    "action too large for float32": (
+        _replace("action/torso", lambda x: _set(x, (0, 0), 1e300)),
+        "action/torso has a NaN or infinite value at frame 0",
+    ),
+    "NaN state": (
+        _replace("obs/gripper_state/left_gripper/gripper_position", lambda x: _set(x, 5, np.nan)),
+        "obs/gripper_state/left_gripper/gripper_position has a NaN or infinite value at frame 5",
+    ),
+    "wrong action width": (
+        _replace("action/left_arm", lambda x: np.concatenate([x, x[:, :1]], axis=1)),
+        "action/left_arm has shape [12, 7], robot r1 needs [12, 6]; is --robot right?",
+    ),
+    "wrong base width": (_replace("action/mobile_base", lambda x: x[:, :2]), "action/mobile_base has shape [12, 2]"),
+    "too few joints": (
+        _replace("obs/joint_state/left_arm/joint_position", lambda x: x[:, :5]),
+        "obs/joint_state/left_arm/joint_position has shape [12, 5]",
+    ),
+    "missing action": (_without("action/torso"), "key action/torso is missing"),
+    "missing odometry": (_without("obs/odom"), "key obs/odom/linear_velocity is missing"),
+    "missing gripper": (
+        _without("obs/gripper_state/right_gripper"),
+        "key obs/gripper_state/right_gripper/gripper_position is missing",
+    ),
+    "text": (_replace("action/torso", lambda x: np.array([b"a"] * len(x))), "action/torso is of type"),
+    "no frames": (_replace("action/left_arm", lambda x: x[:0]), "action/left_arm has no frames"),
+    "a group where an array should be": (_group("action/torso"), "action/torso is not an array"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_recording(tmp_path, case):
+    spoil, line = BAD[case]
+    path = tmp_path / "demo.hdf5"
+    joylo.write_recording(path)
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    with pytest.raises(UserError) as error, Recording(RecordingRef(path), R1) as recording:
+        recording.check(CAMERAS)
+    assert str(error.value).startswith(f"{path}: ") and line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_camera_names_those_that_are_there(tmp_path):
+    joylo.write_recording(tmp_path / "demo.hdf5")
+    with Recording(RecordingRef(tmp_path / "demo.hdf5"), R1) as recording:
+        with pytest.raises(UserError, match=r"camera 'heed' is missing \(key obs/rgb/heed/img\); nearest: head"):
+            recording.check(("heed",))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_truncated_file(tmp_path, share):
+    path = tmp_path / "demo.hdf5"
+    joylo.write_recording(path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match=r"demo.hdf5: not a readable HDF5 file \(truncated or damaged\?\): "):
+        episodes_of(path)
+
+
+def test_damaged_images_are_named_with_their_frame(tmp_path, monkeypatch):
+    path = tmp_path / "demo.hdf5"
+    joylo.write_recording(path, compression="gzip")
+    with h5py.File(path) as file:
+        place = file["obs/rgb/head/img"].id.get_chunk_info(6)
+    data = bytearray(path.read_bytes())
+    data[place.byte_offset : place.byte_offset + place.size] = b"\x07" * place.size
+    path.write_bytes(bytes(data))
+    monkeypatch.setattr(recordings, "BLOCK_BYTES", 4 * 32 * 48 * 3)
+    with Recording(RecordingRef(path), R1) as recording:
+        recording.check(CAMERAS)  # only a look at every pixel can tell
+        with pytest.raises(UserError, match=r"demo.hdf5: cannot read obs/rgb/head/img at frame 4: "):
+            list(recording.frames("head"))
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UserError, match=r"gone.hdf5: recording is missing"):
+        episodes_of(tmp_path / "gone.hdf5")
+    with pytest.raises(UserError, match="no such folder of recordings"):
+        recording_files(tmp_path / "gone")
+    with pytest.raises(UserError, match="no recordings here"):
+        recording_files(tmp_path)
+
+
+def test_file_of_something_else(tmp_path):
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        file["data"] = np.zeros(3)
+    with pytest.raises(UserError, match="neither action and obs nor demo_<i> groups"):
+        episodes_of(tmp_path / "x.hdf5")
+
+
+def test_no_joylo_recording_of_a_humanoid(tmp_path):
+    joylo.write_recording(tmp_path / "demo.hdf5")
+    with pytest.raises(UserError, match="robot g1: no JoyLo recording has its 'left_shoulder_pitch'"):
+        Recording(RecordingRef(tmp_path / "demo.hdf5"), get_robot("g1"))
