@@ -6,10 +6,11 @@ Parameter names, shapes and arithmetic equal openpi's: expert i > 0 has the suff
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -17,7 +18,7 @@ from hvd.errors import UserError, nearest
 from hvd.models.lora import Einsum, FeedForward, LoraConfig, param
 
 MASKED_LOGIT = -2.3819763e38  # finite, so that a row without any valid key gives finite numbers
-KVCache = tuple[Float[Array, "l b s k h"], Float[Array, "l b s k h"]]  # keys and values of all layers
+KVCache = tuple[Array, Array]  # keys and values of all layers, each [layers, b, tokens, kv_heads, head_dim]
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,17 @@ class Config:
     num_kv_heads: int
     head_dim: int
     lora: LoraConfig | None = None
-    adaptive_norm: bool = False  # norms modulated by a condition vector of the expert's width (adaRMS)
+    cond_width: int = 0  # > 0: norms are modulated by a condition vector of this width (adaRMS)
 
 
-_2B = dict(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
-_300M = dict(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
+_2B = Config(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
+_300M = Config(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
 
 VARIANTS: dict[str, Config] = {
-    "gemma_2b": Config(**_2B),
-    "gemma_2b_lora": Config(**_2B, lora=LoraConfig(rank=16, alpha=16.0)),
-    "gemma_300m": Config(**_300M),
-    "gemma_300m_lora": Config(**_300M, lora=LoraConfig(rank=32, alpha=32.0)),
+    "gemma_2b": _2B,
+    "gemma_2b_lora": replace(_2B, lora=LoraConfig(rank=16, alpha=16.0)),
+    "gemma_300m": _300M,
+    "gemma_300m_lora": replace(_300M, lora=LoraConfig(rank=32, alpha=32.0)),
     "dummy": Config(width=64, depth=4, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
     # trains on two CPU cores; trunk and expert share depth and heads
     "tiny": Config(width=128, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
@@ -60,9 +61,11 @@ def rope_angles(
     positions: Int[Array, "b t"], head_dim: int, max_wavelength: float = 10_000.0
 ) -> tuple[Float[Array, "b t 1 h2"], Float[Array, "b t 1 h2"]]:
     """sin and cos of the rotary embedding's angles, for all heads alike."""
-    exponents = (2.0 / head_dim) * jnp.arange(head_dim // 2, dtype=jnp.float32)
-    timescale = max_wavelength**exponents
-    radians = positions[:, :, None, None].astype(jnp.float32) / timescale[None, None, None, :]
+    timescale = (max_wavelength ** (2.0 / head_dim * np.arange(head_dim // 2))).astype(np.float32)
+    shape = (*positions.shape, 1, head_dim // 2)
+    # The barrier keeps XLA from multiplying by a reciprocal: its rounding shows in the fourth digit at position 800.
+    divisor = jax.lax.optimization_barrier(jnp.broadcast_to(timescale, shape))
+    radians = jnp.broadcast_to(positions[:, :, None, None].astype(jnp.float32), shape) / divisor
     return jnp.sin(radians), jnp.cos(radians)
 
 
@@ -191,9 +194,8 @@ class Block(nnx.Module):
     def __init__(self, configs: Sequence[Config], rngs: nnx.Rngs, depth: int | None = None):
         self.attn = Attention(configs, rngs, depth)
         for i, c in enumerate(configs):
-            cond = c.width if c.adaptive_norm else 0
-            setattr(self, expert_name("pre_attention_norm", i), RMSNorm(c.width, rngs, depth, cond))
-            setattr(self, expert_name("pre_ffw_norm", i), RMSNorm(c.width, rngs, depth, cond))
+            setattr(self, expert_name("pre_attention_norm", i), RMSNorm(c.width, rngs, depth, c.cond_width))
+            setattr(self, expert_name("pre_ffw_norm", i), RMSNorm(c.width, rngs, depth, c.cond_width))
             setattr(self, expert_name("mlp", i), FeedForward(c.width, c.mlp_dim, c.lora, rngs, depth))
 
     def __call__(self, xs, angles, mask, conds, cache=None):
@@ -234,7 +236,6 @@ class Gemma(nnx.Module):
         configs: one per expert; depth, num_heads, num_kv_heads and head_dim must agree.
         vocab_size: rows of the embedding table.
         dtype: of the computation; parameters are float32.
-        unroll: layers per loop step. Unrolled fully where the depth is small: faster on CPU, slower to compile.
     """
 
     def __init__(self, configs: Sequence[Config], vocab_size: int, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -251,8 +252,7 @@ class Gemma(nnx.Module):
         self.embedder = Embedder(vocab_size, first.width, rngs)
         self.layers = Block(configs, rngs, depth=first.depth)
         for i, c in enumerate(configs):
-            norm = RMSNorm(c.width, rngs, cond_width=c.width if c.adaptive_norm else 0)
-            setattr(self, expert_name("final_norm", i), norm)
+            setattr(self, expert_name("final_norm", i), RMSNorm(c.width, rngs, cond_width=c.cond_width))
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Embeddings of the first expert's width, float32."""
@@ -262,7 +262,7 @@ class Gemma(nnx.Module):
         self,
         xs: Sequence[Array | None],
         positions: Int[Array, "b t"],
-        mask: Bool[Array, "b t s"],
+        mask: Bool[Array, "b t p_t"],
         conds: Sequence[Array | None] | None = None,
         cache: KVCache | None = None,
     ) -> tuple[list[Array | None], KVCache]:
@@ -271,8 +271,8 @@ class Gemma(nnx.Module):
         Args:
             xs: per expert its tokens [b t_i d_i], or None to leave that expert out; t = sum of t_i.
             positions: for the rotary embedding.
-            mask: True where query t may attend to key s; s = length of the cache + t.
-            conds: per expert the condition [b d_i] of its adaptive norms.
+            mask: True where query t may attend to key s; p_t = length of the cache + t.
+            conds: per expert the condition [b, cond_width] of its adaptive norms.
             cache: keys and values of earlier tokens, stacked over the layers [l b p k h].
 
         Returns:

@@ -1,4 +1,4 @@
-"""Dense maps written as einsums, with optional low-rank (LoRA) updates; parameter names and arithmetic equal openpi's."""
+"""Dense maps as einsums, with optional low-rank (LoRA) updates; parameter names and arithmetic equal openpi's."""
 
 import math
 from dataclasses import dataclass
@@ -58,8 +58,8 @@ class Einsum(nnx.Module):
         y = jnp.einsum(eqn, x, self.w[...].astype(x.dtype))
         if self.lora is None:
             return y
-        # The rank axis takes the place of w's output axis on the way down and of its input axis on the way up. Where the
-        # equation sums over a further axis of w (the heads of the output projection), openpi sums it in both maps.
+        # The rank axis takes the place of w's output axis on the way down and of its input axis on the way up. Where
+        # the equation sums over a further axis of w (the heads of the output projection), openpi sums it in both maps.
         operands, out = eqn.split("->")
         x_axes, w_axes = operands.split(",")
         down = out.replace(w_axes[-1], "r")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hvd.configs import ModelConfig
 from hvd.models.trunk import Observation, Tokens, Trunk
@@ -21,8 +21,9 @@ def posemb_sincos(
     pos: Float[Array, "b"], dim: int, min_period: float = 4e-3, max_period: float = 4.0
 ) -> Float[Array, "b d"]:
     """Sine-cosine embedding of a time in [0, 1], float32; `dim` is even, periods are spaced logarithmically."""
-    fraction = jnp.linspace(0.0, 1.0, dim // 2, dtype=jnp.float32)
-    # float32 throughout and in this order: the angles reach 1.6e3, where another rounding shows in the fourth digit
+    # Angles reach 1.6e3, where another rounding of a period shows in the fourth digit: float32 in this order, and a
+    # barrier so that XLA does not fold the power at compile time, where it rounds otherwise.
+    fraction = jax.lax.optimization_barrier(jnp.linspace(0.0, 1.0, dim // 2, dtype=jnp.float32))
     period = min_period * (max_period / min_period) ** fraction
     angle = pos.astype(jnp.float32)[:, None] * (1.0 / period * 2 * jnp.pi)[None, :]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
@@ -55,7 +56,7 @@ class Pi0(nnx.Module):
         x = jnp.concatenate([state, mixed], axis=1)
         starts = np.zeros(x.shape[1], bool)
         starts[:2] = True
-        return x, jnp.ones(x.shape[:2], bool), starts
+        return Tokens(x, jnp.ones(x.shape[:2], bool), starts)
 
     def _head(self, out: Float[Array, "b t d"]) -> Float[Array, "b k a"]:
         return self.action_out_proj(out[:, -self.action_horizon :].astype(jnp.float32))
@@ -65,21 +66,23 @@ class Pi0(nnx.Module):
         return self._head(self.PaliGemma.joint(self.embed_prefix(obs), self.embed_suffix(obs, x_t, time)))
 
     def sample_actions(
-        self, obs: Observation, noise: Float[Array, "b k a"], num_steps: int = 10
+        self, obs: Observation, noise: Float[Array, "b k a"], num_steps: int | Int[Array, ""] = 10
     ) -> Float[Array, "b k a"]:
-        """Actions (normalised, padded) by `num_steps` Euler steps from `noise`; the prefix is encoded once."""
+        """Actions (normalised, padded) by `num_steps` Euler steps from `noise`; the prefix is encoded once.
+
+        A traced `num_steps` lets one compiled function serve any number of steps.
+        """
         prefix = self.embed_prefix(obs)
         cache = self.PaliGemma.prefill(prefix)
-        dt = jnp.float32(-1.0 / num_steps)
+        dt = -1.0 / jnp.asarray(num_steps, jnp.float32)
 
-        def step(carry, _):
+        def step(_, carry):
             x_t, time = carry
             suffix = self.embed_suffix(obs, x_t, jnp.broadcast_to(time, x_t.shape[:1]))
-            v = self._head(self.PaliGemma.decode(cache, prefix[1], suffix))
-            return (x_t + dt * v, time + dt), None
+            v = self._head(self.PaliGemma.decode(cache, prefix.valid, suffix))
+            return x_t + dt * v, time + dt
 
-        (actions, _), _ = jax.lax.scan(step, (noise, jnp.float32(1.0)), length=num_steps)
-        return actions
+        return jax.lax.fori_loop(0, num_steps, step, (noise, jnp.float32(1.0)))[0]
 
 
 def freeze_filter(cfg: ModelConfig, expert_variant: str | None = None) -> Callable[..., bool]:

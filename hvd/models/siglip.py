@@ -67,10 +67,8 @@ class MultiHeadAttention(nnx.Module):
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs, depth: int | None = None):
         size = width // heads
         for name in ("query", "key", "value"):
-            proj = nnx.Dict(
-                kernel=param(rngs, (width, heads, size), width**-0.5, depth), bias=param(rngs, (heads, size), 0.0, depth)
-            )
-            setattr(self, name, proj)
+            kernel = param(rngs, (width, heads, size), width**-0.5, depth)
+            setattr(self, name, nnx.Dict(kernel=kernel, bias=param(rngs, (heads, size), 0.0, depth)))
         self.out = nnx.Dict(
             kernel=param(rngs, (heads, size, width), width**-0.5, depth), bias=param(rngs, (width,), 0.0, depth)
         )
@@ -125,7 +123,7 @@ class SigLIP(nnx.Module):
     def __init__(self, cfg: Config, out_width: int, image_shape: tuple[int, int], dtype: jnp.dtype, rngs: nnx.Rngs):
         rows, columns = (side // cfg.patch for side in image_shape)
         if (rows * cfg.patch, columns * cfg.patch) != image_shape:
-            raise UserError(f"model.image_size {image_shape[0]} is not a multiple of the image tower's patch {cfg.patch}")
+            raise UserError(f"model.image_size {image_shape[0]} is no multiple of the image tower's patch {cfg.patch}")
         self.cfg, self.image_shape, self.dtype = cfg, image_shape, dtype
         pixels = cfg.patch * cfg.patch * 3
         self.embedding = nnx.Dict(
@@ -138,7 +136,7 @@ class SigLIP(nnx.Module):
         self.head = Dense((cfg.width, out_width), rngs)
 
     def patches(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n t d"]:
-        """Patch embeddings with position embeddings, float32. A strided convolution is a matrix product of the patches."""
+        """Patch embeddings (a convolution, as a matrix product of patches) with position embeddings, float32."""
         n, height, width, _ = images.shape
         if (height, width) != self.image_shape:
             raise ValueError(f"images of {height}x{width} pixels, the image tower is built for {self.image_shape}")

@@ -1,7 +1,7 @@
-"""The part that policy and value model share: images and prompt as a prefix through PaliGemma, a second expert beside it."""
+"""What policy and value model share: images and prompt as a prefix through PaliGemma, a second expert beside it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +15,14 @@ from hvd.models import gemma, siglip
 # A batch of observations: state f32[B, action_dim] (normalised, padded); images {camera: uint8 or float32 in [-1, 1]
 # [B, H, W, 3]}; image_masks {camera: bool[B]}; tokenized_prompt int32[B, L]; tokenized_prompt_mask bool[B, L]
 Observation = Mapping[str, Any]
-# Tokens of a part of the sequence, which of them are valid, and where a new attention block starts
-Tokens = tuple[Float[Array, "b t d"], Bool[Array, "b t"], Bool[np.ndarray, "t"]]
+
+
+class Tokens(NamedTuple):
+    """A part of the sequence: its tokens, which of them are valid, and where a new attention block starts."""
+
+    x: Float[Array, "b t d"]
+    valid: Bool[Array, "b t"]
+    starts: Bool[np.ndarray, "t"]
 
 
 def attention_mask(valid: Bool[Array, "b t"], starts: Bool[np.ndarray, "t"] | Bool[Array, "t"]) -> Bool[Array, "b t t"]:
@@ -64,12 +70,14 @@ class Trunk(nnx.Module):
         return self.llm.configs[1].width
 
     def embed_prefix(self, obs: Observation) -> Tokens:
-        """Tokens of all cameras, then of the prompt: one attention block. The cameras share one pass of the image tower."""
+        """Tokens of all cameras (in one pass of the image tower), then of the prompt: one attention block."""
         tokens, valid = [], []
         if self.cameras:
             missing = [camera for camera in self.cameras if camera not in obs["images"]]
             if missing:
-                raise UserError(f"the observation lacks camera {missing[0]!r}; the model wants {', '.join(self.cameras)}")
+                raise UserError(
+                    f"the observation lacks camera {missing[0]!r}; the model wants {', '.join(self.cameras)}"
+                )
             images = jnp.concatenate([as_float(obs["images"][camera]) for camera in self.cameras])
             encoded = self.img(images)
             encoded = encoded.reshape(len(self.cameras), -1, *encoded.shape[1:])
@@ -80,26 +88,26 @@ class Trunk(nnx.Module):
         tokens.append(prompt)
         valid.append(obs["tokenized_prompt_mask"])
         x = jnp.concatenate(tokens, axis=1)
-        return x, jnp.concatenate(valid, axis=1), np.zeros(x.shape[1], bool)
+        return Tokens(x, jnp.concatenate(valid, axis=1), np.zeros(x.shape[1], bool))
 
     def joint(self, prefix: Tokens, suffix: Tokens) -> Float[Array, "b t d"]:
         """The second expert's outputs for the suffix, prefix and suffix in one pass."""
-        valid = jnp.concatenate([prefix[1], suffix[1]], axis=1)
-        mask = attention_mask(valid, np.concatenate([prefix[2], suffix[2]]))
-        (_, out), _ = self.llm([prefix[0], suffix[0]], token_positions(valid), mask)
+        valid = jnp.concatenate([prefix.valid, suffix.valid], axis=1)
+        mask = attention_mask(valid, np.concatenate([prefix.starts, suffix.starts]))
+        (_, out), _ = self.llm([prefix.x, suffix.x], token_positions(valid), mask)
         return out
 
     def prefill(self, prefix: Tokens) -> gemma.KVCache:
         """Keys and values of the prefix, for `decode`."""
-        x, valid, starts = prefix
-        _, cache = self.llm([x, None], token_positions(valid), attention_mask(valid, starts))
+        mask = attention_mask(prefix.valid, prefix.starts)
+        _, cache = self.llm([prefix.x, None], token_positions(prefix.valid), mask)
         return cache
 
     def decode(self, cache: gemma.KVCache, prefix_valid: Bool[Array, "b p"], suffix: Tokens) -> Float[Array, "b t d"]:
         """The second expert's outputs for the suffix, which sees the whole cached prefix; equals `joint`."""
-        x, valid, starts = suffix
+        valid = suffix.valid
         to_prefix = jnp.broadcast_to(prefix_valid[:, None, :], (*valid.shape, prefix_valid.shape[1]))
-        mask = jnp.concatenate([to_prefix & valid[:, :, None], attention_mask(valid, starts)], axis=2)
+        mask = jnp.concatenate([to_prefix & valid[:, :, None], attention_mask(valid, suffix.starts)], axis=2)
         positions = jnp.sum(prefix_valid.astype(jnp.int32), axis=1)[:, None] + token_positions(valid)
-        (_, out), _ = self.llm([None, x], positions, mask, cache=cache)
+        (_, out), _ = self.llm([None, suffix.x], positions, mask, cache=cache)
         return out

@@ -70,7 +70,7 @@ class ValueModel(nnx.Module):
         state = self.state_proj(obs["state"])[:, None]
         v = jnp.broadcast_to(self.v_token[...][None, None], state.shape)
         x = jnp.concatenate([state, v], axis=1)
-        return x, jnp.ones(x.shape[:2], bool), np.array([True, False])
+        return Tokens(x, jnp.ones(x.shape[:2], bool), np.array([True, False]))
 
     def _level_block(self, i: int, actions: Float[Array, "b k a"], action_mask: Bool[Array, "b k"]) -> Tokens:
         batch, horizon, _ = actions.shape
@@ -83,7 +83,7 @@ class ValueModel(nnx.Module):
         x = jnp.concatenate([tokens, q], axis=1)
         starts = np.zeros(x.shape[1], bool)
         starts[0] = True
-        return x, jnp.ones(x.shape[:2], bool), starts
+        return Tokens(x, jnp.ones(x.shape[:2], bool), starts)
 
     def __call__(
         self, obs: Observation, actions: Float[Array, "b k a"], action_mask: Bool[Array, "b k"]
@@ -97,13 +97,13 @@ class ValueModel(nnx.Module):
         """
         blocks = [self._state_block(obs)]
         blocks += [self._level_block(i, actions, action_mask) for i in range(len(self.levels))]
-        suffix = (
-            jnp.concatenate([b[0] for b in blocks], axis=1),
-            jnp.concatenate([b[1] for b in blocks], axis=1),
-            np.concatenate([b[2] for b in blocks]),
+        suffix = Tokens(
+            jnp.concatenate([b.x for b in blocks], axis=1),
+            jnp.concatenate([b.valid for b in blocks], axis=1),
+            np.concatenate([b.starts for b in blocks]),
         )
         out = self.PaliGemma.joint(self.PaliGemma.embed_prefix(obs), suffix)
-        ends = np.cumsum([b[2].size for b in blocks]) - 1  # the read-out token is each block's last
+        ends = np.cumsum([b.starts.size for b in blocks]) - 1  # the read-out token is each block's last
         v = self.v_head(out[:, ends[:1]])[:, 0]
         q = self.q_heads(out[:, ends[1:]])
         return v, q.reshape(-1, len(self.levels), TWINS)

@@ -22,8 +22,8 @@ Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 def learning_rate(cfg: LrSchedule) -> Schedule:
     """The learning rate of the update that follows `step` completed ones.
 
-    Both kinds rise linearly from peak / (warmup_steps + 1) at step 0 to peak at step warmup_steps. "cosine" then falls to
-    decay_lr at step decay_steps and stays there; "rsqrt" falls as 1 / sqrt(1 + (step - warmup_steps) / timescale).
+    Both kinds rise linearly from peak / (warmup_steps + 1) at step 0 to peak at step warmup_steps. "cosine" then falls
+    to decay_lr at step decay_steps and stays there; "rsqrt" falls as 1 / sqrt(1 + (step - warmup_steps) / timescale).
     """
     if cfg.warmup_steps < 0:
         raise UserError(f"lr_schedule.warmup_steps {cfg.warmup_steps} must not be negative")
@@ -58,7 +58,7 @@ def update(
 ) -> tuple[Params, optax.OptState, Float[Array, ""]]:
     """One step: the new parameters, the new state, and the gradients' global norm before clipping."""
     updates, state = optimizer.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, optax.global_norm(grads)
+    return optax.apply_updates(params, updates), state, optax.tree.norm(grads)
 
 
 def moving_average(average: Params, params: Params, decay: float) -> Params:
