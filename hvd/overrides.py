@@ -15,7 +15,6 @@ import dataclasses
 import difflib
 import functools
 import io
-import itertools
 import json
 import types
 import typing
@@ -181,7 +180,7 @@ def _resolve(flag: Flag, known: dict[str, Any]) -> tuple[str, "list[str] | _Pars
     if typing.get_origin(kind) is dict:
         if len(flag.values) % 2:
             raise UserError(_bad_value(flag, kind))
-        return name, _Parsed(dict(itertools.batched(flag.values, 2)))
+        return name, _Parsed(dict(zip(flag.values[::2], flag.values[1::2], strict=True)))
     if not container:
         one_value(flag, _needs(kind))
     return name, ["--" + name.replace("_", "-"), *flag.values]

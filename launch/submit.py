@@ -147,7 +147,7 @@ def check(cfg: Experiment, options: Submit) -> None:
     if options.stage == "policy" and steps.needs_value(cfg):
         from hvd.train.complete import check_complete
 
-        check_complete(cfg.value_dir)
+        check_complete(cfg.value_dir, stage="value", cfg=cfg)
 
 
 def logs(cfg: Experiment) -> Path:
