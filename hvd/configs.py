@@ -283,7 +283,7 @@ def demo() -> Experiment:
     Expected: a table of success rates and runs/demo/report.html.
     """
     state = KeyMap(state=("observation.state", "observation.environment_state"))
-    value_steps, policy_steps = 1_500, 2_500
+    value_steps, policy_steps = 1_500, 3_000
     return Experiment(
         name="demo",
         sim=SimConfig(task="tote"),
@@ -304,7 +304,7 @@ def demo() -> Experiment:
         ),
         policy=PolicyConfig(
             num_train_steps=policy_steps,
-            batch_size=64,
+            batch_size=32,
             lr_schedule=_small_lr(policy_steps, 1e-3),
             ema_decay=0.99,
             suboptimal_share=0.5,
