@@ -1,9 +1,9 @@
 """advantages.parquet: V, Q_i, A_i and omega_i of every frame, one row a frame; and meta.json, written after it.
 
-    dataset ("optimal" | "suboptimal"), split ("train" | "val"), episode, frame, row (of the dataset), V, then for level i:
-    Q_i (minimum of the twins), A_i, omega_i; the levels' names are in the file's metadata and in meta.json.
+    dataset ("optimal" | "suboptimal"), split ("train" | "val"), episode, frame, row (of the dataset), V, then for
+    level i: Q_i (minimum of the twins), A_i, omega_i; the levels' names are in the file's metadata and in meta.json.
 
-Imports no jax beyond the pure functions that turn values into weights.
+A and omega follow from V, Q and the policy's weighting, so a change of the weighting runs no network.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,7 +64,7 @@ def weighting(cfg: Experiment) -> dict[str, Any]:
 
 def weigh(cfg: Experiment, values: Values) -> tuple[Float32[np.ndarray, "n l"], Float32[np.ndarray, "n l"]]:
     """(A_i, omega_i) of each row under the policy's weighting."""
-    a = weights.advantages(values.v, values.q, cfg.policy.advantage)
+    a = weights.advantages(jnp.asarray(values.v), jnp.asarray(values.q), cfg.policy.advantage)
     omega = weights.omega(
         a,
         cfg.policy.weighting,

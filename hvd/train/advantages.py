@@ -1,8 +1,8 @@
 """The advantages pass: V, Q_i, A_i, omega_i once for every frame that the policy run visits. `hvd advantages`.
 
-The value model is frozen by now, so the policy stage needs no value network. Rows go through all devices of all processes in
-shards; a finished shard is a file, and a pass that was stopped goes on after the last one. V and Q are keyed by the value
-checkpoint, the datasets and the rows; a table whose key is the present one is used as it is.
+The value model is frozen by now, so the policy stage needs no value network. Rows go through all devices of all
+processes in shards; a finished shard is a file, and a pass that was stopped goes on after the last one. V and Q are
+keyed by the value checkpoint, the datasets and the rows; a table whose key is the present one is used as it is.
 """
 
 import concurrent.futures
@@ -180,7 +180,7 @@ def _shard(
 def _ahead(
     devices: Devices, batcher: Batcher, rows: np.ndarray, size: int, pool: concurrent.futures.Executor, depth: int = 3
 ) -> Iterator[tuple[slice, concurrent.futures.Future]]:
-    """(place in the shard, placed batch to come) with `depth` batches under way. The last one is filled up by repetition."""
+    """(place in the shard, placed batch to come), `depth` batches under way; the last is filled up by repetition."""
     index, count = jax.process_index(), jax.process_count()
     ours = slice(size // count * index, size // count * (index + 1))
 

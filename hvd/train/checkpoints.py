@@ -1,8 +1,9 @@
 """Checkpoints of a run: asynchronous Orbax saves, restored onto whatever mesh the run has now.
 
-<run>/checkpoints/<steps done>/params       {'params': tree}: openpi's form; the averaged parameters if there are any
-                               train_state  step, optimiser state, target; the raw parameters where `params` is an average
-                               loop         small JSON: what the step loop had not written out yet
+<run>/checkpoints/<steps done>/
+    params       {'params': tree}, openpi's form; the averaged parameters if there are any
+    train_state  step, optimiser state, target; the raw parameters where `params` is an average
+    loop         small JSON: what the step loop had not written out yet
 """
 
 import os

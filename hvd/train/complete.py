@@ -1,7 +1,7 @@
 """complete.json: the proof that a training run is complete, and the one function that every launcher asks.
 
-It is written last and atomically, and lists every file of the final checkpoint with its length and sha256, so that a run
-that was cut short, or whose checkpoint lost a file or a byte afterwards, is never taken for a whole one.
+It is written last and atomically, and lists every file of the final checkpoint with its length and sha256, so that a
+run that was cut short, or whose checkpoint lost a file or a byte afterwards, is never taken for a whole one.
 Imports no jax: login nodes, gates and `hvd verify` call it.
 """
 
@@ -57,7 +57,7 @@ def write_complete(
     inputs: Mapping[str, str],
     finite: bool,
 ) -> Complete:
-    """Hash the checkpoint of `step` and write complete.json. Call it on one process, after the checkpoint is on disk."""
+    """Hash the checkpoint of `step` and write complete.json; by one process, once the checkpoint is on disk."""
     root = epath.Path(run_dir)
     folder = root / runs.CHECKPOINTS / str(step)
     names = sorted(os.path.relpath(os.fspath(p), os.fspath(root)) for p in _walk(folder))
@@ -170,7 +170,7 @@ def main(cfg: Experiment) -> None:
 
 
 def _runs(cfg: Experiment) -> Iterable[tuple[epath.Path, runs.Stage, Experiment]]:
-    """(folder, stage, the config it must have) of the runs below the experiment's folder; ours by `cfg`, others by theirs."""
+    """(folder, stage, the config it must have) of the experiment's runs: ours by `cfg`, others by their own."""
     root = epath.Path(cfg.exp_dir)
     if not root.exists():
         return

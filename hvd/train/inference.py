@@ -90,7 +90,7 @@ class ValueFunction:
     ) -> tuple[Float32[np.ndarray, "b"], Float32[np.ndarray, "b l"]]:
         """V and Q_i (minimum of the twins) of normalised inputs as the loader makes them."""
         batch = {"observation": observation, "actions": actions, "action_mask": action_mask}
-        v, q, _ = jax.device_get(self.evaluate(batch, np.zeros(1, np.int32)))
+        v, q, _ = jax.device_get(self.evaluate(batch, jnp.zeros(1, jnp.int32)))
         return v, q.min(axis=-1)
 
 
@@ -131,7 +131,7 @@ def _open(
 ) -> tuple[Experiment, InputTransform, int, os.PathLike | str]:
     """The run's own config (with the present folders), its transform, its final step, its folder."""
     given = run if isinstance(run, Experiment) else None
-    folder = getattr(run, f"{stage}_dir") if given else run
+    folder: os.PathLike | str = getattr(run, f"{stage}_dir") if isinstance(run, Experiment) else run
     found = complete.check_complete(folder, stage=stage, cfg=given)
     record = runs.read(folder)
     if record is None:

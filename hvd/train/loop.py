@@ -1,8 +1,9 @@
 """The step loop that both stages share.
 
-The host is always one step ahead of the metrics: step n+1 is dispatched, then the metrics of step n are read. Those tell of
-a non-finite loss and of a signal to any process, so all processes stop after the same step. Order at a step boundary:
-metrics, save, validation; a resumed run repeats what came after the save, so its files are those of an undisturbed one.
+The host is always one step ahead of the metrics: step n+1 is dispatched, then the metrics of step n are read. Those
+tell of a non-finite loss and of a signal to any process, so all processes stop after the same step. Order at a step
+boundary: metrics, save, validation; a resumed run repeats what came after the save, so its files are those of an
+undisturbed one.
 """
 
 import contextlib
@@ -69,7 +70,7 @@ class Job:
 
 
 def already_complete(folder: str, cfg: Experiment, stage: runs.Stage) -> bool:
-    """True, with a line printed, if the run is complete at the configured step; UserError if it is damaged or longer."""
+    """True, and says so, if the run is complete at the configured step; UserError if it is damaged or longer."""
     if not (epath.Path(folder) / runs.COMPLETE).exists():
         return False
     found = complete.read_complete(folder)
@@ -105,7 +106,7 @@ def run(job: Job) -> None:
     steps: int = stage_cfg.num_train_steps
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(_checkpoints(job, stage_cfg)))
-        start = checkpoints.latest() or 0
+        start = int(devices.from_main(np.asarray(checkpoints.latest() or 0)))
         if start > steps:
             raise UserError(f"{job.folder} is at step {start}, past {job.stage}.num_train_steps {steps}: raise it")
         loader = stack.enter_context(contextlib.closing(job.loader(start))) if start < steps else None
@@ -124,10 +125,9 @@ def run(job: Job) -> None:
 
         # --- the steps
         trainer = _Trainer(job, stage_cfg, checkpoints, telemetry, like, train_state, start)
-        with jax.transfer_guard("disallow"):
-            if loader is not None:
-                trainer.train(loader, steps, began)
-            trainer.validate_if_due(steps, last=True)
+        if loader is not None:
+            trainer.train(loader, steps, began)
+        trainer.validate_if_due(steps, last=True)
 
         # --- complete
         checkpoints.wait()
@@ -187,9 +187,11 @@ class _Trainer:
             waited = time.perf_counter() - asked
             if step != self._done:
                 raise RuntimeError(f"the loader gave the batch of step {step} at step {self._done}")
-            self.state, out = self._step(self.state, batch, self._devices.flag())
-            self._done += 1
-            stop = self._read()
+            # No array may come or go by the way: a hidden transfer would make every step wait for the host
+            with jax.transfer_guard("disallow"):
+                self.state, out = self._step(self.state, batch, self._devices.flag())
+                self._done += 1
+                stop = self._read()
             self._pending = (self._done, out, waited)
             if stop or first or self._done % self._cfg.save_interval == 0 or self._done == steps:
                 stop |= self._read()  # a checkpoint never holds a step whose metrics were not looked at
@@ -203,19 +205,19 @@ class _Trainer:
 
     def validate_if_due(self, done: int, *, last: bool) -> None:
         """Validation of the state after `done` steps, every val_interval steps and at the end."""
-        if self._cfg.val_batches == 0 or not (last or done % self._cfg.val_interval == 0):
+        if self._cfg.val_batches == 0 or not (last or (done and done % self._cfg.val_interval == 0)):
             return
         if self._validation is None:
+            placed = self._job.validation()
             self._validation = [
-                (batch, jax.random.key_data(jax.random.fold_in(jax.random.key(_VALIDATION_SEED), i)))
-                for i, batch in enumerate(self._job.validation())
+                (b, jax.device_put(np.int32(i), self._devices.replicated)) for i, b in enumerate(placed)
             ]
         if not self._validation:
             return
         stop = self._read()
         totals: dict[str, float] = {}
-        for batch, key in self._validation:
-            *values, stopped = jax.device_get(self._evaluate(self.state, batch, key, self._devices.flag())).tolist()
+        for batch, index in self._validation:
+            *values, stopped = jax.device_get(self._evaluate(self.state, batch, index, self._devices.flag())).tolist()
             if stop or stopped:
                 self._stop()
             for name, value in zip(self._val_names, values, strict=True):
@@ -269,8 +271,11 @@ def _packed(step: Callable, names: list[str], trace: bool) -> Callable:
 
 
 def _packed_evaluation(evaluate: Callable, names: list[str]) -> Callable:
-    def packed(train_state: TrainState, batch: Batch, key_data: jax.Array, flags: jax.Array) -> jax.Array:
-        return _pack(evaluate(train_state, batch, jax.random.wrap_key_data(key_data)), names, flags)
+    """`evaluate` likewise; batch number i is always given the i-th key, so that its noise is the same in every run."""
+
+    def packed(train_state: TrainState, batch: Batch, index: jax.Array, flags: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(_VALIDATION_SEED), index)
+        return _pack(evaluate(train_state, batch, key), names, flags)
 
     return packed
 

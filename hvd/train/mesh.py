@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,7 +59,7 @@ def initialize() -> None:
 
 
 def use_compilation_cache(runs_dir: str) -> None:
-    """Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, else <runs_dir>/.jax_cache: a restart compiles nothing."""
+    """Keep compiled programs in $JAX_COMPILATION_CACHE_DIR, else <runs_dir>/.jax_cache: a restart compiles nothing."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.join(runs_dir, ".jax_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -127,7 +128,7 @@ class Devices:
         return self.flags[1 if preemption.requested() else 0]
 
     def poll(self, where: str) -> None:
-        """Outside the step loop: end with `Stopped` if any process was asked to stop. All processes call it together."""
+        """Outside the step loop: raise `Stopped` if any process was asked to stop. All processes call it together."""
         if jax.process_count() == 1:
             stop = preemption.requested() is not None
         else:
@@ -159,9 +160,9 @@ def start(cfg: Experiment, *, fsdp: int | None = None) -> Devices:
     return make_devices(cfg.fsdp_devices if fsdp is None else fsdp)
 
 
-def make_devices(fsdp: int, devices: list[jax.Device] | None = None) -> Devices:
+def make_devices(fsdp: int, devices: Sequence[Any] | None = None) -> Devices:
     """The mesh (data, fsdp) of `devices`, all there are unless given."""
-    ordered = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
+    ordered = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     if fsdp < 1 or len(ordered) % fsdp:
         raise UserError(f"fsdp_devices {fsdp} does not divide the {len(ordered)} devices: choose a divisor")
     shape = (len(ordered) // fsdp, fsdp)

@@ -1,8 +1,8 @@
 """Being asked to stop: SIGTERM, SIGUSR1 and SIGUSR2 set a flag, and all processes of a run act on it at the same step.
 
 A signal may reach one process only, while a save needs all of them. Each process's flag goes into the step as one tiny
-sharded input and its maximum comes out with the metrics, so that everybody reads "stop" at the same step without an extra
-message. Outside the step loop, `poll` does the same with a computation of its own.
+sharded input and its maximum comes out with the metrics, so that everybody reads "stop" at the same step without an
+extra message (hvd.train.mesh.Devices.flag). Outside the step loop, Devices.poll has a computation of its own.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """`weight_loader`: start from the parameters of an openpi checkpoint instead of random ones.
 
-A checkpoint is an Orbax item {'params': tree}; openpi writes a trailing 'value' into each path, released checkpoints do not:
-both are taken. Each array goes straight to its place on the mesh. What the checkpoint lacks (LoRA updates, the value heads)
-stays as it was initialised; what the model lacks is left over; both are printed.
+A checkpoint is an Orbax item {'params': tree}; openpi writes a trailing 'value' into each path, released checkpoints
+do not: both are taken. Each array goes straight to its place on the mesh. What the checkpoint lacks (LoRA updates, the
+value heads) stays as it was initialised; what the model lacks is left over; both are printed.
 """
 
 import dataclasses

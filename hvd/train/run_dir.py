@@ -69,7 +69,7 @@ def to_dict(value: Any) -> Any:
 
 
 def from_dict[T](kind: type[T], data: Mapping[str, Any], where: str) -> T:
-    """The config tree of class `kind` from `to_dict`'s form; UserError naming `where` and the field that does not fit."""
+    """The config tree of class `kind` from `to_dict`'s form; UserError naming `where` and a field that does not fit."""
     known = {f.name for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     unknown = sorted(set(data) - known)
     if unknown:

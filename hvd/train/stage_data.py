@@ -26,7 +26,7 @@ type Weights = Mapping[str, Float32[np.ndarray, "n l"]]
 
 @dataclasses.dataclass(frozen=True)
 class StageData:
-    """The open datasets of a stage by role, rows of training and held-out episodes, and rows of a batch for each role."""
+    """The open datasets of a stage by role, their training and held-out rows, and each one's rows of a batch."""
 
     cfg: Experiment
     stage: runs.Stage
@@ -140,7 +140,7 @@ def _sources(
     shares: Mapping[str, int],
     weights: Weights,
 ) -> list[Source]:
-    """One source a role, in the order of ROLES. A role that is not used stands there with nothing, to keep the numbers."""
+    """One source a role, in the order of ROLES; a role that is not used is there with no rows, to keep the numbers."""
     stand_in = next(iter(datasets.values()))
     return [
         Source(datasets[role], rows[role], shares[role], weights.get(role))

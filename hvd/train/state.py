@@ -1,7 +1,7 @@
 """What a training run carries from step to step, as plain nested dicts of arrays, and how it is made on the mesh.
 
-Parameters are nested dicts with string keys, named as in the checkpoints ("PaliGemma/llm/layers/..."). A tree is split in
-two: what is trained (has gradients, optimiser state and averages) and what is frozen (has none of them).
+Parameters are nested dicts with string keys, named as in the checkpoints ("PaliGemma/llm/layers/..."). A tree is split
+in two: what is trained (has gradients, optimiser state and averages) and what is frozen (has none of them).
 """
 
 import dataclasses

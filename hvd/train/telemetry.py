@@ -1,6 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard, W&B if asked for, and a progress bar.
 
-    metrics.jsonl  {"step": steps done, "split": "train" | "val", <metric>: mean over the steps since the line before, ...}
+    metrics.jsonl  {"step": steps done, "split": "train" | "val", <metric>: mean of the steps since the last line, ...}
     samples.jsonl  (trace_samples) {"step": step, "samples": [[source, row], ...]}: what each step really was given
     events.jsonl   {"event": "start" | "stop" | "complete", ...}: one line each, never cut
 

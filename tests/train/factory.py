@@ -1,0 +1,164 @@
+"""A tiny experiment with numbers only: two small datasets, their norm stats, models that compile in seconds.
+
+`python -m tests.train.factory STEP SETTINGS` runs one step of it as `hvd` would, in a process of its own: SETTINGS is
+the JSON of `Settings`. That is what the tests of signals and of several processes start.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from hvd.configs import DataConfig, Experiment, LrSchedule, ModelConfig, NormConfig, PolicyConfig, ValueConfig
+from hvd.data.lerobot_writer import Feature, LeRobotWriter
+
+STATE, ACTIONS = 4, 21
+
+
+def write_dataset(root: Path, *, episodes: int, length: int, seed: int) -> None:
+    """A LeRobot v3.0 dataset without cameras: noise around a slope, reward at the end, every third a failure."""
+    rng = np.random.default_rng(seed)
+    features = {
+        "observation.state": Feature("float32", (STATE,)),
+        "action": Feature("float32", (ACTIONS,)),
+        "next.reward": Feature("float32", (1,)),
+        "terminal": Feature("bool", (1,)),
+        "truncated": Feature("bool", (1,)),
+    }
+    writer = LeRobotWriter(root, fps=10, robot_type="r1", features=features)
+    for episode in range(episodes):
+        success = episode % 3 != 2
+        frames = length + int(rng.integers(0, 5))
+        slope = np.linspace(0.0, 1.0, frames)[:, None]
+        last = np.arange(frames) == frames - 1
+        writer.add_episode(
+            {
+                "observation.state": (slope + 0.1 * rng.normal(size=(frames, STATE))).astype(np.float32),
+                "action": (slope + 0.3 * rng.normal(size=(frames, ACTIONS))).astype(np.float32),
+                "next.reward": np.where(last & success, 1.0, 0.0).astype(np.float32),
+                "terminal": last & success,
+                "truncated": last & (not success),
+            },
+            task="carry the tote",
+            extra={"success": success, "quality": "expert" if success else "teleop"},
+        )
+    writer.close()
+
+
+def model() -> ModelConfig:
+    return ModelConfig(
+        action_horizon=4,
+        max_token_len=4,
+        vocab_size=64,
+        tokenizer="words",
+        dtype="float32",
+        paligemma_variant="dummy",
+        action_expert_variant="dummy",
+        value_expert_variant="dummy",
+        cameras=(),
+        action_patch=2,
+    )
+
+
+def experiment(folder: Path, **changes) -> Experiment:
+    """The experiment below `folder`; `changes` are its fields, "value" and "policy" as dicts of the stage's fields."""
+    lr = LrSchedule(warmup_steps=5, peak_lr=1e-3, decay_steps=200, decay_lr=1e-4)
+    stage = {
+        "num_train_steps": 12,
+        "batch_size": 8,
+        "lr_schedule": lr,
+        "log_interval": 4,
+        "val_interval": 6,
+        "val_batches": 2,
+        "save_interval": 5,
+        "keep_period": 0,
+        "trace_samples": True,
+    }
+    value = ValueConfig(**stage | {"data": "both"} | changes.pop("value", {}))  # pyright: ignore[reportArgumentType]
+    policy = PolicyConfig(**stage | {"ema_decay": 0.9} | changes.pop("policy", {}))  # pyright: ignore[reportArgumentType]
+    sets = {
+        f"{role}_data": DataConfig(repo_id=f"test/{role}", root=str(folder / "data" / role))
+        for role in ("optimal", "suboptimal")
+    }
+    return Experiment(
+        name="tiny",
+        runs_dir=str(folder / "runs"),
+        assets_dir=str(folder / "assets"),
+        num_workers=1,
+        model=changes.pop("model", model()),
+        norm=NormConfig(std_floor=0.01),
+        value=value,
+        policy=policy,
+        **sets | changes,
+    )
+
+
+def make_data(folder: Path) -> None:
+    """Both datasets and their norm stats."""
+    from hvd.data import normalize
+
+    write_dataset(folder / "data" / "optimal", episodes=4, length=20, seed=1)
+    write_dataset(folder / "data" / "suboptimal", episodes=6, length=20, seed=2)
+    normalize.main(experiment(folder))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a subprocess needs to know."""
+
+    folder: str
+    changes: dict
+    slow_s: float = 0.0  # sleep before each step, so that signals find the run in all of its phases
+    overwrite: bool = False
+
+
+def main(argv: list[str]) -> int:
+    step, settings = argv[0], Settings(**json.loads(argv[1]))
+    cfg = experiment(Path(settings.folder), **settings.changes)
+    return run_step(step, cfg, settings)
+
+
+def run_step(step: str, cfg: Experiment, settings: Settings) -> int:
+    """One step with the exit codes of the command line."""
+    from hvd.cli import STEPS, stopped_by_signals
+    from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, Failed, Stopped, UserError
+    from hvd.train import stage_data
+
+    if settings.slow_s:
+        slow(stage_data, settings.slow_s)
+    import importlib
+
+    try:
+        with stopped_by_signals():
+            main = importlib.import_module(STEPS[step].module).main
+            main(cfg, **({"overwrite": True} if settings.overwrite else {}))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except Failed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except Stopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return EXIT_STOPPED
+    return EXIT_COMPLETE
+
+
+def slow(stage_data, seconds: float) -> None:
+    """Let the consumer of a loader wait `seconds` for each batch."""
+
+    class Slow(stage_data.Loader):
+        def __next__(self):
+            time.sleep(seconds)
+            return super().__next__()
+
+    stage_data.Loader = Slow
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    sys.exit(main(sys.argv[1:]))
