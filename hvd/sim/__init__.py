@@ -4,17 +4,27 @@ import ctypes
 import os
 import sys
 
+_LIBRARIES = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"}
 
-def _pick_opengl() -> str:
-    """EGL or OSMesa when their libraries are on this machine, else "disable" (pictures are then ray cast: render.py)."""
-    for platform, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            continue
-        return platform
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _pick_opengl(wanted: str) -> str:
+    """The platform `wanted` by the user if it can be loaded (importing mujoco fails otherwise), else EGL or OSMesa, else
+    "disable": pictures are then ray cast (render.py)."""
+    if wanted and wanted not in _LIBRARIES:
+        return wanted
+    for platform in (wanted, *_LIBRARIES) if wanted else _LIBRARIES:
+        if _loads(_LIBRARIES[platform]):
+            return platform
     return "disable"
 
 
-if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
-    os.environ["MUJOCO_GL"] = _pick_opengl()
+if sys.platform == "linux":
+    os.environ["MUJOCO_GL"] = _pick_opengl(os.environ.get("MUJOCO_GL", "").lower())

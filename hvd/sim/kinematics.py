@@ -104,9 +104,7 @@ class BaseDriver:
     def __init__(self, env: Env):
         self._env = env
 
-    def velocity(
-        self, goal: Float[np.ndarray, "3"], speed: float
-    ) -> tuple[Float[np.ndarray, "3"], float, float]:
+    def velocity(self, goal: Float[np.ndarray, "3"], speed: float) -> tuple[Float[np.ndarray, "3"], float, float]:
         """Velocity (m/s, m/s, rad/s in the robot's frame), distance to go and the yaw error's size."""
         pose = self._env.base_pose()
         error = (rot_z(pose[2]).T @ [*(goal[:2] - pose[:2]), 0])[:2]
@@ -125,5 +123,3 @@ def _rotation_vector(rotation: np.ndarray) -> np.ndarray:
     mj.mju_mat2Quat(quat, rotation.ravel())
     mj.mju_quat2Vel(vector, quat, 1.0)
     return vector
-
-

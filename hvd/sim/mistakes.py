@@ -57,7 +57,9 @@ class Log:
 
 
 # How often: an episode of the mixed set has one mistake at a random level, sometimes a second one later, rarely none.
-_P_NONE, _P_SECOND, _P_NOTICED = 0.15, 0.25, 0.5
+_P_NONE, _P_SECOND, _P_NOTICED = 0.1, 0.25, 0.4
+# How far off (metres) the base must stand at the shelf for torso and arms not to make up for it.
+_OUT_OF_REACH = {"tote": (0.40, 0.48), "pick": (0.70, 0.76)}
 _LEVELS = ("base", "torso", "arms")
 _ORDER = ("approach", "reach", "grasp", "lift", "back_away", "sidestep", "advance", "lower")
 
@@ -74,18 +76,15 @@ def sample_plans(rng: np.random.Generator, task: str) -> tuple[Plan, ...]:
 
 
 def _sample(rng: np.random.Generator, level: str, task: str) -> Plan:
-    noticed = rng.random() < _P_NOTICED
+    noticed = bool(rng.random() < _P_NOTICED)
     frames = int(rng.integers(12, 28)) if noticed else 0
     side = float(rng.choice([-1, 1]))
     kind = str(rng.choice(_KINDS[level]))
-    if kind == "stops_short":
+    if kind in ("stops_short", "off_to_side"):
         phase = str(rng.choice(["approach", "advance"], p=[0.7, 0.3]))
-        return Plan(level, kind, phase, 0, (-float(rng.uniform(0.26, 0.36)), 0.0), frames)
-    if kind == "off_to_side":
-        phase = str(rng.choice(["approach", "advance"], p=[0.7, 0.3]))
-        size = float(rng.uniform(0.26, 0.36))
-        # At the table only the outer side is wrong enough: towards the shelf there is no table below.
-        return Plan(level, kind, phase, 0, (0.0, size * side), frames)
+        fatal = not noticed and phase == "approach"
+        size = float(rng.uniform(*(_OUT_OF_REACH[task] if fatal else (0.30, 0.42))))
+        return Plan(level, kind, phase, 0, (-size, 0.0) if kind == "stops_short" else (0.0, size * side), frames)
     if kind == "detour":
         phase = str(rng.choice(["approach", "sidestep"]))
         return Plan(level, kind, phase, int(rng.integers(4, 9)), (-0.35, 0.5 * side), int(rng.integers(14, 26)))
@@ -94,15 +93,20 @@ def _sample(rng: np.random.Generator, level: str, task: str) -> Plan:
     if kind == "no_rise":
         return Plan(level, "late_rise" if noticed else kind, "lift", 0, (0.0, 0.0), frames)
     if kind == "too_high":
-        return Plan(level, kind, "reach", 0, (0.0, float(rng.uniform(0.13, 0.18))), frames)
+        low, high = (0.13, 0.18) if task == "tote" else (0.11, 0.15)
+        return Plan(level, kind, "reach", 0, (0.0, float(rng.uniform(low, high))), frames)
     if kind == "too_wide":
         wide = float(rng.uniform(0.03, 0.06)) if task == "tote" else float(rng.uniform(0.05, 0.07)) * side
         return Plan(level, kind, "reach", 0, (wide, 0.0), frames)
     if kind == "hesitates":
         phase = str(rng.choice(["reach", "lower"]))
         return Plan(level, kind, phase, 2, (0.0, 0.0), int(rng.integers(14, 28)))
-    phase = str(rng.choice(["back_away", "sidestep", "advance"]))
-    return Plan(level, kind, phase, int(rng.integers(1, 8)), (0.0, 0.0), frames)
+    # Released over the shelf the object can be taken again; anywhere else it falls to the floor.
+    where = ["lift", "back_away", "sidestep", "advance"]
+    if task == "pick":
+        where.remove("advance")  # one arm reaches the goal from there: no mistake
+    phase = "lift" if noticed else str(rng.choice(where))
+    return Plan(level, kind, phase, int(rng.integers(3, 7)), (0.0, 0.0), frames)
 
 
 _KINDS = {

@@ -57,7 +57,7 @@ class ToteOperator(Teleoperator):
         self.height = self.object[2] + min(0.02 * self.steps, 0.16)
         posture = CROUCH + (CARRY - CROUCH) * min(1, self.steps / 10)
         centre = np.array([*self.object[:2], self.height])
-        self.hands_to(action, self._hands(centre, self.object_yaw, self._touch - self.squeeze), posture)
+        self.hands_to(action, self._hands(centre, self.object_yaw, self._grip), posture)
         if self.steps < 9:
             return
         if self.env.object_pose()[0][2] < self.height - 0.04:
@@ -114,6 +114,11 @@ class ToteOperator(Teleoperator):
             self.go("give_up")
 
     @property
+    def _grip(self) -> float:
+        """Width at which the hands press on the tote, or let it go too early."""
+        return self._wide + 0.04 if self.releasing else self._touch - self.squeeze
+
+    @property
     def _low(self) -> float:
         return TABLE_HEIGHT + self.env.task.half[2] - 0.002
 
@@ -145,8 +150,7 @@ class ToteOperator(Teleoperator):
         self.held += np.clip(np.array([0.58, 0]) - self.held, -0.01, 0.01)
         self.held_yaw *= 0.9
         centre, yaw = self._held_at()
-        width = self._wide + 0.04 if self.releasing else self._touch - self.squeeze
-        self.hands_to(action, self._hands(np.array([*centre, self.height]), yaw, width), posture)
+        self.hands_to(action, self._hands(np.array([*centre, self.height]), yaw, self._grip), posture)
         position, _ = self.env.object_pose()
         low = position[2] < SHELF_HEIGHT + 0.15
         lost = np.linalg.norm(position[:2] - centre) > 0.15 or position[2] < self.height - 0.05
@@ -198,7 +202,7 @@ class PickOperator(Teleoperator):
             self.go("lift")
 
     def phase_lift(self, action):
-        action[RIGHT_GRIPPER] = 0
+        action[RIGHT_GRIPPER] = 100 if self.releasing else 0
         rise = np.array([-0.01 * self.steps, 0, min(0.03 * self.steps, 0.2)])
         posture = CROUCH + (CARRY - CROUCH) * min(1, self.steps / 10)
         self.hands_to(action, self._hand(self.object + self._tips + rise), posture)
@@ -264,13 +268,11 @@ class PickOperator(Teleoperator):
         return np.array([*(np.array([x, y]) + (rot_z(yaw) @ [*self._standoff, 0])[:2]), self.height])
 
     def _carry(self, action, goal, down: bool = False) -> tuple[float, float]:
-        action[RIGHT_GRIPPER] = 0
+        action[RIGHT_GRIPPER] = 100 if self.releasing else 0
         reached = self.drive(action, np.asarray(goal, float), 0.5)
         self.height = max(self.height - 0.02, self._low - 0.002) if down else min(self.height + 0.03, self._low + 0.12)
         yaw = self.env.base_pose()[2]
         self.hand_error = self.hands_to(action, self._hand(self._held_at(), yaw), STAND)
-        if self.releasing:
-            action[RIGHT_GRIPPER] = 100
         position, _ = self.env.object_pose()
         lost = np.linalg.norm(position - self.env.hand_position("right")) > 0.12
         reachable = SHELF_HEIGHT < position[2] < SHELF_HEIGHT + 0.2

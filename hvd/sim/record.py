@@ -29,7 +29,9 @@ def main(cfg: Experiment) -> None:
     """Write what is missing of `<exp_dir>/recordings/{optimal,mixed}/demo_NNNN.hdf5` and the label sidecars."""
     sim = cfg.sim
     if not sim.task:
-        raise UserError(f"config {cfg.name!r} has no simulation: set sim.task to tote or pick, or convert your recordings")
+        raise UserError(
+            f"config {cfg.name!r} has no simulation: set sim.task to tote or pick, or convert your recordings"
+        )
     root = Path(cfg.exp_dir) / "recordings"
     jobs = []
     for name, count in zip(SETS, (sim.num_optimal, sim.num_mixed), strict=True):
@@ -43,7 +45,9 @@ def main(cfg: Experiment) -> None:
         return
     backend = available_backend() if sim.image_size else None
     if backend == "rays":
-        print("recordings: no OpenGL here (neither libEGL nor libOSMesa): cameras are ray cast on the CPU, which is slower")
+        print(
+            "recordings: no OpenGL here (neither libEGL nor libOSMesa): cameras are ray cast on the CPU, which is slower"
+        )
     bar = tqdm(total=len(jobs), desc=f"recordings {sim.task}", unit="episode")
     if sim.workers <= 1:
         for name, i in jobs:

@@ -21,7 +21,7 @@ _SKY = np.zeros(3)
 
 @functools.cache
 def available_backend() -> Backend:
-    """"opengl" when a picture can really be drawn with it here (library, driver and context), else "rays"."""
+    """ "opengl" when a picture can really be drawn with it here (library, driver and context), else "rays"."""
     if os.environ.get("MUJOCO_GL", "").lower() in ("disable", "disabled", "off", "false", "0"):
         return "rays"
     spec = mj.MjSpec()

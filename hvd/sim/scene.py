@@ -136,15 +136,11 @@ def _room(spec: mj.MjSpec) -> None:
     world.add_light(pos=[0, 0, 4], dir=[0.2, 0.2, -1], type=sun, castshadow=False, diffuse=[0.6] * 3, specular=[0] * 3)
     world.add_geom(name="floor", type=mj.mjtGeom.mjGEOM_PLANE, size=[5, 5, 0.1], rgba=[0.55, 0.55, 0.5, 1])
     shelf = [SHELF_X + 0.05, 0, SHELF_HEIGHT / 2]
-    world.add_geom(
-        name="shelf", type=_BOX, pos=shelf, size=[*SHELF_HALF, SHELF_HEIGHT / 2], rgba=[0.5, 0.35, 0.2, 1]
-    )
+    world.add_geom(name="shelf", type=_BOX, pos=shelf, size=[*SHELF_HALF, SHELF_HEIGHT / 2], rgba=[0.5, 0.35, 0.2, 1])
     table = [*TABLE_XY, TABLE_HEIGHT / 2]
     world.add_geom(name="table", type=_BOX, pos=table, size=[0.25, 0.4, TABLE_HEIGHT / 2], rgba=[0.2, 0.3, 0.55, 1])
     goal = [*TABLE_XY, TABLE_HEIGHT + 0.001]
-    world.add_geom(
-        name="goal", type=_BOX, pos=goal, size=[*GOAL_HALF, 0.001], rgba=[0.2, 0.8, 0.3, 1], **_NO_CONTACT
-    )
+    world.add_geom(name="goal", type=_BOX, pos=goal, size=[*GOAL_HALF, 0.001], rgba=[0.2, 0.8, 0.3, 1], **_NO_CONTACT)
     # Behind the robot's right shoulder, high enough to see shelf, table and robot at once.
     eye, look_at = np.array([-0.9, -1.6, 2.1]), np.array([0.9, 0.5, 0.45])
     forward = (look_at - eye) / np.linalg.norm(look_at - eye)
@@ -194,9 +190,7 @@ def _arm(spec: mj.MjSpec, chest, side: str, sign: int) -> None:
         if i:
             body = body.add_body(name=f"{side}_link{i + 1}", pos=pos, gravcomp=1)
         upper = i < 3
-        _joint(
-            body, f"{side}_{i + 1}", axis, (low, high), damping=8 if upper else 3, armature=0.1 if upper else 0.03
-        )
+        _joint(body, f"{side}_{i + 1}", axis, (low, high), damping=8 if upper else 3, armature=0.1 if upper else 0.03)
         contact = _NO_CONTACT if upper else {}
         if length:
             body.add_geom(
@@ -216,9 +210,7 @@ def _arm(spec: mj.MjSpec, chest, side: str, sign: int) -> None:
     for finger, fsign in (("fa", 1), ("fb", -1)):
         part = body.add_body(name=f"{side}_{finger}", pos=[0.13, fsign * 0.012, 0], gravcomp=1)
         limits = (0, GRIPPER_STROKE)
-        _joint(
-            part, f"{side}_{finger}", [0, fsign, 0], limits, damping=5, armature=0.02, kind=mj.mjtJoint.mjJNT_SLIDE
-        )
+        _joint(part, f"{side}_{finger}", [0, fsign, 0], limits, damping=5, armature=0.02, kind=mj.mjtJoint.mjJNT_SLIDE)
         part.add_geom(
             name=f"{side}_{finger}",
             type=_BOX,
@@ -249,9 +241,7 @@ def _object(spec: mj.MjSpec, task: Task) -> None:
 
 
 def _joint(body, name, axis, limits, *, damping, armature, kind=mj.mjtJoint.mjJNT_HINGE) -> None:
-    body.add_joint(
-        name=name, type=kind, axis=axis, range=limits, limited=True, damping=damping, armature=armature
-    )
+    body.add_joint(name=name, type=kind, axis=axis, range=limits, limited=True, damping=damping, armature=armature)
 
 
 def _position_actuator(spec: mj.MjSpec, joint: str, kp: float, kv: float, force: float) -> None:

@@ -41,7 +41,12 @@ class Teleoperator:
     first = "approach"
 
     def __init__(
-        self, env: Env, seed: int | Sequence[int], quality: float = 0.0, retries: bool = True, plans: tuple[Plan, ...] = ()
+        self,
+        env: Env,
+        seed: int | Sequence[int],
+        quality: float = 0.0,
+        retries: bool = True,
+        plans: tuple[Plan, ...] = (),
     ):
         self.env, self.quality = env, quality
         self.rng = np.random.default_rng([77, *np.atleast_1d(seed)])
@@ -62,7 +67,7 @@ class Teleoperator:
     def act(self) -> Float[np.ndarray, "21"]:
         """The action for the env's present state: joint targets, grippers 0..100, base velocities."""
         self._start_mistake()
-        if not self._blocked:
+        if not self._blocked or self._torso_plan is not None:  # the arms go on while the torso lags behind
             self.steps += 1
         action = self.env.as_action(self.env.command)
         action[BASE] = 0
@@ -96,6 +101,8 @@ class Teleoperator:
 
     def fail(self) -> None:
         """The attempt has failed: try again if the operator does that, else give up."""
+        if self._blocked:
+            return
         reachable = SHELF_HEIGHT < self.env.object_pose()[0][2] < SHELF_HEIGHT + 0.2
         if reachable and self.may_try_again:
             self.retries += 1
@@ -124,10 +131,10 @@ class Teleoperator:
         plan = self._mistake
         if plan is not None and plan.level == "base":
             if plan.kind == "detour":
-                wrong_goal = self._waypoint
-            else:
+                wrong, _, _ = self.base.velocity(self._waypoint, speed)
+            else:  # believes to have arrived where it should be
                 wrong_goal = goal + [*(rot_z(goal[2])[:2, :2] @ plan.offset), 0]
-            wrong, distance, turn = self.base.velocity(wrong_goal, speed)
+                wrong, distance, turn = self.base.velocity(wrong_goal, speed)
             if np.abs(wrong - velocity).max() > _WRONG_BASE:
                 self.log.wrong(plan, self.env.time)
             velocity = wrong
