@@ -40,6 +40,7 @@ from hvd.robots import Robot, get_robot
 
 RECORD = "hvd_convert.json"  # in the dataset: the request that made it
 _VERSION = 1
+_FRAME = "\u2502| "  # of tyro's error boxes, in Unicode and in ASCII
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def parse(argv: Sequence[str]) -> ConvertConfig:
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip("\u2502 ") for line in said.getvalue().splitlines() if line.startswith("\u2502")]
+        lines = [line.strip(_FRAME) for line in said.getvalue().splitlines() if line[:1] in tuple(_FRAME[:2])]
         text = [line for line in lines if re.search(r"\w", line) and "full helptext" not in line]
         known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ConvertConfig)]
         wrong = [arg for arg in argv if re.match(r"--\w", arg) and not _is_flag(arg, known)]

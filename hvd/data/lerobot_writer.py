@@ -85,8 +85,8 @@ class LeRobotWriter:
         features: Mapping[str, Feature],
         codec: str = "h264",
         crf: int = 20,
-        data_mb: float = DATA_MB,
-        video_mb: float = VIDEO_MB,
+        data_mb: int | float = DATA_MB,
+        video_mb: int | float = VIDEO_MB,
     ):
         self.root, self.fps, self.robot_type, self.codec, self.crf = root, fps, robot_type, codec, crf
         self.features = {k: f for k, f in features.items() if f.dtype != "video"}
@@ -210,7 +210,7 @@ class LeRobotWriter:
 class _Table:
     """Parquet files of one kind; begins a new one when the next rows would make the current one too large."""
 
-    def __init__(self, root: Path, template: str, limit_mb: float):
+    def __init__(self, root: Path, template: str, limit_mb: int | float):
         self._root, self._template, self._limit = root, template, limit_mb * 2**20
         self._number = 0
         self._rows = 0
@@ -249,7 +249,7 @@ class _Table:
 class _Joined:
     """One camera's video files: decides which episodes share one, and joins them when each is full."""
 
-    def __init__(self, root: Path, key: str, fps: int, limit_mb: float):
+    def __init__(self, root: Path, key: str, fps: int, limit_mb: int | float):
         self._root, self._key, self._fps, self._limit = root, key, fps, limit_mb * 2**20
         self._number = self._frames = self._size = 0
         self._paths: list[Path] = []

@@ -50,7 +50,7 @@ def fill(
     compression: str | None = None,
     extra_joints: int = 1,
 ) -> Truth:
-    """Write one episode's groups below `root`. `extra_joints`: columns that arms are observed with beyond their joints."""
+    """Write one episode's groups below `root`. `extra_joints`: what arms are observed with beyond their joints."""
     rng = np.random.default_rng(seed)
     names = get_robot(robot).action_names
     joints = sum(name.startswith("left_arm_") for name in names)
@@ -109,9 +109,11 @@ def fill(
 
 def labels_of(num_frames: int, success: bool = True, task: str = "stack the boxes") -> Labels:
     """Two sub-tasks, the second one only when it succeeded."""
-    half = num_frames // 2
-    subtasks = (Subtask("reached", 0, half), Subtask("placed", half, num_frames, 1.0 if success else 0.0))
-    return Labels(task, success, subtasks if success else subtasks[:1], "expert" if success else "teleop")
+    half = max(1, num_frames // 2)
+    subtasks = [Subtask("reached", 0, half)]
+    if success and half < num_frames:
+        subtasks.append(Subtask("placed", half, num_frames))
+    return Labels(task, success, tuple(subtasks), "expert" if success else "teleop")
 
 
 def write_recording(path: Path, num_frames: int = 12, *, fps: float | None = 10.0, success: bool | None = True, **kw):
@@ -148,3 +150,11 @@ def write_folder(folder: Path, lengths: tuple[int, ...] = (12, 9, 15), failures:
         write_recording(folder / f"demo_{i:04d}.hdf5", n, seed=i, success=i not in failures, **kw)
         for i, n in enumerate(lengths)
     ]
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below `folder`: contents by relative path, None for a folder."""
+    return {
+        str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+    }
