@@ -49,17 +49,33 @@ def replacing(target: Path) -> Iterator[Path]:
                 os.replace(temporary, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+            _drop_if_empty(target.parent)
 
 
 @contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """One process at a time. The lock goes with its process, so a killed one leaves nothing to clean up."""
-    with _disk_errors(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = (target.parent / "lock").open("w")
-    with lock:
+    """One process at a time. The lock goes with its process, so a killed one leaves nothing that must be cleaned up."""
+    path = target.parent / f".{target.name}.lock"
+    while True:
+        with _disk_errors(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock = path.open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                break
+        lock.close()  # the one who held it has removed it: queue for the new one
+    try:
         yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
+        _drop_if_empty(target.parent)
+
+
+def _drop_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it is not empty, or gone
+        folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -2,10 +2,13 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
+import os
 import re
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -24,41 +27,63 @@ _SELECTION = re.compile(r"^(?P<name>[^\[\]]+)\[(?P<dims>[0-9,:\s]+)\]$")
 def digest(layout: Layout) -> str:
     """sha256 over the contents of meta and data, and over size and sampled bytes of each video.
 
-    Remembered in the cache folder beside sizes and times of the files, so that a second opening does not read them.
+    `keep_digest` remembers it beside sizes and times of the files, so that a second opening does not read them.
     """
-    meta = sorted(p for p in (layout.root / "meta").rglob("*") if p.is_file())
-    whole, sampled = [*meta, *layout.data_paths], list(layout.video_paths)
-    seen = hashlib.sha256(f"{CACHE_VERSION}".encode())
+    whole, sampled = _files(layout)
+    with contextlib.suppress(ValueError, KeyError, OSError):  # a damaged note is as good as none
+        known = json.loads((cache_folder(layout.root) / _NOTE).read_bytes())
+        if known["files"] == _fingerprint(layout):
+            return known["digest"]
+    total = hashlib.sha256(f"{CACHE_VERSION}".encode())
     for path in whole + sampled:
+        total.update(f"{path.relative_to(layout.root)}\n".encode())
         try:
-            stat = path.stat()
-        except OSError:
-            raise UserError(f"{path}: file of the dataset is missing or unreadable") from None
-        seen.update(f"{path.relative_to(layout.root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    note = (
-        cache_folder(layout.root)
-        / f"digest-{hashlib.sha256(str(layout.root.resolve()).encode()).hexdigest()[:12]}.json"
-    )
-    if note.is_file():
-        with contextlib.suppress(ValueError, KeyError, OSError):  # a damaged note is only computed again
-            known = json.loads(note.read_bytes())
-            if known["files"] == seen.hexdigest():
-                return known["digest"]
-    total = hashlib.sha256()
-    for path in whole:
-        total.update(str(path.relative_to(layout.root)).encode())
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    for path in sampled:
-        size = path.stat().st_size
-        total.update(f"{path.relative_to(layout.root)} {size}".encode())
-        with path.open("rb") as file:
-            for start in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
-                file.seek(start)
-                total.update(file.read(_SAMPLE))
-    with replacing(note) as temporary:
-        temporary.write_text(json.dumps({"files": seen.hexdigest(), "digest": total.hexdigest()}))
+            with path.open("rb") as file:
+                total.update(_sampled(file) if path in sampled else hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{path}: file of the dataset is missing or unreadable ({error.strerror})") from None
     return total.hexdigest()
+
+
+def keep_digest(layout: Layout, value: str) -> None:
+    """Remember the digest, and remove from the cache what belongs to other contents of the dataset."""
+    folder = cache_folder(layout.root)
+    note = json.dumps({"files": _fingerprint(layout), "digest": value})
+    path = folder / _NOTE
+    if path.is_file() and path.read_text() == note:
+        return
+    with replacing(path) as temporary:
+        temporary.write_text(note)
+    for entry in folder.iterdir():
+        if re.search(r"-[0-9a-f]{16}-", entry.name) and f"-{value[:16]}-" not in entry.name and entry.name[0] != ".":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+_NOTE = "digest.json"
+
+
+def _files(layout: Layout) -> tuple[list[Path], list[Path]]:
+    """The files hashed whole and those of which only parts are."""
+    meta = sorted(p for p in (layout.root / "meta").rglob("*") if p.is_file())
+    return [*meta, *layout.data_paths], list(layout.video_paths)
+
+
+def _fingerprint(layout: Layout) -> str:
+    """Changes when any file of the dataset does."""
+    total = hashlib.sha256(str(layout.root.resolve()).encode())
+    for path in itertools.chain(*_files(layout)):
+        stat = path.stat()
+        total.update(f"{path.relative_to(layout.root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return total.hexdigest()
+
+
+def _sampled(file: BinaryIO) -> bytes:
+    size = file.seek(0, os.SEEK_END)
+    total = hashlib.sha256(str(size).encode())
+    for start in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
+        file.seek(start)
+        total.update(file.read(_SAMPLE))
+    return total.digest()
 
 
 def load_columns(layout: Layout, data_digest: str, cfg: DataConfig) -> dict[str, np.ndarray]:
@@ -68,7 +93,6 @@ def load_columns(layout: Layout, data_digest: str, cfg: DataConfig) -> dict[str,
     """
     recipe = {
         "version": CACHE_VERSION,
-        "data": data_digest,
         "state": cfg.keys.state,
         "actions": cfg.keys.actions,
         "rewards": cfg.keys.rewards,
@@ -76,8 +100,8 @@ def load_columns(layout: Layout, data_digest: str, cfg: DataConfig) -> dict[str,
         "reward": cfg.reward,
         "labels": _labels_digest(layout, cfg) if cfg.reward == "labels" else "",
     }
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:24]
-    folder = cache_folder(layout.root) / f"columns-{key}"
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder(layout.root) / f"columns-{data_digest[:16]}-{key}"
     cached(folder, lambda temporary: _build(layout, cfg, temporary))
     return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
 

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from hvd.configs import DataConfig
-from hvd.data.columns import digest, load_columns
-from hvd.data.frames import Frames, open_frames
+from hvd.data.columns import digest, keep_digest, load_columns
+from hvd.data.frames import Camera, Frames
 from hvd.data.layout import Layout, read_layout
 from hvd.errors import UserError, nearest
 from hvd.robots import get_robot
@@ -77,7 +77,9 @@ class Dataset:
         layout = read_layout(cfg.path())
         frames_keys = _camera_keys(layout, cfg, cameras)
         data_digest = digest(layout)
+        opened = {camera: Camera(layout, key, data_digest) for camera, key in frames_keys.items()}
         columns = load_columns(layout, data_digest, cfg)
+        keep_digest(layout, data_digest)
         name = cfg.repo_id or layout.root.name
         width = columns["actions"].shape[1]
         if robot and width != get_robot(robot).action_dim:
@@ -93,8 +95,6 @@ class Dataset:
         offered = offered[: cfg.max_episodes or None]
         check_horizon(name, offered, horizon)
         episode_of = columns["episode_of"]
-        time = columns["time"]
-        camera_frames = {c: open_frames(layout, k, time, episode_of, data_digest) for c, k in frames_keys.items()}
         return cls(
             name=name,
             root=layout.root,
@@ -111,7 +111,7 @@ class Dataset:
             task_ids=task_ids,
             tasks=tasks,
             cameras=tuple(frames_keys),
-            camera_frames=camera_frames,
+            camera_frames={name: camera.open(columns["time"], episode_of) for name, camera in opened.items()},
         )
 
     @property

@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hvd.data.cache import cache_folder, cached
 from hvd.data.layout import Layout, read_parquet
-from hvd.data.packets import PacketTable, open_packets
+from hvd.data.packets import FilePackets, PacketTable, list_all, load_table, save_table
 from hvd.errors import UserError
 
 _OPEN_FILES = 32  # per thread
@@ -186,30 +186,49 @@ def _decode_other(data: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def open_frames(
-    layout: Layout,
-    key: str,
-    time: Float64[np.ndarray, " n"],
-    episode_of: Int[np.ndarray, " n"],
-    digest: str,
-) -> Frames:
-    """Frames of the feature `key`, whether video or images; on first use lists its packets or copies its images.
+class Camera:
+    """A camera feature of a dataset: checked when made, opened when the rows' times are known.
 
-    Args:
-        time: seconds into the episode of each row [n].
-        episode_of: each row's position among the episodes [n].
-        digest: of the dataset; names the files in the cache.
+    Making it reads every video file of a dataset seen for the first time and raises UserError naming one that is
+    missing, damaged or shorter than its episodes. Nothing is written before `open`.
     """
-    name = f"{key.replace('/', '_')}-{digest[:16]}"
-    if layout.features[key].get("dtype") == "image":
-        folder = cached(cache_folder(layout.root) / f"images-{name}", lambda to: _copy_images(layout, key, to))
-        return ImageFrames(folder / "images.bin", np.load(folder / "places.npy", mmap_mode="r"), key)
-    spans = [e.videos[key] for e in layout.episodes]
-    paths = list(dict.fromkeys(s.path for s in spans))
-    number = {path: i for i, path in enumerate(paths)}
-    file_of = np.asarray([number[s.path] for s in spans])[episode_of]
-    seconds = np.asarray([s.offset for s in spans], np.float64)[episode_of] + time
-    return VideoFrames(open_packets(cache_folder(layout.root) / f"packets-{name}", paths, file_of, seconds))
+
+    def __init__(self, layout: Layout, key: str, digest: str):
+        self._layout, self._key = layout, key
+        self._is_video = layout.features[key].get("dtype") != "image"
+        name = f"{'packets' if self._is_video else 'images'}-{digest[:16]}-{key.replace('/', '_')}"
+        self._folder = cache_folder(layout.root) / name
+        self._packets: list[FilePackets] = []
+        if self._is_video:
+            self._spans = [e.videos[key] for e in layout.episodes]
+            self._paths = list(dict.fromkeys(s.path for s in self._spans))
+            if not self._folder.exists():
+                self._packets = list_all(self._paths)
+                self._check_ends()
+
+    def _check_ends(self) -> None:
+        number = {path: i for i, path in enumerate(self._paths)}
+        for episode, span in zip(self._layout.episodes, self._spans, strict=True):
+            last, ends = span.offset + (episode.length - 1) / self._layout.fps, self._packets[number[span.path]].end
+            if last > ends + 0.5 / self._layout.fps:
+                what = f"the video ends at {ends:.2f} s, episode {episode.index} at {last:.2f} s"
+                raise UserError(f"{span.path}: truncated video file ({what})")
+
+    def open(self, time: Float64[np.ndarray, " n"], episode_of: Int[np.ndarray, " n"]) -> Frames:
+        """The camera's frames; on first use keeps its packet lists, or copies its images, in the cache.
+
+        Args:
+            time: seconds into the episode of each row [n].
+            episode_of: each row's position among the episodes [n].
+        """
+        if not self._is_video:
+            folder = cached(self._folder, lambda to: _copy_images(self._layout, self._key, to))
+            return ImageFrames(folder / "images.bin", np.load(folder / "places.npy", mmap_mode="r"), self._key)
+        number = {path: i for i, path in enumerate(self._paths)}
+        file_of = np.asarray([number[s.path] for s in self._spans])[episode_of]
+        seconds = np.asarray([s.offset for s in self._spans], np.float64)[episode_of] + time
+        cached(self._folder, lambda to: save_table(to, self._paths, self._packets, file_of, seconds))
+        return VideoFrames(load_table(self._folder, self._paths))
 
 
 def _copy_images(layout: Layout, key: str, folder: Path) -> None:

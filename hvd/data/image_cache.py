@@ -31,7 +31,7 @@ class CachedFrames:
 def cached_frames(dataset: Dataset, camera: str, size: int) -> Frames:
     """Frames of `camera` at size x size; made on first use, with all cores and a progress bar."""
     offered = hashlib.sha256(np.asarray([e.index for e in dataset.episodes]).tobytes()).hexdigest()[:8]
-    name = f"frames-{camera}-{size}-{dataset.digest[:16]}-{offered}.u8"
+    name = f"frames-{dataset.digest[:16]}-{camera}-{size}-{offered}.u8"
     path = cached(cache_folder(dataset.root) / name, lambda temporary: _build(dataset, camera, size, temporary))
     return CachedFrames(path, dataset.num_frames, size)
 

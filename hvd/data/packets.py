@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Float64, Int, Int32, Int64
 from tqdm import tqdm
 
-from hvd.data.cache import cached
 from hvd.errors import UserError
 
 
@@ -32,6 +31,11 @@ class FilePackets:
     size: Int64[np.ndarray, " p"]
     pts: Int64[np.ndarray, " p"]
     start: Int64[np.ndarray, " p"]  # the packet at which decoding must start to obtain this one
+
+    @property
+    def end(self) -> float:
+        """When the last frame is shown, in seconds."""
+        return float(self.pts.max()) * self.base
 
 
 @dataclass(frozen=True)
@@ -51,31 +55,34 @@ class PacketTable:
     packet_of_row: Int64[np.ndarray, " n"]
 
 
-def open_packets(
-    folder: Path, paths: Sequence[Path], file_of: Int[np.ndarray, " n"], seconds: Float64[np.ndarray, " n"]
-) -> PacketTable:
-    """The table in the cache at `folder`, made first when it is not there.
+def list_all(paths: Sequence[Path]) -> list[FilePackets]:
+    """The packets of all files, read in parallel, with a bar when it takes long."""
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(paths), unit="file", desc=f"reading {paths[0].parent}", delay=2) as bar,
+    ):
+        files = []
+        for packets in pool.map(list_packets, paths):
+            files.append(packets)
+            bar.update()
+    return files
+
+
+def save_table(
+    folder: Path,
+    paths: Sequence[Path],
+    files: Sequence[FilePackets],
+    file_of: Int[np.ndarray, " n"],
+    seconds: Float64[np.ndarray, " n"],
+) -> None:
+    """Write the table of `load_table`.
 
     Args:
         file_of: file number of each row of the dataset [n].
         seconds: time of each row in its file [n].
 
-    Raises UserError naming a file that is missing, damaged, or ends before its rows do.
+    Raises UserError naming a file that has no frame at a row's time.
     """
-    cached(folder, lambda temporary: _make(temporary, paths, file_of, seconds))
-    codecs = json.loads((folder / "codecs.json").read_text())
-    arrays = {p.stem: np.load(p, mmap_mode="r") for p in folder.glob("*.npy")}
-    return PacketTable(tuple(paths), tuple((name, bytes.fromhex(extra)) for name, extra in codecs), **arrays)
-
-
-def _make(folder: Path, paths: Sequence[Path], file_of: np.ndarray, seconds: np.ndarray) -> None:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(total=len(paths), unit="file", desc=f"reading {paths[0].parent}", delay=2)
-        files = []
-        for packets in pool.map(list_packets, paths):
-            files.append(packets)
-            bar.update()
-        bar.close()
     first = np.cumsum([0, *(len(f.pts) for f in files)])
     packet_of_row = np.zeros(len(file_of), np.int64)
     order = np.argsort(file_of, kind="stable")
@@ -95,6 +102,13 @@ def _make(folder: Path, paths: Sequence[Path], file_of: np.ndarray, seconds: np.
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     (folder / "codecs.json").write_text(json.dumps([(f.codec, f.extradata.hex()) for f in files]))
+
+
+def load_table(folder: Path, paths: Sequence[Path]) -> PacketTable:
+    """The table that `save_table` wrote for these files, memory-mapped."""
+    codecs = json.loads((folder / "codecs.json").read_text())
+    arrays = {p.stem: np.load(p, mmap_mode="r") for p in folder.glob("*.npy")}
+    return PacketTable(tuple(paths), tuple((name, bytes.fromhex(extra)) for name, extra in codecs), **arrays)
 
 
 def list_packets(path: Path) -> FilePackets:

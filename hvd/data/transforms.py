@@ -3,26 +3,21 @@ and a served policy use the same `InputTransform`, so that training and acting c
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int32, UInt8
+from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 
 from hvd.configs import Experiment, ModelConfig, NormConfig
 from hvd.data import normalize
 from hvd.errors import UserError
+from hvd.models.tokenizer import Tokenizer
 from hvd.robots import Robot, get_robot
 
 Observation = dict[str, Any]
 """Numpy arrays: state [B,action_dim], images {camera: uint8 [B,S,S,3]}, image_masks {camera: bool [B]},
 tokenized_prompt int32 [B,L], tokenized_prompt_mask bool [B,L]."""
-
-
-class Tokenizer(Protocol):
-    """hvd.models.tokenizer.Tokenizer, as far as data needs it."""
-
-    def encode(self, prompts: list[str]) -> tuple[Int32[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]: ...
 
 
 class InputTransform:
@@ -51,10 +46,8 @@ class InputTransform:
     @classmethod
     def from_config(cls, cfg: Experiment, stats: Mapping[str, normalize.NormStats] | None = None) -> "InputTransform":
         """With the experiment's shared statistics (unless given) and its tokenizer."""
-        from hvd.models.tokenizer import Tokenizer as ModelTokenizer  # models import jax; data alone does not
-
         stats = normalize.load_shared(cfg) if stats is None else stats
-        return cls(cfg.model, cfg.norm, get_robot(cfg.robot), stats, ModelTokenizer(cfg.model))
+        return cls(cfg.model, cfg.norm, get_robot(cfg.robot), stats, Tokenizer(cfg.model))
 
     def state(self, state: Float[np.ndarray, "b s"]) -> Float32[np.ndarray, "b d"]:
         """Normalised and zero-padded state."""
