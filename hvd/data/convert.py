@@ -40,7 +40,7 @@ from hvd.robots import Robot, get_robot
 
 RECORD = "hvd_convert.json"  # in the dataset: the request that made it
 _VERSION = 1
-_FRAME = "\u2502| "  # of tyro's error boxes, in Unicode and in ASCII
+_BOX = re.compile(r"[\u2500-\u257f]")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,9 @@ def parse(argv: Sequence[str]) -> ConvertConfig:
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip(_FRAME) for line in said.getvalue().splitlines() if line[:1] in tuple(_FRAME[:2])]
+        # without the frame and its title; the frame is of ASCII or of Unicode's box characters
+        inside = [x for x in _BOX.sub("-", said.getvalue()).splitlines() if not re.search(r"-[-+]\s*$", x)]
+        lines = [re.sub(r"^[|-]?\s+|\s*[|-]?$", "", line) for line in inside]
         text = [line for line in lines if re.search(r"\w", line) and "full helptext" not in line]
         known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ConvertConfig)]
         wrong = [arg for arg in argv if re.match(r"--\w", arg) and not _is_flag(arg, known)]
