@@ -144,6 +144,7 @@ class Attention(nnx.Module):
 
     def __init__(self, configs: Sequence[Config], rngs: nnx.Rngs, depth: int | None = None):
         self.configs = tuple(configs)
+        self.query_scale = configs[0].head_dim ** -0.5
         for i, c in enumerate(configs):
             if c.num_kv_heads == c.num_heads:
                 shape = (3, c.num_heads, c.width, c.head_dim)
@@ -169,8 +170,8 @@ class Attention(nnx.Module):
                 q = getattr(self, expert_name("q_einsum", i))("btd,ndh->btnh", x)
                 k, v = getattr(self, expert_name("kv_einsum", i))("btd,ckdh->cbtkh", x)
                 parts.append((q, k, v))
-        q, k, v = (jnp.concatenate(p, axis=1) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-        q = rotate(q, *angles) * self.configs[0].head_dim ** -0.5
+        q, k, v = (jnp.concatenate([part[i] for part in parts], axis=1) for i in range(3))
+        q = rotate(q, *angles) * self.query_scale
         k = rotate(k, *angles)
         encoded = attend(q, k, v, mask, cache)
         outs, start = [], 0
@@ -265,7 +266,7 @@ class Gemma(nnx.Module):
         mask: Bool[Array, "b t p_t"],
         conds: Sequence[Array | None] | None = None,
         cache: KVCache | None = None,
-    ) -> tuple[list[Array | None], KVCache]:
+    ) -> tuple[list, KVCache]:
         """Joint pass over the tokens of the experts, in the experts' order.
 
         Args:
@@ -276,7 +277,7 @@ class Gemma(nnx.Module):
             cache: keys and values of earlier tokens, stacked over the layers [l b p k h].
 
         Returns:
-            Final-normed tokens per expert in `dtype`, and the (k, v) of the tokens of this call [l b t k h].
+            Final-normed tokens per expert (or None) in `dtype`, and the (k, v) of the tokens of this call [l b t k h].
         """
         conds = list(conds) if conds is not None else [None] * len(self.configs)
         xs = [None if x is None else x.astype(self.dtype) for x in xs]

@@ -66,9 +66,12 @@ class MultiHeadAttention(nnx.Module):
 
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs, depth: int | None = None):
         size = width // heads
-        for name in ("query", "key", "value"):
+
+        def projection():
             kernel = param(rngs, (width, heads, size), width**-0.5, depth)
-            setattr(self, name, nnx.Dict(kernel=kernel, bias=param(rngs, (heads, size), 0.0, depth)))
+            return nnx.Dict(kernel=kernel, bias=param(rngs, (heads, size), 0.0, depth))
+
+        self.query, self.key, self.value = projection(), projection(), projection()
         self.out = nnx.Dict(
             kernel=param(rngs, (heads, size, width), width**-0.5, depth), bias=param(rngs, (width,), 0.0, depth)
         )

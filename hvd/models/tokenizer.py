@@ -10,9 +10,8 @@ import sentencepiece
 from jaxtyping import Bool, Float, Int
 
 from hvd.configs import ModelConfig
-from hvd.errors import UserError, nearest
+from hvd.errors import UserError
 
-KINDS = ("paligemma", "words")
 PAD, EOS, BOS, UNK = 0, 1, 2, 3  # ids of "words"; the same as PaliGemma's
 
 
@@ -26,12 +25,10 @@ class Tokenizer:
         cfg: its fields tokenizer, tokenizer_path, vocab_size and max_token_len.
 
     Raises:
-        UserError: an unknown tokenizer, or a sentencepiece file that is missing or broken.
+        UserError: a sentencepiece file that is missing or broken, or a vocabulary that is too small.
     """
 
     def __init__(self, cfg: ModelConfig):
-        if cfg.tokenizer not in KINDS:
-            raise UserError(f"unknown model.tokenizer {cfg.tokenizer!r}{nearest(cfg.tokenizer, KINDS)}")
         if cfg.vocab_size <= UNK + 1:
             raise UserError(
                 f"model.vocab_size {cfg.vocab_size} leaves no id for words; the first {UNK + 1} are reserved"

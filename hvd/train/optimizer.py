@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from hvd.configs import LrSchedule, Optimizer
 from hvd.errors import UserError
 
 Params = Any  # a pytree of float arrays
-Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+Schedule = Callable[[Any], Float[Array, ""]]  # of a step, an int or an integer scalar array
 
 
 def learning_rate(cfg: LrSchedule) -> Schedule:
@@ -32,7 +32,7 @@ def learning_rate(cfg: LrSchedule) -> Schedule:
             f"lr_schedule.decay_steps {cfg.decay_steps} must be larger than lr_schedule.warmup_steps {cfg.warmup_steps}"
         )
 
-    def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
+    def schedule(step: Any) -> Float[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
         start = cfg.peak_lr / (cfg.warmup_steps + 1)
         warm = start + (cfg.peak_lr - start) * step / max(cfg.warmup_steps, 1)
