@@ -1,0 +1,88 @@
+"""What the README tells a user to type is understood, and the names in it exist."""
+
+import re
+import shlex
+
+import pytest
+
+import hvd.configs as configs
+from hvd import cli, overrides
+from hvd.checks import check_config
+from hvd.configs import Experiment
+from hvd.data import convert
+from launch import steps, submit
+from tests.folders import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"(?:^    .*\n|^\n(?=    ))+", README, re.MULTILINE)
+COMMANDS = [
+    line.split("&&")[-1].partition("#")[0].strip()
+    for block in BLOCKS
+    for line in (raw.strip() for raw in block.splitlines())
+    if re.match(r"(pip install uv && )?uv run ", line)
+]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An empty working folder beside a ../shared with a dataset, and the README's own config among the configs."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    info = tmp_path / "shared" / "data" / "g1_bottle" / "meta" / "info.json"
+    info.parent.mkdir(parents=True)
+    info.write_text("{}")
+    source = re.search(r"^    def my_task\(\).*?^        \)\n", README, re.MULTILINE | re.DOTALL)
+    assert source, "the README shows a config"
+    code = "\n".join(line.removeprefix("    ") for line in source.group().splitlines())
+    namespace = dict(vars(configs))
+    exec(code, namespace)
+    monkeypatch.setitem(configs.CONFIGS, "my_task", namespace["my_task"])
+
+
+def test_the_readme_begins_with_the_two_lines():
+    assert COMMANDS[:2] == ["uv run python launch/submit.py --stage all", "uv run pytest"]
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_understood(command, capsys):
+    words = shlex.split(command)
+    match words[2:]:
+        case ["hvd", "convert", *args]:
+            convert.parse(args)
+        case ["hvd", "--help" | "configs" | "train-value", *rest] if not rest or "--help" in rest:
+            assert cli.main(words[3:]) == 0
+        case ["hvd", step, *args]:
+            assert step in cli.STEPS
+            args, _ = cli.take_overwrite(args)
+            check_config(overrides.experiment(args))
+        case ["python", "launch/submit.py", *args]:
+            options, rest = submit.parse(args)
+            given = ["--config", options.config, *(["--data", options.data] if options.data else []), *rest]
+            cfg = overrides.experiment(given)
+            check_config(cfg)
+            assert steps.plan(cfg, options.stage, given)
+        case ["pytest", *paths]:
+            assert all((ROOT / path).exists() for path in paths)
+        case _:
+            pytest.fail(f"not a command that this test knows: {command}")
+
+
+def test_every_option_that_is_named_exists():
+    known = {*overrides.leaves(Experiment), *overrides.leaves(submit.Submit), *overrides.leaves(convert.ConvertConfig)}
+    known |= {"config", "resume", "overwrite", "help", "extra", "no_push_to_hub"}
+    ours = [
+        line if not line.startswith("| `") or "|" not in line[3:] else line.split("|")[2]  # not the old code base's
+        for line in README.partition("## Coming from")[2].splitlines()
+    ]
+    text = README.partition("## Coming from")[0] + "\n".join(ours)
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_.-]*[a-z0-9])", text))
+    assert len(named) > 20
+    unknown = {name for name in named if name.replace("-", "_") not in known}
+    unknown -= set(cli.STEPS)  # arrows of the picture: recordings --convert--> dataset
+    assert unknown <= {"value.batchsize"}, "the typing mistake that the README shows is the only unknown option"
+
+
+def test_files_and_folders_that_are_named_exist():
+    for name in re.findall(r"`((?:hvd|launch|tests)/[\w/.]+)`", README):
+        assert (ROOT / name).exists(), name
