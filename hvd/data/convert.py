@@ -310,13 +310,13 @@ def _write(
             codec=config.codec,
             crf=crf,
         )
-        (folder / "labels").mkdir()
-        for i, episode in enumerate(tqdm(episodes, desc="write", unit="episode", mininterval=0.5)):
-            with Recording(episode.ref, selection.robot, selection.odom_yaw) as recording:
-                columns = _columns(recording, episode)
-            mine = {f"observation.images.{c}": segments[episode.ref, c] for c in config.cameras}
-            _add(writer, folder, i, episode, columns, mine)
-        writer.close()
+        with writer:
+            (folder / "labels").mkdir()
+            for i, episode in enumerate(tqdm(episodes, desc="write", unit="episode", mininterval=0.5)):
+                with Recording(episode.ref, selection.robot, selection.odom_yaw) as recording:
+                    columns = _columns(recording, episode)
+                mine = {f"observation.images.{c}": segments[episode.ref, c] for c in config.cameras}
+                _add(writer, folder, i, episode, columns, mine)
         successes = sum(e.labels.success for e in episodes)
         counts = [writer.num_episodes, writer.num_frames, successes]
         record |= {"version": _VERSION, "counts": counts, "skipped": skipped, "failures": plan.failures}

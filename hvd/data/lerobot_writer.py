@@ -7,6 +7,7 @@ Several episodes share a file until it would outgrow its limit. A data file has 
 table tells where an episode lies (file, rows, seconds), its statistics, and the caller's own (success, quality).
 """
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ class Segment:
 
 
 class LeRobotWriter:
-    """Writes episodes one after another into an empty folder; the dataset is whole after close().
+    """Writes episodes one after another into a new folder; a context manager. The dataset is whole after the block,
+    unless an exception ended it: then what is there is of no use.
 
     Args:
         root: the dataset's folder; created.
@@ -100,6 +102,17 @@ class LeRobotWriter:
         self._totals: dict[str, TotalStats] = {}
         root.mkdir(parents=True)
 
+    def __enter__(self) -> "LeRobotWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._data.abandon()
+            self._episodes.abandon()
+
     def add_episode(
         self,
         columns: Mapping[str, np.ndarray],
@@ -112,7 +125,7 @@ class LeRobotWriter:
         Args:
             columns: per numeric feature the values [T, d] (or [T] for shape (1,)), of the feature's dtype.
             task: the prompt.
-            segments: per camera the encoded frames; their files are needed until close() returns.
+            segments: per camera the encoded frames; their files are needed until the end of the block.
             extra: columns of the caller's own in the episodes' table, the same for every episode.
         """
         segments = segments or {}
@@ -159,8 +172,8 @@ class LeRobotWriter:
         self.num_episodes += 1
         self.num_frames += length
 
-    def close(self) -> None:
-        """Join the videos and write what is left; the dataset is whole afterwards."""
+    def _finish(self) -> None:
+        """Join the videos and write what is left."""
         if not self.num_episodes:
             raise ValueError(f"{self.root}: a dataset needs at least one episode")
         self._flush_rows()
@@ -244,6 +257,14 @@ class _Table:
             self._writer.close()
             self._sink.close()
             self._writer = None
+
+    def abandon(self) -> None:
+        """Let go of a file that could not be written whole (a full disk); nothing is left open after close()."""
+        if self._writer is not None:
+            self._writer.is_open = False  # else its destructor writes again, and prints a traceback
+            self._writer = None
+            with contextlib.suppress(OSError):  # of the buffered rest; the first error is on its way up already
+                self._sink.close()
 
 
 class _Joined:
