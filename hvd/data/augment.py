@@ -1,4 +1,4 @@
-"""Image augmentation on the device: random crop, small rotation, colour jitter; own key per camera and per sample."""
+"""Image augmentation on the device: random crop, small rotation, colour jitter; drawn per camera and per sample."""
 
 from collections.abc import Mapping
 
@@ -20,42 +20,43 @@ def to_float(images: Mapping[str, UInt8[Array, "b h w 3"]]) -> dict[str, Float[A
 def augment_images(
     key: Key[Array, ""], images: Mapping[str, UInt8[Array, "b h w 3"]]
 ) -> dict[str, Float[Array, "b h w 3"]]:
-    """Augmented float32 images in [-1, 1].
+    """Augmented float32 images in [-1, 1]; all cameras have the same size.
 
     Cameras whose name holds "wrist" keep their geometry: their view is fixed to the hand. The others get a random crop
     of 95% of each side, scaled back, and a rotation within 5 degrees (outside is black). All get colour jitter, half of
     the time.
     """
-    out = {}
-    for number, camera in enumerate(sorted(images)):
-        keys = jax.random.split(jax.random.fold_in(key, number), images[camera].shape[0])
-        one = _augment_wrist if "wrist" in camera else _augment
-        out[camera] = jax.vmap(one)(keys, images[camera].astype(jnp.float32) / 255.0) * 2.0 - 1.0
-    return out
+    cameras = sorted(images)
+    out: dict[str, Array] = {}
+    for wrist in (False, True):
+        group = [camera for camera in cameras if ("wrist" in camera) == wrist]
+        if not group:
+            continue
+        # seven uniform numbers per image, camera by camera, and one vectorised function for all cameras of the group
+        batch = images[group[0]].shape[0]
+        draws = [jax.random.uniform(jax.random.fold_in(key, cameras.index(c)), (batch, 7)) for c in group]
+        pictures = jnp.concatenate([images[c] for c in group]).astype(jnp.float32) / 255.0
+        done = jax.vmap(_jitter if wrist else _augment)(jnp.concatenate(draws), pictures) * 2.0 - 1.0
+        out |= dict(zip(group, jnp.split(done, len(group)), strict=True))
+    return {camera: out[camera] for camera in images}
 
 
-def _augment_wrist(key: Key[Array, ""], image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
-    return _jitter(key, image)
+def _augment(u: Float[Array, "7"], image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
+    return _jitter(u, _crop_and_rotate(u[4:], image))
 
 
-def _augment(key: Key[Array, ""], image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
-    geometry, colour = jax.random.split(key)
-    return _jitter(colour, _crop_and_rotate(geometry, image))
-
-
-def _crop_and_rotate(key: Key[Array, ""], image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
-    """Crop, scaling and rotation as one bilinear sampling."""
+def _crop_and_rotate(u: Float[Array, "3"], image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
+    """Crop, scaling and rotation as one bilinear sampling; `u` uniform in [0, 1): the crop's corner and the angle."""
     h, w, _ = image.shape
-    where, turn = jax.random.split(key)
-    corner = jax.random.uniform(where, (2,)) * (1.0 - CROP) * jnp.asarray([h, w], jnp.float32)
-    angle = jnp.deg2rad(jax.random.uniform(turn, (), minval=-ROTATION, maxval=ROTATION))
-    rows, columns = jnp.arange(h, dtype=jnp.float32), jnp.arange(w, dtype=jnp.float32)
-    y, x = jnp.meshgrid(rows - (h - 1) / 2, columns - (w - 1) / 2, indexing="ij")
+    top, left = u[0] * (1.0 - CROP) * h, u[1] * (1.0 - CROP) * w
+    angle = jnp.deg2rad(ROTATION) * (2.0 * u[2] - 1.0)
+    y = jnp.arange(h, dtype=jnp.float32)[:, None] - (h - 1) / 2
+    x = jnp.arange(w, dtype=jnp.float32)[None, :] - (w - 1) / 2
     turned_y = jnp.cos(angle) * y - jnp.sin(angle) * x
     turned_x = jnp.sin(angle) * y + jnp.cos(angle) * x
-    inside = (jnp.abs(turned_y) <= (h - 1) / 2 + 0.5) & (jnp.abs(turned_x) <= (w - 1) / 2 + 0.5)
-    at_y = corner[0] + (turned_y + h / 2) * CROP - 0.5
-    at_x = corner[1] + (turned_x + w / 2) * CROP - 0.5
+    inside = (jnp.abs(turned_y) <= h / 2) & (jnp.abs(turned_x) <= w / 2)
+    at_y = top + (turned_y + h / 2) * CROP - 0.5
+    at_x = left + (turned_x + w / 2) * CROP - 0.5
     return jnp.where(inside[..., None], _bilinear(image, at_y, at_x), 0.0)
 
 
@@ -70,13 +71,18 @@ def _bilinear(image: Float[Array, "h w 3"], y: Float[Array, "h w"], x: Float[Arr
     return upper * (1 - dy) + lower * dy
 
 
-def _jitter(key: Key[Array, ""], image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
-    """Brightness, contrast and saturation, each scaled by 1 +- its strength; contrast about the image's mean grey."""
-    apply, b, c, s = jax.random.split(key, 4)
+def _jitter(u: Float[Array, "7"], image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
+    """Brightness, contrast and saturation, each scaled by 1 +- its strength; contrast about the image's mean grey.
+
+    `u` uniform in [0, 1): whether at all, then one number for each of the three.
+    """
     grey_weights = jnp.asarray([0.299, 0.587, 0.114], jnp.float32)
-    out = image * jax.random.uniform(b, (), minval=1 - BRIGHTNESS, maxval=1 + BRIGHTNESS)
+    brightness, contrast, saturation = (
+        1.0 + strength * (2.0 * u[i] - 1.0) for i, strength in enumerate((BRIGHTNESS, CONTRAST, SATURATION), start=1)
+    )
+    out = image * brightness
     mean = jnp.mean(out @ grey_weights)
-    out = mean + (out - mean) * jax.random.uniform(c, (), minval=1 - CONTRAST, maxval=1 + CONTRAST)
+    out = mean + (out - mean) * contrast
     grey = (out @ grey_weights)[..., None]
-    out = grey + (out - grey) * jax.random.uniform(s, (), minval=1 - SATURATION, maxval=1 + SATURATION)
-    return jnp.where(jax.random.bernoulli(apply, JITTER_PROBABILITY), jnp.clip(out, 0.0, 1.0), image)
+    out = grey + (out - grey) * saturation
+    return jnp.where(u[0] < JITTER_PROBABILITY, jnp.clip(out, 0.0, 1.0), image)

@@ -135,7 +135,7 @@ class Dataset:
             raise UserError(f"{self.name}: camera {camera!r} was not opened{nearest(camera, self.camera_frames)}")
         return self.camera_frames[camera](rows)
 
-    def task_of(self, row: int) -> str:
+    def task_of(self, row: int | np.integer) -> str:
         """The prompt of a row."""
         return self.tasks[int(self.task_ids[row])]
 

@@ -39,6 +39,21 @@ class Frames(Protocol):
     def __call__(self, rows: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w 3"]: ...
 
 
+class _File:
+    """An open file, closed when nothing refers to it any more (its thread has ended, or others took its place)."""
+
+    def __init__(self, path: Path):
+        self._descriptor = -1  # __del__ runs even if opening fails
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, place: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, place)
+
+    def __del__(self):
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
 class _Decoder:
     """One codec context. It remembers where it stands, so that neighbouring frames cost no second decoding."""
 
@@ -53,7 +68,7 @@ class _Decoder:
         self.next = 0  # packet to be fed next
         self.shown = 0  # pts of the last frame that came out, meaningless before the first one
 
-    def decode(self, table: PacketTable, file: int, handle: io.FileIO, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+    def decode(self, table: PacketTable, file: int, handle: _File, wanted: Sequence[int]) -> dict[int, np.ndarray]:
         """RGB frames of the packets `wanted` of one file."""
         left = {int(table.pts[p]): p for p in wanted}  # frames come out in the order of their pts
         found: dict[int, np.ndarray] = {}
@@ -67,7 +82,7 @@ class _Decoder:
                 self._feed(handle, packet, left, found)
         return found
 
-    def _feed(self, handle: io.FileIO, target: int, left: dict[int, int], found: dict[int, np.ndarray]) -> None:
+    def _feed(self, handle: _File, target: int, left: dict[int, int], found: dict[int, np.ndarray]) -> None:
         """Feed packets until the frame of `target` is found; beyond it only when the decoder holds frames back."""
         assert self.table is not None
         table, last = self.table, int(self.table.first[self.file + 1])
@@ -82,6 +97,7 @@ class _Decoder:
             for data in _read(handle, table, self.next, stop):
                 packet = av.Packet(data)
                 packet.pts = int(table.pts[self.next])
+                packet.is_keyframe = int(table.start[self.next]) == self.next
                 self.next += 1
                 self._take(self.context.decode(packet), left, found)
 
@@ -93,14 +109,14 @@ class _Decoder:
                     found[left[frame.pts]] = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
 
 
-def _read(handle: io.FileIO, table: PacketTable, begin: int, stop: int) -> list[bytes]:
+def _read(handle: _File, table: PacketTable, begin: int, stop: int) -> list[bytes]:
     """The bytes of packets begin .. stop; in one reading where they lie together, as in a file with one stream."""
     places, sizes = table.place[begin:stop].tolist(), table.size[begin:stop].tolist()
     if stop - begin > 1 and all(a + n == b for a, n, b in zip(places, sizes, places[1:], strict=False)):
-        block = os.pread(handle.fileno(), sum(sizes), places[0])
+        block = handle.read(places[0], sum(sizes))
         parts = [block[a - places[0] : a - places[0] + n] for a, n in zip(places, sizes, strict=True)]
     else:
-        parts = [os.pread(handle.fileno(), n, a) for a, n in zip(places, sizes, strict=True)]
+        parts = [handle.read(a, n) for a, n in zip(places, sizes, strict=True)]
     if [len(part) for part in parts] != sizes:
         raise OSError("file ends within a frame")
     return parts
@@ -125,7 +141,7 @@ class VideoFrames:
             _local.decoders, _local.files = OrderedDict(), OrderedDict()
         path, codec = self._table.paths[file], self._table.codecs[file]
         try:
-            handle = _bounded(_local.files, path, lambda: io.FileIO(path), _OPEN_FILES)
+            handle = _bounded(_local.files, (self._table.name, path), lambda: _File(path), _OPEN_FILES)
             decoder = _bounded(_local.decoders, codec, lambda: _Decoder(*codec), _DECODERS)
             return decoder.decode(self._table, file, handle, wanted)
         except (av.error.FFmpegError, OSError) as error:
@@ -134,15 +150,13 @@ class VideoFrames:
 
 
 def _bounded(cache: OrderedDict, key: Hashable, make: Callable[[], Any], bound: int) -> Any:
-    """cache[key], made on first use; beyond `bound` entries the one unused for longest goes (a file is closed)."""
+    """cache[key], made on first use; beyond `bound` entries the one unused for longest goes."""
     if key in cache:
         cache.move_to_end(key)
     else:
         cache[key] = make()
         if len(cache) > bound:
-            _, old = cache.popitem(last=False)
-            if isinstance(old, io.FileIO):
-                old.close()
+            cache.popitem(last=False)
     return cache[key]
 
 
@@ -175,10 +189,9 @@ _PNG, _RGB8 = b"\x89PNG\r\n\x1a\n", b"\x08\x02"  # the latter: 8 bits a channel,
 
 def _decode_png(data: bytes) -> np.ndarray:
     """As PIL's result, but FFmpeg takes two thirds of the time and releases the interpreter lock."""
-    if not hasattr(_local, "png"):
-        _local.png = av.CodecContext.create("png", "r")
-        _local.png.thread_count = 1
-    return _local.png.decode(av.Packet(data))[0].to_ndarray(format="rgb24")
+    context: Any = av.CodecContext.create("png", "r")  # a used one gave wrong pictures; a new one costs nothing
+    context.thread_count = 1
+    return context.decode(av.Packet(data))[0].to_ndarray(format="rgb24")
 
 
 def _decode_other(data: bytes) -> np.ndarray:

@@ -66,9 +66,7 @@ def read_layout(root: Path) -> Layout:
     """Read the meta folder of the dataset at `root`. Raises UserError naming the file that is missing or wrong."""
     info_path = root / "meta" / "info.json"
     if not info_path.is_file():
-        raise UserError(
-            f"{info_path}: not found; is {root} the folder of a LeRobot dataset (data.root, or HF_LEROBOT_HOME)?"
-        )
+        raise UserError(f"{info_path}: not found; set the data config's root (or HF_LEROBOT_HOME) to a LeRobot dataset")
     info = _json(info_path.read_bytes(), info_path)
     if not isinstance(info, dict):
         raise UserError(f"{info_path}: expected a JSON object")

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
@@ -247,7 +247,7 @@ def load(path: epath.Path) -> Stats:
         raise UserError(f"{path}: {error} is missing; run `hvd norm-stats`") from error
 
 
-def _read_stats(fields: Mapping[str, Sequence[float]], where: str) -> NormStats:
+def _read_stats(fields: Mapping[str, Any], where: str) -> NormStats:
     arrays = {f.name: np.asarray(fields[f.name], np.float64) for f in dataclasses.fields(NormStats)}
     if len({a.shape for a in arrays.values()}) != 1 or arrays["mean"].ndim != 1:
         raise UserError(f"{where}: mean, std, q01 and q99 must be lists of one length")

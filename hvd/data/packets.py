@@ -42,9 +42,10 @@ class FilePackets:
 class PacketTable:
     """The packets of all files of a camera, one file after another; `start` and `packet_of_row` number them throughout.
 
-    A row's file is that of its packet: first[file] <= packet < first[file + 1].
+    A row's file is that of its packet: first[file] <= packet < first[file + 1]. `name` changes with the contents.
     """
 
+    name: str
     paths: tuple[Path, ...]
     codecs: tuple[tuple[str, bytes], ...]  # codec name and its extradata, per file
     first: Int64[np.ndarray, " files_plus_1"]
@@ -108,7 +109,8 @@ def load_table(folder: Path, paths: Sequence[Path]) -> PacketTable:
     """The table that `save_table` wrote for these files, memory-mapped."""
     codecs = json.loads((folder / "codecs.json").read_text())
     arrays = {p.stem: np.load(p, mmap_mode="r") for p in folder.glob("*.npy")}
-    return PacketTable(tuple(paths), tuple((name, bytes.fromhex(extra)) for name, extra in codecs), **arrays)
+    codecs = tuple((codec, bytes.fromhex(extradata)) for codec, extradata in codecs)
+    return PacketTable(str(folder), tuple(paths), codecs, **arrays)
 
 
 def list_packets(path: Path) -> FilePackets:

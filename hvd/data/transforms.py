@@ -98,9 +98,7 @@ class InputTransform:
     def _inwards(self, x: np.ndarray, name: str) -> np.ndarray:
         stats = self.stats[name]
         if x.shape[-1] != stats.dim:
-            raise UserError(
-                f"{name} has {x.shape[-1]} dims, its norm stats have {stats.dim}: norm stats of another robot?"
-            )
+            raise UserError(f"{name} has {x.shape[-1]} dims but its norm stats {stats.dim}: those of another robot?")
         out = np.zeros((*x.shape[:-1], self.model.action_dim), np.float32)
         out[..., : stats.dim] = normalize.normalize(x, stats, self.norm.mode, self.norm.std_floor)
         return out

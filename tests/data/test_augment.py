@@ -1,0 +1,77 @@
+"""Augmentation on the device: range, own randomness per camera and sample, and no geometry for wrist cameras."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hvd.data import augment
+from hvd.data.augment import augment_images, to_float
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    x, y = np.meshgrid(np.linspace(0, 255, 40), np.linspace(0, 255, 30))
+    smooth = np.stack([x, y, 255 - x], -1).astype(np.uint8)
+    noise = rng.integers(0, 256, smooth.shape, np.uint8)
+    batch = np.stack([smooth] * 6 + [noise] * 2)
+    return {name: jnp.asarray(batch) for name in ("base_0_rgb", "base_1_rgb", "left_wrist_0_rgb")}
+
+
+@pytest.fixture(scope="module")
+def augmented(images):
+    with jax.numpy_dtype_promotion("strict"):
+        return jax.jit(augment_images)(jax.random.key(0), images)
+
+
+def test_shape_type_and_range(images, augmented):
+    assert augmented.keys() == images.keys()
+    for camera, x in augmented.items():
+        assert x.shape == images[camera].shape and x.dtype == jnp.float32
+        assert float(x.min()) >= -1 and float(x.max()) <= 1 and float(x.std()) > 0.2
+
+
+def test_to_float_is_exact_at_the_ends():
+    x = to_float({"a": jnp.asarray([0, 255, 51], jnp.uint8).reshape(1, 1, 1, 3)})["a"]
+    np.testing.assert_allclose(x.reshape(-1), [-1, 1, -0.6], atol=1e-6)
+
+
+def test_each_sample_and_camera_has_its_own_randomness(augmented):
+    same_input = [augmented[c][i] for c in ("base_0_rgb", "base_1_rgb") for i in range(6)]
+    for i, a in enumerate(same_input):
+        for b in same_input[:i]:
+            assert float(jnp.abs(a - b).max()) > 0.01
+
+
+def test_same_key_same_images(images, augmented):
+    again, other = (jax.jit(augment_images)(jax.random.key(seed), images) for seed in (0, 1))
+    for camera in images:
+        np.testing.assert_array_equal(again[camera], augmented[camera])
+        assert float(jnp.abs(other[camera] - augmented[camera]).max()) > 0.01
+
+
+def test_wrist_cameras_keep_their_geometry(images):
+    """Colour jitter is a map of colours; where it is not applied, nothing changes."""
+    many = jnp.tile(images["left_wrist_0_rgb"][:1], (64, 1, 1, 1))
+    got = jax.jit(augment_images)(jax.random.key(0), {"left_wrist_0_rgb": many})["left_wrist_0_rgb"]
+    unchanged = np.abs(np.asarray(got) - np.asarray(to_float({"x": many})["x"])).max((1, 2, 3)) < 1e-5
+    assert 16 < unchanged.sum() < 48
+
+
+def test_no_crop_and_no_turn_is_the_identity(images, monkeypatch):
+    monkeypatch.setattr(augment, "CROP", 1.0)
+    monkeypatch.setattr(augment, "ROTATION", 0.0)
+    image = images["base_0_rgb"][7].astype(jnp.float32) / 255
+    same = jax.jit(augment._crop_and_rotate)(jnp.asarray([0.3, 0.7, 0.9]), image)
+    np.testing.assert_allclose(same, image, atol=1e-5)
+
+
+def test_crop_and_turn_move_little(images):
+    """At the centre a smooth picture moves by at most the crop's 2.5% of a side."""
+    image = images["base_0_rgb"][0].astype(jnp.float32) / 255
+    u = jax.random.uniform(jax.random.key(0), (32, 3))
+    moved = np.asarray(jax.jit(jax.vmap(augment._crop_and_rotate, (0, None)))(u, image))
+    assert np.abs(moved[:, 15, 20] - np.asarray(image)[15, 20]).max() < 0.06
+    corners = moved[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners == 0).all(-1).mean() > 0.2  # rotation brings in black corners

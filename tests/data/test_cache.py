@@ -1,0 +1,67 @@
+"""The cache: whole or nothing, one maker at a time, and a full disk is said in one line."""
+
+import errno
+import multiprocessing
+import threading
+import time
+
+import pytest
+
+from hvd.data.cache import cached, replacing
+from hvd.errors import UserError
+
+
+def test_made_once_by_many(tmp_path):
+    made = []
+
+    def make(path):
+        made.append(path)
+        time.sleep(0.05)
+        path.write_text("whole")
+
+    threads = [threading.Thread(target=cached, args=(tmp_path / "c/x", make)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and [p.name for p in (tmp_path / "c").iterdir()] == ["x"]
+
+
+def _slow_make(folder):
+    def make(path):
+        (folder / "begun").touch()
+        time.sleep(60)
+
+    cached(folder / "c/x", make)
+
+
+def test_a_killed_maker_leaves_the_lock_free(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=_slow_make, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "begun").exists():
+        assert process.is_alive()
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert cached(tmp_path / "c/x", lambda path: path.write_text("whole") and None).read_text() == "whole"
+
+
+def test_failure_leaves_nothing(tmp_path):
+    def fails(path):
+        path.mkdir()
+        (path / "half").write_text("half")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        cached(tmp_path / "c/x", fails)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "cannot write"), (errno.EIO, None)]
+)
+def test_disk_errors(tmp_path, number, message):
+    with pytest.raises(UserError if message else OSError, match=message), replacing(tmp_path / "c/x") as temporary:
+        temporary.write_text("half")
+        raise OSError(number, "it is so")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,162 @@
+"""Random access into videos and stored images against plain decoding from the beginning."""
+
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from hvd.data.dataset import Dataset
+from hvd.data.frames import VideoFrames
+from hvd.data.image_cache import cached_frames
+from hvd.data.packets import list_all, list_packets, load_table, save_table
+from hvd.data.transforms import resize_with_pad
+from hvd.errors import UserError
+from tests.data.factory import CAMERAS, KEYS, make_dataset
+
+ENCODERS = {
+    "h264, every second frame a keyframe": ("libx264", {"g": "2", "crf": "20"}),
+    "h264 with B frames": ("libx264", {"g": "12", "bf": "3", "crf": "20", "preset": "medium"}),
+    "h264 with open groups": ("libx264", {"x264-params": "keyint=12:min-keyint=12:open-gop=1:bframes=3:scenecut=0"}),
+    "mpeg4": ("mpeg4", {"g": "5"}),
+    "av1": ("libsvtav1", {"g": "2", "crf": "30", "preset": "12", "svtav1-params": "lp=1"}),
+}
+
+
+def write_video(path, encoder, options, n, size=(48, 64), fps=30):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (*size, 3), np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(encoder, fps, options=options)
+        stream.height, stream.width = size
+        stream.pix_fmt, stream.time_base = "yuv420p", Fraction(1, fps)
+        for i in range(n):
+            frame = av.VideoFrame.from_ndarray(np.roll(noise, (i, 2 * i), (0, 1)) // 2 + 3 * i, format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def decode_all(path):
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def open_videos(folder, paths, counts, fps=30):
+    """All frames of all files, one row each."""
+    file_of = np.repeat(np.arange(len(paths)), counts)
+    seconds = np.concatenate([np.arange(n) / fps for n in counts])
+    save_table(folder, paths, list_all(paths), file_of, seconds)
+    return VideoFrames(load_table(folder, paths))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_any_order_gives_the_frames_of_plain_decoding(tmp_path, name):
+    paths, counts = [tmp_path / "a.mp4", tmp_path / "b.mp4"], [30, 23]
+    for path, n in zip(paths, counts, strict=True):
+        write_video(path, *ENCODERS[name], n)
+    expected = np.concatenate([decode_all(p) for p in paths])
+    assert len(expected) == sum(counts)
+    frames = open_videos(tmp_path / "table", paths, counts)
+    rng = np.random.default_rng(1)
+    for rows in (np.arange(53), np.arange(53)[::-1], rng.integers(0, 53, 70), np.asarray([52]), np.asarray([5, 5, 4])):
+        np.testing.assert_array_equal(frames(rows), expected[rows])
+    for start in range(0, 53, 7):  # a sequence in pieces goes on where it stood
+        np.testing.assert_array_equal(frames(np.arange(start, min(53, start + 7))), expected[start : start + 7])
+
+
+def test_threads_do_not_disturb_each_other(tmp_path):
+    paths, counts = [tmp_path / f"{i}.mp4" for i in range(40)], [4] * 40  # more files than a thread keeps open
+    for path, n in zip(paths, counts, strict=True):
+        write_video(path, *ENCODERS["h264 with B frames"], n, size=(16, 16))
+    expected = np.concatenate([decode_all(p) for p in paths])
+    frames = open_videos(tmp_path / "table", paths, counts)
+    rows = [np.random.default_rng(i).integers(0, 160, 12) for i in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        for asked, got in zip(rows, pool.map(frames, rows), strict=True):
+            np.testing.assert_array_equal(got, expected[asked])
+
+
+def test_a_file_damaged_later_is_named(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, *ENCODERS["h264 with B frames"], 30)
+    frames = open_videos(tmp_path / "table", [path], [30])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200])
+    with pytest.raises(UserError, match=r"a\.mp4: missing, damaged or truncated video file"):
+        frames(np.arange(20, 30))
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.mp4: missing"):
+        _in_new_thread(lambda: frames(np.arange(3)))  # this thread still holds the file open
+
+
+def _in_new_thread(call):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def test_a_video_that_is_too_short_is_named(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, *ENCODERS["mpeg4"], 10)
+    with pytest.raises(UserError, match=r"a\.mp4: no frame at 0\.367 s"):
+        save_table(tmp_path / "t", [path], [list_packets(path)], np.zeros(12, int), np.arange(12) / 30)
+    recipe = make_dataset(tmp_path / "d", version="v2.1", cameras=CAMERAS[:1])
+    write_video(next(recipe.root.glob("videos/**/episode_000001.mp4")), *ENCODERS["mpeg4"], 5, fps=10)
+    with pytest.raises(UserError, match=r"episode_000001\.mp4: truncated video file \(the video ends at 0\.40 s"):
+        Dataset.open(recipe.config, cameras=CAMERAS[:1])
+
+
+def test_other_image_kinds(tmp_path):
+    """JPEG, grey PNG, and images that lie beside the data file."""
+    recipe = make_dataset(tmp_path / "d", lengths=(4,), kind="image", cameras=CAMERAS[:1])
+    data = recipe.root / "data/chunk-000/file-000.parquet"
+    smooth = np.repeat(np.linspace(0, 255, 48, dtype=np.uint8)[None], 32, 0)
+    rgb = np.stack([smooth, smooth // 2, 255 - smooth], -1)
+    jpeg, grey = io.BytesIO(), io.BytesIO()
+    Image.fromarray(rgb).save(jpeg, "JPEG", quality=95)
+    Image.fromarray(smooth).save(grey, "PNG")
+    Image.fromarray(rgb).save(recipe.root / "beside.png")
+    cells = [{"bytes": jpeg.getvalue()}, {"bytes": grey.getvalue()}, {"path": "beside.png"}, {"bytes": b"no image"}]
+    cells = [{"bytes": None, "path": None} | c for c in cells]
+    table = pq.read_table(data).drop_columns(KEYS[CAMERAS[0]])
+    column = pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(table.append_column(KEYS[CAMERAS[0]], column), data)
+    dataset = Dataset.open(recipe.config, cameras=CAMERAS[:1])
+    got = dataset.frames(CAMERAS[0], np.arange(3)).astype(int)
+    assert np.abs(got[0] - rgb).max() < 12
+    np.testing.assert_array_equal(got[1], np.repeat(smooth[..., None], 3, -1))
+    np.testing.assert_array_equal(got[2], rgb)
+    with pytest.raises(UserError, match="the image of row 3 is damaged"):
+        dataset.frames(CAMERAS[0], np.asarray([3]))
+
+
+def test_image_cache(tmp_path, monkeypatch):
+    recipe = make_dataset(tmp_path / "d")
+    dataset = Dataset.open(recipe.config, cameras=CAMERAS)
+    frames = cached_frames(dataset, CAMERAS[0], 28)
+    rows = np.asarray([3, 27, 12, 3])
+    np.testing.assert_array_equal(frames(rows), resize_with_pad(dataset.frames(CAMERAS[0], rows), 28, 28))
+
+    def never(*_):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr("hvd.data.image_cache._build", never)
+    again = Dataset.open(recipe.config, cameras=CAMERAS)
+    np.testing.assert_array_equal(cached_frames(again, CAMERAS[0], 28)(rows), frames(rows))
+
+
+def test_failed_image_cache_leaves_nothing(tmp_path, monkeypatch):
+    recipe = make_dataset(tmp_path / "d")
+    dataset = Dataset.open(recipe.config, cameras=CAMERAS)
+    before = sorted((recipe.root / ".hvd_cache").iterdir())
+    monkeypatch.setattr(VideoFrames, "__call__", lambda *_: (_ for _ in ()).throw(UserError("damaged")))
+    with pytest.raises(UserError, match="damaged"):
+        cached_frames(dataset, CAMERAS[0], 28)
+    assert sorted((recipe.root / ".hvd_cache").iterdir()) == before
+    assert not [t for t in threading.enumerate() if "ThreadPool" in t.name]
