@@ -16,8 +16,8 @@ def _loads(library: str) -> bool:
 
 
 def _pick_opengl(wanted: str) -> str:
-    """The platform `wanted` by the user if it can be loaded (importing mujoco fails otherwise), else EGL or OSMesa, else
-    "disable": pictures are then ray cast (render.py)."""
+    """The platform `wanted` by the user if it can be loaded (importing mujoco fails otherwise), else EGL or OSMesa,
+    else "disable": pictures are then ray cast (render.py)."""
     if wanted and wanted not in _LIBRARIES:
         return wanted
     for platform in (wanted, *_LIBRARIES) if wanted else _LIBRARIES:

@@ -1,7 +1,7 @@
 """The simulated R1 as an environment: reset(seed), step(action), what it observes, and how far the task has come.
 
-Units are the recordings' and the policies': grippers 0 (closed) .. 100 (open), base velocities in the robot's own frame,
-everything else radians and metres.
+Units are the recordings' and the policies': grippers 0 (closed) .. 100 (open), base velocities in the robot's own
+frame, everything else radians and metres.
 """
 
 from collections.abc import Sequence
@@ -100,7 +100,7 @@ class Env:
         self.success = self.dropped = False
 
     def limit(self, action: Float[np.ndarray, "21"]) -> Float[np.ndarray, "21"]:
-        """The targets that `action` (grippers 0..100) comes down to: within joint limits, speeds and one step's travel."""
+        """The targets that `action` (grippers 0..100) comes down to: within joint limits, speeds, one step's travel."""
         target = np.asarray(action, np.float64).copy()
         target[GRIPPERS] = np.clip(target[GRIPPERS], 0, 100) * (scene.GRIPPER_STROKE / 100)
         target[JOINTS] = np.clip(
@@ -185,7 +185,7 @@ class Env:
         before, event = self.stage, ""
         if placed:
             self.success, self.stage, event = True, len(SUBTASKS), "placed"
-        elif self.stage >= 2 and (self.dropped or self._loose_steps > _LOST_AFTER and not self._on_goal()):
+        elif self.stage >= 2 and (self.dropped or (self._loose_steps > _LOST_AFTER and not self._on_goal())):
             self.stage, event = (1 if self._hands_within(_REACH_FAR) else 0), "lost"
         elif self.stage == 1 and not self._hands_within(_REACH_FAR):
             self.stage, event = 0, "lost"

@@ -60,7 +60,7 @@ class BodyIK:
         torso: Float[np.ndarray, "4"],
         torso_free: bool = True,
     ) -> tuple[Float[np.ndarray, "16"], float]:
-        """Joint targets [16] (torso, left, right) one step from `start`, and the largest remaining hand error in metres.
+        """Joint targets [16] (torso, left, right) one step from `start`, and the largest hand error left, in metres.
 
         `torso` is the posture that the null space pulls towards; with torso_free=False the torso stays at `start`.
         """

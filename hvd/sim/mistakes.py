@@ -1,8 +1,8 @@
 """Structured mistakes of the scripted teleoperator: wrong in one way, at one kinematic level, for a stretch of frames.
 
-Zero-mean noise is no test of a value-guided method: imitation averages it away. These are the mistakes people make, often
-enough that imitation copies them. A mistake replaces the actions of one level only; the other levels do what they would
-have done. Where it made the action differ from the right one is written down (Log) and goes into the label sidecar.
+Zero-mean noise is no test of a value-guided method: imitation averages it away. These are the mistakes people make,
+often enough that imitation copies them. A mistake replaces the actions of one level only; the other levels do what they
+would have done. The frames in which it changed the action are written down (Log) and go into the label sidecar.
 """
 
 from dataclasses import dataclass, field

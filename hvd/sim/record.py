@@ -5,9 +5,8 @@ failures and recoveries. Episodes are independent: processes write them in any o
 first, and a second run makes only what is missing.
 """
 
-import multiprocessing
+import json
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from hvd.sim.mistakes import sample_plans
 from hvd.sim.operators import make
 from hvd.sim.recording import Episode, roll_out, write
 from hvd.sim.render import Backend, Cameras, available_backend
+from hvd.sim.workers import run_jobs
 
 SETS = ("optimal", "mixed")
 _MAX_ATTEMPTS = 20  # for a clean success; the clean operator succeeds nearly always
@@ -33,6 +33,7 @@ def main(cfg: Experiment) -> None:
             f"config {cfg.name!r} has no simulation: set sim.task to tote or pick, or convert your recordings"
         )
     root = Path(cfg.exp_dir) / "recordings"
+    _check_folder(root, sim)
     jobs = []
     for name, count in zip(SETS, (sim.num_optimal, sim.num_mixed), strict=True):
         folder = root / name
@@ -41,30 +42,41 @@ def main(cfg: Experiment) -> None:
             stale.unlink()
         jobs += [(name, i) for i in range(count) if not recording_path(root, name, i).exists()]
     if not jobs:
-        print(f"recordings: all {sim.num_optimal} optimal and {sim.num_mixed} mixed episodes are in {root}")
+        print(f"recordings: all {sim.num_optimal} optimal and {sim.num_mixed} mixed episodes are in {root}", flush=True)
         return
     backend = available_backend() if sim.image_size else None
     if backend == "rays":
-        print(
-            "recordings: no OpenGL here (neither libEGL nor libOSMesa): cameras are ray cast on the CPU, which is slower"
-        )
-    bar = tqdm(total=len(jobs), desc=f"recordings {sim.task}", unit="episode")
-    if sim.workers <= 1:
-        for name, i in jobs:
-            record_one(sim, root, name, i, backend)
+        print("recordings: no OpenGL here (libEGL, libOSMesa): cameras are ray cast on the CPU, 2x slower", flush=True)
+    bar = tqdm(total=len(jobs), desc=f"recordings {sim.task}", unit="episode", mininterval=0.5)
+    with bar:
+        for _ in run_jobs(record_one, [(sim, root, name, i, backend) for name, i in jobs], sim.workers):
             bar.update()
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(sim.workers, len(jobs)), context, _one_thread) as pool:
-            futures = [pool.submit(record_one, sim, root, name, i, backend) for name, i in jobs]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    bar.close()
+
+
+def _check_folder(root: Path, sim: SimConfig) -> None:
+    """Recordings of another simulation, or more of them than asked for, must not end up in one dataset."""
+    for name, count in zip(SETS, (sim.num_optimal, sim.num_mixed), strict=True):
+        found = len(list((root / name).glob("demo_*.hdf5")))
+        if found > count:
+            raise UserError(
+                f"{root / name} holds {found} recordings, sim.num_{name} is {count}: "
+                "choose another exp_name or delete the folder"
+            )
+    wanted = {name: getattr(sim, name) for name in ("task", "seed", "image_size", "horizon")}
+    stamp = root / "simulation.json"
+    if stamp.exists():
+        made = json.loads(stamp.read_text())
+        for name, value in wanted.items():
+            if made.get(name) != value:
+                raise UserError(
+                    f"{root} was recorded with sim.{name} {made.get(name)}, not {value}: "
+                    "choose another exp_name or delete the folder"
+                )
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    temporary = stamp.with_name(f".{stamp.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(wanted) + "\n")
+    os.replace(temporary, stamp)
 
 
 def recording_path(root: Path, name: str, index: int) -> Path:
@@ -107,7 +119,3 @@ def _simulator(sim: SimConfig, backend: Backend | None) -> tuple[Env, Cameras | 
         cameras = Cameras(env.model, sim.image_size, sim.image_size, backend) if backend else None
         _simulators[key] = env, cameras
     return _simulators[key]
-
-
-def _one_thread() -> None:
-    os.environ["LP_NUM_THREADS"] = "1"  # Mesa's rasteriser: the processes are the parallelism

@@ -5,7 +5,7 @@ see Env.environment_state.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -23,44 +23,49 @@ _PARTS = {"left_arm": LEFT_ARM, "right_arm": RIGHT_ARM, "torso": TORSO}
 _GRIPPERS = {"left_gripper": LEFT_GRIPPER, "right_gripper": RIGHT_GRIPPER}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Episode:
-    """What a rollout produced: per-frame arrays (lists, frame by frame) and its labels."""
+    """What a rollout produced: float arrays with one row a frame, uint8 images [T, H, W, 3] by camera, and labels."""
 
-    state: list[np.ndarray] = field(default_factory=list)
-    velocity: list[np.ndarray] = field(default_factory=list)
-    effort: list[np.ndarray] = field(default_factory=list)
-    base_pose: list[np.ndarray] = field(default_factory=list)
-    environment_state: list[np.ndarray] = field(default_factory=list)
-    action: list[np.ndarray] = field(default_factory=list)
-    images: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    labels: Labels | None = None
+    state: np.ndarray  # [T, 21] in the units of Env.state
+    velocity: np.ndarray  # [T, 21]
+    effort: np.ndarray  # [T, 21] of the actuators
+    base_pose: np.ndarray  # [T, 3]
+    environment_state: np.ndarray  # [T, 11]
+    action: np.ndarray  # [T, 21] as they were followed: within joint limits and speeds
+    images: dict[str, np.ndarray]
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.action)
 
 
 def roll_out(env: Env, operator: Teleoperator, cameras: Cameras | None, quality: str) -> Episode:
-    """Let `operator` act until the task is over, time is up or it gives up. `env` was reset and `operator` made for it."""
-    episode = Episode(images={name: [] for name in scene.CAMERAS} if cameras else {})
+    """Let `operator` act until the task is over, time is up or it gives up. `operator` was made after env.reset."""
+    names = ("state", "velocity", "effort", "base_pose", "environment_state", "action")
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    images: dict[str, list[np.ndarray]] = {name: [] for name in scene.CAMERAS} if cameras else {}
     subtasks, start = [], 0
     while True:
-        data = env.data
-        episode.state.append(env.state())
-        velocity = data.qvel[env.dof_index].copy()
+        columns["state"].append(env.state())
+        velocity = env.data.qvel[env.dof_index]
         velocity[BASE] = env.base_velocity()
-        episode.velocity.append(velocity)
-        episode.effort.append(data.actuator_force.copy())
-        episode.base_pose.append(env.base_pose())
-        episode.environment_state.append(env.environment_state())
-        for name, frames in episode.images.items():
-            frames.append(cameras.image(data, name))
+        columns["velocity"].append(velocity)
+        columns["effort"].append(env.data.actuator_force.copy())
+        columns["base_pose"].append(env.base_pose())
+        columns["environment_state"].append(env.environment_state())
+        if cameras:
+            for name, frames in images.items():
+                frames.append(cameras.image(env.data, name))
         step = env.step(operator.act())
-        episode.action.append(env.as_action(env.command))  # what was really followed: within limits and speeds
+        columns["action"].append(env.as_action(env.command))
         if step.event:
             subtasks.append(Subtask(step.event, start, env.time, step.reward))
             start = env.time
         if step.done or operator.done:
             break
     operator.log.close()
-    episode.labels = Labels(
+    labels = Labels(
         task=env.task.prompt,
         success=step.success,
         subtasks=tuple(subtasks),
@@ -68,7 +73,11 @@ def roll_out(env: Env, operator: Teleoperator, cameras: Cameras | None, quality:
         terminal=step.success or step.dropped,
         mistakes=tuple(operator.log.mistakes),
     )
-    return episode
+    return Episode(
+        **{name: np.stack(rows).astype(np.float32) for name, rows in columns.items()},
+        images={name: np.stack(frames) for name, frames in images.items()},
+        labels=labels,
+    )
 
 
 def write(episode: Episode, path: Path) -> None:
@@ -84,13 +93,12 @@ def write(episode: Episode, path: Path) -> None:
 
 
 def _fill(file: h5py.File, episode: Episode) -> None:
-    count = len(episode.action)
+    count = len(episode)
     hz = round(1 / scene.CONTROL_DT)
     file.attrs.update(collected_time=_EPOCH, horizon=count, recording_freq=hz)
     file.attrs["obs_freq/joint_state"] = file.attrs["obs_freq/odom"] = file.attrs["obs_freq/rgb"] = hz
     seq, stamp = np.arange(count), _EPOCH + np.arange(count) * scene.CONTROL_DT
-    state, action = np.stack(episode.state), np.stack(episode.action).astype(np.float32)
-    velocity, effort = (np.stack(x).astype(np.float32) for x in (episode.velocity, episode.effort))
+    state, action, velocity, effort = episode.state, episode.action, episode.velocity, episode.effort
     for part, dims in _PARTS.items():
         group = file.create_group(f"obs/joint_state/{part}")
         group["joint_position"], group["joint_velocity"] = state[:, dims], velocity[:, dims]
@@ -102,19 +110,15 @@ def _fill(file: h5py.File, episode: Episode) -> None:
         group["gripper_effort"], group["seq"], group["stamp"] = effort[:, dim], seq, stamp
         file[f"action/{part}"] = action[:, dim]
     file["action/mobile_base"] = action[:, BASE]
-    pose, base = np.stack(episode.base_pose), velocity[:, BASE]
-    half = pose[:, 2] / 2
-    nothing = np.zeros(count)
+    (x, y, yaw), base, nothing = episode.base_pose.T, velocity[:, BASE], np.zeros(count, np.float32)
     odom = file.create_group("obs/odom")
-    odom["position"] = np.stack([pose[:, 0], pose[:, 1], nothing], 1)
-    odom["orientation"] = np.stack([nothing, nothing, np.sin(half), np.cos(half)], 1)  # xyzw
+    odom["position"] = np.stack([x, y, nothing], 1)
+    odom["orientation"] = np.stack([nothing, nothing, np.sin(yaw / 2), np.cos(yaw / 2)], 1)  # xyzw
     odom["linear_velocity"] = np.stack([base[:, 0], base[:, 1], nothing], 1)
     odom["angular_velocity"] = np.stack([nothing, nothing, base[:, 2]], 1)
     odom["base_velocity"], odom["stamp"] = base, stamp
-    file["obs/sim/environment_state"] = np.stack(episode.environment_state)
+    file["obs/sim/environment_state"] = episode.environment_state
     for name, frames in episode.images.items():
-        height, width, _ = frames[0].shape
-        file.create_dataset(  # a chunk per frame: readers never need more than the frames they ask for
-            f"obs/rgb/{name}/img", data=np.stack(frames), chunks=(1, height, width, 3), compression="lzf"
-        )
+        # A chunk per frame: readers never need more than the frames they ask for.
+        file.create_dataset(f"obs/rgb/{name}/img", data=frames, chunks=(1, *frames.shape[1:]), compression="lzf")
         file[f"obs/rgb/{name}/stamp"] = stamp

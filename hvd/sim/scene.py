@@ -42,7 +42,7 @@ HOME_LEFT = _HOME_ARM + [1.0, 0, 0, 0, 0, 0]
 HOME_RIGHT = _HOME_ARM - [1.0, 0, 0, 0, 0, 0]
 HOME_FINGER = 0.03
 
-# The object's rotation symmetries (quaternions wxyz): a cuboid's half turns; a square bar has quarter turns about z too.
+# The object's rotation symmetries (quaternions wxyz): a cuboid's half turns; a square bar has quarter turns about z.
 _S = np.sqrt(0.5)
 _HALF_TURNS = np.eye(4)
 _QUARTER_TURNS = np.array([[_S, 0, 0, _S], [_S, 0, 0, -_S], [0, _S, _S, 0], [0, _S, -_S, 0]])
@@ -123,7 +123,7 @@ def build_model(task: Task, offscreen: int = 320) -> mj.MjModel:
     quality = spec.visual.quality
     quality.shadowsize = quality.offsamples = 0  # shadows and multisampling cost 100x on a software renderer
     quality.numslices, quality.numstacks = 12, 6  # of spheres and capsules: plenty at 96 pixels
-    getattr(spec.visual, "global_").offwidth = getattr(spec.visual, "global_").offheight = offscreen
+    spec.visual.global_.offwidth = spec.visual.global_.offheight = offscreen
     _room(spec)
     _robot(spec)
     _object(spec, task)

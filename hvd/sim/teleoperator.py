@@ -56,7 +56,7 @@ class Teleoperator:
         self._plans = list(plans)
         self._mistake: Plan | None = None
         self._mistake_steps = 0
-        self._waypoint: np.ndarray | None = None
+        self._waypoint = np.zeros(3)
         self._torso_plan: np.ndarray | None = None  # where the torso should be, while a mistake keeps it elsewhere
         self._noise = np.zeros(21)
         self.phase, self.steps = self.first, 0
@@ -92,7 +92,7 @@ class Teleoperator:
         self.object_yaw = self.seen_yaw(yaw) + float(self.rng.normal(0, 0.08)) * scale
 
     def go(self, phase: str) -> None:
-        """Enter `phase`, unless a mistake holds the task up. What went wrong before the grasp and did no harm is over."""
+        """Enter `phase`, unless a mistake holds the task up. One made before the grasp that did no harm is over."""
         if self._blocked:
             return
         if phase == "back_away" and self._mistake is not None and self._mistake.phase in ("approach", "reach"):

@@ -1,0 +1,149 @@
+"""Seeded rollouts of a policy in the simulator: several environments in step, one policy call for all of them."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+from hvd.errors import UserError
+from hvd.sim import scene
+from hvd.sim.env import Env
+from hvd.sim.render import Backend, Cameras
+
+Act = Callable[
+    [np.ndarray, Mapping[str, np.ndarray], Sequence[str], tuple[int, int]],
+    np.ndarray,
+]
+"""(state [B,S], images {camera: uint8 [B,h,w,3]}, B prompts, (first seed of the batch, number of the call)) -> raw
+absolute actions [B,K,21]. The last argument names the policy's noise: the same numbers, the same actions."""
+
+_OBSERVED = {"observation.state": Env.state, "observation.environment_state": Env.environment_state}
+_VIDEO = {"preset": "veryfast", "crf": "28", "g": "50"}  # for watching: small, not quick to seek in
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """What a group of rollouts shares.
+
+    Attributes:
+        state_keys: what the policy's state is made of (KeyMap.state), concatenated.
+        cameras: the policy's camera -> the simulator's.
+        image_size: of the policy's pictures, before its own resizing.
+        execute_steps: actions of a chunk that are executed before the next one is asked for.
+        videos: seed -> mp4 file to write.
+    """
+
+    task: str
+    horizon: int
+    execute_steps: int
+    state_keys: tuple[str, ...] = ("observation.state",)
+    cameras: Mapping[str, str] = field(default_factory=dict)
+    image_size: int = 96
+    backend: Backend = "opengl"
+    videos: Mapping[int, Path] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for key in self.state_keys:
+            if key not in _OBSERVED:
+                raise UserError(f"keys.state {key!r}: the simulator observes {', '.join(_OBSERVED)}")
+        for camera in self.cameras.values():
+            if camera not in scene.CAMERAS:
+                raise UserError(f"keys.images: the simulator has no camera {camera!r}, only {', '.join(scene.CAMERAS)}")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How one rollout ended; `stage`: sub-tasks it ever completed (0..4)."""
+
+    seed: int
+    success: bool
+    dropped: bool
+    stage: int
+    steps: int
+
+
+def roll_out_group(spec: RolloutSpec, seeds: Sequence[int], act: Act) -> list[Rollout]:
+    """One rollout per seed, all with the same policy calls. The result depends on `seeds` as a whole: the policy's
+    noise is drawn for the group."""
+    envs = [Env(spec.task, spec.horizon) for _ in seeds]
+    for env, seed in zip(envs, seeds, strict=True):
+        env.reset(seed)
+    films = {i: _Film(envs[i], spec.backend) for i, seed in enumerate(seeds) if seed in spec.videos}
+    eyes = [Cameras(env.model, spec.image_size, spec.image_size, spec.backend) for env in envs[: bool(spec.cameras)]]
+    prompts = [env.task.prompt for env in envs]
+    try:
+        running, call = list(range(len(envs))), 0
+        while running:
+            # Rollouts that are over stay in the batch: another batch size would be compiled anew.
+            chunk = act(_states(spec, envs), _images(spec, envs, eyes), prompts, (int(seeds[0]), call))
+            if chunk.shape[1] < spec.execute_steps:
+                raise UserError(
+                    f"evaluate.execute_steps {spec.execute_steps} is more than the {chunk.shape[1]} actions of a chunk"
+                )
+            call += 1
+            for k in range(spec.execute_steps):
+                for i in running:
+                    if i in films:
+                        films[i].shoot()
+                running = [i for i in running if not envs[i].step(chunk[i, k].astype(np.float64)).done]
+        for i, film in films.items():
+            film.write(spec.videos[seeds[i]])
+    finally:
+        for camera in [*eyes, *(film.cameras for film in films.values())]:
+            camera.close()
+    return [
+        Rollout(int(seed), env.success, env.dropped, env.best_stage, env.time)
+        for env, seed in zip(envs, seeds, strict=True)
+    ]
+
+
+def _states(spec: RolloutSpec, envs: Sequence[Env]) -> Float32[np.ndarray, "b s"]:
+    return np.stack([np.concatenate([_OBSERVED[key](env) for key in spec.state_keys]) for env in envs])
+
+
+def _images(spec: RolloutSpec, envs: Sequence[Env], eyes: Sequence[Cameras]) -> dict[str, UInt8[np.ndarray, "b h w 3"]]:
+    """One renderer draws all environments: their models are the same."""
+    return {name: np.stack([eyes[0].image(env.data, camera) for env in envs]) for name, camera in spec.cameras.items()}
+
+
+class _Film:
+    """Frames of one rollout: the room, and beside it what the robot's three cameras see."""
+
+    def __init__(self, env: Env, backend: Backend):
+        self._env = env
+        self._height = 240 if backend == "opengl" else 120  # ray casting takes its time per pixel
+        self.cameras = Cameras(env.model, self._height, self._height, backend)
+        self._frames: list[np.ndarray] = []
+
+    def shoot(self) -> None:
+        room = self.cameras.image(self._env.data, scene.OVERVIEW)
+        side = self._height // 3
+        seen = [self.cameras.image(self._env.data, name) for name in scene.CAMERAS]
+        small = [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX)) for image in seen]
+        self._frames.append(np.concatenate([room, np.concatenate(small)], axis=1))
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
+        try:
+            _encode(temporary, self._frames)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _encode(path: Path, frames: Sequence[np.ndarray]) -> None:
+    """An h264 mp4 of RGB frames in real time."""
+    height, width, _ = frames[0].shape
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", round(1 / scene.CONTROL_DT), options=_VIDEO)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
