@@ -82,7 +82,7 @@ def write(
     cfg: Experiment,
     datasets: Mapping[str, Dataset],
     values: Mapping[str, Values],
-    val_rows: Mapping[str, Int64[np.ndarray, " n"]],
+    val_rows: Mapping[str, Int64[np.ndarray, " _"]],
     meta: Mapping[str, Any],
 ) -> None:
     """advantages.parquet, then meta.json: a table without its meta.json is not a table."""
@@ -142,7 +142,7 @@ def read(folder: epath.PathLike) -> pa.Table:
     return pq.read_table(io.BytesIO(data))
 
 
-def read_weights(folder: epath.PathLike, datasets: Mapping[str, Dataset]) -> dict[str, Float32[np.ndarray, "n l"]]:
+def read_weights(folder: epath.PathLike, datasets: Mapping[str, Dataset]) -> dict[str, Float32[np.ndarray, "_ l"]]:
     """omega of each dataset's rows, [all rows of the dataset, levels]; NaN where the table has no such row."""
     table = read(folder)
     names = sorted((name for name in table.column_names if name.startswith("omega_")), key=lambda n: int(n[6:]))

@@ -42,7 +42,7 @@ class Policy:
             b = observation["state"].shape[0]
             noise = jax.random.normal(key, (b, cfg.model.action_horizon, cfg.model.action_dim))
             # Padded dims are never trained: they were 0 in training and stay 0 here
-            noise = noise * pad_mask(cfg)
+            noise = noise * pad_mask(cfg)[None, None]
             return graph.module(params).sample_actions(observation, noise, cfg.policy.num_flow_steps)
 
         self._sample = jax.jit(sample)

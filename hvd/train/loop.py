@@ -10,8 +10,8 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from hvd.configs import Experiment, StageConfig
 from hvd.data import normalize
+from hvd.data.loader import Loader
 from hvd.errors import Failed, UserError
 from hvd.train import complete, preemption, state
 from hvd.train import run_dir as runs
@@ -32,13 +33,6 @@ from hvd.train.telemetry import Telemetry
 
 type Batch = dict[str, Any]
 type Metrics = dict[str, Float[Array, ""]]
-
-
-class Batches(Protocol):
-    """An endless stream of (step, placed batch)."""
-
-    def __iter__(self) -> Iterator[tuple[int, Batch]]: ...
-    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +59,7 @@ class Job:
     prepare: Callable[[TrainState], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     evaluate: Callable[[TrainState, Batch, jax.Array], Metrics]
-    loader: Callable[[int], Batches]
+    loader: Callable[[int], Loader]
     validation: Callable[[], list[Batch]]
 
 
@@ -177,7 +171,7 @@ class _Trainer:
         self._validation: list[tuple[Batch, jax.Array]] | None = None
         _ = job.devices.flags  # placed now: the loop itself transfers nothing implicitly
 
-    def train(self, loader: Batches, steps: int, began: float) -> None:
+    def train(self, loader: Loader, steps: int, began: float) -> None:
         batches = iter(loader)
         first = True
         while self._done < steps:

@@ -59,7 +59,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     inputs = data.inputs | of_value
     runs.check_startable(folder, cfg, "policy", inputs, overwrite=overwrite)
     devices.poll("before the first step")
-    weights: dict[str, Float32[np.ndarray, "n l"]] = {}
+    weights: dict[str, Float32[np.ndarray, "_ l"]] = {}
     if value is not None:
         datasets = {role: data.datasets[role] for role in advantages.weighted_roles(cfg)}
         advantages.ensure(cfg, devices, value, datasets)
@@ -75,7 +75,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     # --- loss: L_RL over the suboptimal rows + lambda L_BC over the optimal rows of a batch
     def losses(trained: Tree, frozen: Tree, batch: loop.Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         noise_key, time_key = jax.random.split(key)
-        noise = jax.random.normal(noise_key, batch["actions"].shape) * real_dims
+        noise = jax.random.normal(noise_key, batch["actions"].shape) * real_dims[None, None]
         time = flow.sample_time(time_key, batch["actions"].shape[0])
         x_t, u = flow.interpolate(noise, batch["actions"], time)
         velocity = graph.module(trained, frozen).velocity(batch["observation"], x_t, time)

@@ -21,7 +21,7 @@ from hvd.train.mesh import Devices
 
 ROLES = ("optimal", "suboptimal")  # their positions are the numbers in a batch's `source`
 
-type Weights = Mapping[str, Float32[np.ndarray, "n l"]]
+type Weights = Mapping[str, Float32[np.ndarray, "_ l"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class StageData:
     stage: runs.Stage
     transform: InputTransform
     datasets: dict[str, Dataset]
-    train: dict[str, Int64[np.ndarray, " n"]]
-    val: dict[str, Int64[np.ndarray, " n"]]
+    train: dict[str, Int64[np.ndarray, " _"]]
+    val: dict[str, Int64[np.ndarray, " _"]]
     shares: dict[str, int]
     inputs: dict[str, str]
 
@@ -136,7 +136,7 @@ def _split(rows: int, parts: Mapping[str, float]) -> dict[str, int]:
 
 def _sources(
     datasets: Mapping[str, Dataset],
-    rows: Mapping[str, Int64[np.ndarray, " n"]],
+    rows: Mapping[str, Int64[np.ndarray, " _"]],
     shares: Mapping[str, int],
     weights: Weights,
 ) -> list[Source]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from hvd.configs import StageConfig
 from hvd.train import optimizer as optim
@@ -35,7 +35,7 @@ class TrainState:
         target: average of `trained` that the value stage's targets are computed with, or {}.
     """
 
-    step: Int[Array, ""]
+    step: Any  # Any: the same class also holds shapes and shardings
     trained: Tree
     frozen: Tree
     opt_state: optax.OptState
@@ -139,7 +139,9 @@ def shardings(tree: Any) -> Any:
 
 def create(init: Callable[[jax.Array], TrainState], seed: int, like: TrainState) -> TrainState:
     """A fresh state, made in place on the mesh; the same numbers on every mesh."""
-    return jax.jit(init, out_shardings=shardings(like))(jax.random.key(seed))
+    # It runs once; on a CPU, optimising its many random kernels takes ten times as long as compiling them (19 s, 2 s)
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=shardings(like), compiler_options=options)(jax.random.key(seed))
 
 
 def advance(

@@ -29,24 +29,21 @@ def write_dataset(root: Path, *, episodes: int, length: int, seed: int) -> None:
         "terminal": Feature("bool", (1,)),
         "truncated": Feature("bool", (1,)),
     }
-    writer = LeRobotWriter(root, fps=10, robot_type="r1", features=features)
-    for episode in range(episodes):
-        success = episode % 3 != 2
-        frames = length + int(rng.integers(0, 5))
-        slope = np.linspace(0.0, 1.0, frames)[:, None]
-        last = np.arange(frames) == frames - 1
-        writer.add_episode(
-            {
+    with LeRobotWriter(root, fps=10, robot_type="r1", features=features) as writer:
+        for episode in range(episodes):
+            success = episode % 3 != 2
+            frames = length + int(rng.integers(0, 5))
+            slope = np.linspace(0.0, 1.0, frames)[:, None]
+            last = np.arange(frames) == frames - 1
+            columns = {
                 "observation.state": (slope + 0.1 * rng.normal(size=(frames, STATE))).astype(np.float32),
                 "action": (slope + 0.3 * rng.normal(size=(frames, ACTIONS))).astype(np.float32),
                 "next.reward": np.where(last & success, 1.0, 0.0).astype(np.float32),
                 "terminal": last & success,
                 "truncated": last & (not success),
-            },
-            task="carry the tote",
-            extra={"success": success, "quality": "expert" if success else "teleop"},
-        )
-    writer.close()
+            }
+            quality = "expert" if success else "teleop"
+            writer.add_episode(columns, task="carry the tote", extra={"success": success, "quality": quality})
 
 
 def model() -> ModelConfig:
@@ -84,17 +81,14 @@ def experiment(folder: Path, **changes) -> Experiment:
         f"{role}_data": DataConfig(repo_id=f"test/{role}", root=str(folder / "data" / role))
         for role in ("optimal", "suboptimal")
     }
-    return Experiment(
-        name="tiny",
-        runs_dir=str(folder / "runs"),
-        assets_dir=str(folder / "assets"),
-        num_workers=1,
-        model=changes.pop("model", model()),
-        norm=NormConfig(std_floor=0.01),
-        value=value,
-        policy=policy,
-        **sets | changes,
-    )
+    fields = {
+        "runs_dir": str(folder / "runs"),
+        "assets_dir": str(folder / "assets"),
+        "num_workers": 1,
+        "model": model(),
+        "norm": NormConfig(std_floor=0.01),
+    }
+    return Experiment(name="tiny", value=value, policy=policy, **fields | sets | changes)
 
 
 def make_data(folder: Path) -> None:
