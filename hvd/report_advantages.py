@@ -1,6 +1,5 @@
 """Advantages in the report: their distribution and that of the weights per level, and the values along an episode."""
 
-import base64
 import io
 import json
 from collections.abc import Sequence
@@ -17,10 +16,10 @@ from hvd.configs import Experiment
 from hvd.data.dataset import Dataset, Episode
 from hvd.data.labels import Labels, episode_path, load_labels
 from hvd.errors import UserError
-from hvd.report_page import BASELINE, INK, LEVELS, POLICY, Section, axes, style
+from hvd.report_page import BASELINE, INK, LEVELS, POLICY, Section, axes, beside, log_scale
 
 FRAMES = 9  # of an episode, above its values
-_PIXELS = 112
+_PIXELS = 128
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ def _histograms(table: Table):
     advantage.set_xlabel("A")
     weight.set_title("weight by level (log scale)")
     weight.set_xlabel("weight")
-    weight.set_xscale("log")
-    advantage.legend(fontsize=8, frameon=False)
+    log_scale(weight, "x")
+    advantage.legend()
     return figure
 
 
@@ -141,9 +140,8 @@ def along_episodes(cfg: Experiment, table: Table | None, episodes: int = 2) -> S
         out.heading(
             f"Episode {episode.index} of the {role} set: {how}" + (", held out from training" if held_out else "")
         )
-        if camera:
-            out.body.append(_strip(dataset, camera, episode))
-        out.figure(_episode_figure(table, rows, labels), f"values along episode {episode.index}")
+        frames = _frames(dataset, camera, episode) if camera else []
+        out.figure(_episode_figure(table, rows, labels, frames), f"values along episode {episode.index}")
     if table is not None and not (labels_dir / "episode_000000.labels.json").exists():
         out.text("The dataset has no label files, so sub-tasks and mistakes are not marked.", "quiet")
     return out
@@ -171,60 +169,64 @@ def _labels(labels_dir: Path, episode: Episode) -> Labels | None:
     return load_labels(path, episode.length) if path.exists() else None
 
 
-def _strip(dataset: Dataset, camera: str, episode: Episode) -> str:
-    """Frames at equal distances, side by side, as one image over the figure's width."""
-    at = np.linspace(0, episode.length - 1, FRAMES).round().astype(int)
+def _frames(dataset: Dataset, camera: str, episode: Episode) -> list[np.ndarray]:
+    """Frames from the middles of equal parts of the episode, small."""
+    at = ((np.arange(FRAMES) + 0.5) * episode.length / FRAMES).astype(int)
     pictures = [Image.fromarray(frame) for frame in dataset.frames(camera, episode.start + at)]
-    height = round(_PIXELS * pictures[0].height / pictures[0].width)
-    strip = Image.new("RGB", (FRAMES * (_PIXELS + 4) - 4, height), "white")
-    for i, picture in enumerate(pictures):
-        strip.paste(picture.resize((_PIXELS, height), Image.Resampling.LANCZOS), (i * (_PIXELS + 4), 0))
-    data = io.BytesIO()
-    strip.save(data, "JPEG", quality=82)
-    source = base64.b64encode(data.getvalue()).decode()
-    seconds = ", ".join(f"{frame}" for frame in at)
-    return f'<img alt="frames {seconds} of the episode" src="data:image/jpeg;base64,{source}">'
+    size = (_PIXELS, round(_PIXELS * pictures[0].height / pictures[0].width))
+    return [np.asarray(picture.resize(size, Image.Resampling.LANCZOS)) for picture in pictures]
 
 
-def _episode_figure(table: Table, rows: np.ndarray, labels: Labels | None):
-    figure, grid = axes(1, height=2.2, rows=2, sharex=True)
-    value, advantage = grid[:, 0]
+def _episode_figure(table: Table, rows: np.ndarray, labels: Labels | None, frames: Sequence[np.ndarray]):
+    """Under the frames, each above the part of the episode that it is from: V and Q, and the advantages."""
+    shape = frames[0].shape[0] / frames[0].shape[1] if frames else 0.0
+    heights = [8.6 / FRAMES * shape, 2.1, 2.1] if frames else [2.1, 2.1]
+    figure, grid = axes(1, height=(sum(heights) + 0.7) / len(heights), rows=len(heights), height_ratios=heights)
+    value, advantage = grid[-2:, 0]
     frame = table.frame[rows]
+    end = max(int(frame[-1]) + 1, 1)
+    for i, picture in enumerate(frames):
+        gap = 0.008 * end
+        extent = (i * end / FRAMES + gap / 2, (i + 1) * end / FRAMES - gap / 2, 0, 1)
+        grid[0, 0].imshow(picture, extent=extent, aspect="auto", interpolation="none")
+    if frames:
+        grid[0, 0].axis("off")
     value.plot(frame, table.v[rows], color=POLICY, linewidth=1.6, label="V")
     for i, name in enumerate(table.levels):
         colour = LEVELS[i % len(LEVELS)]
         value.plot(frame, table.q[rows, i], color=colour, linewidth=0.8, alpha=0.8, label=f"Q {name}")
-        advantage.plot(frame, table.a[rows, i], color=colour, linewidth=1.3, label=name)
+        advantage.plot(frame, table.a[rows, i], color=colour, linewidth=1.3, label=f"A {name}")
     advantage.axhline(0, color=INK, linewidth=0.8)
     value.set_ylabel("value")
-    advantage.set_ylabel("advantage by level")
+    advantage.set_ylabel("advantage")
     advantage.set_xlabel("frame")
-    value.set_xlim(0, max(int(frame[-1]), 1))
     if labels is not None:
-        _mark(value, advantage, labels, table.levels)
-    value.legend(fontsize=8, frameon=False, ncols=6, loc="upper left")
-    advantage.legend(fontsize=8, frameon=False, ncols=6, loc="upper left")
+        _mark(value, advantage, labels, table.levels, end)
+    for ax in grid[:, 0]:
+        ax.set_xlim(0, end)
+    for ax in (value, advantage):
+        beside(ax)
     return figure
 
 
-def _mark(value, advantage, labels: Labels, levels: Sequence[str]) -> None:
+def _mark(value, advantage, labels: Labels, levels: Sequence[str], end: int) -> None:
     """Sub-tasks end at a dotted line; a mistake is a band in its level's colour."""
     for subtask in labels.subtasks:
-        value.axvline(subtask.end - 1, color=BASELINE, linewidth=0.8, linestyle=":")
-        value.text(
-            subtask.end - 1, 1.0, f" {subtask.name}", transform=value.get_xaxis_transform(), fontsize=7.5, va="top"
-        )
+        at = subtask.end - 1
+        value.axvline(at, color=BASELINE, linewidth=0.8, linestyle=":")
+        _write(value, at, 0.98, subtask.name, end, color="#57606a", va="top")
     for mistake in labels.mistakes:
         colour = LEVELS[list(levels).index(mistake.level) % len(LEVELS)] if mistake.level in levels else BASELINE
         for ax in (value, advantage):
             ax.axvspan(mistake.start, mistake.end, color=colour, alpha=0.13, linewidth=0)
-        advantage.text(
-            mistake.start,
-            0.03,
-            f" {mistake.level}: {mistake.kind}",
-            transform=advantage.get_xaxis_transform(),
-            fontsize=7.5,
-            color=colour,
-            va="bottom",
-        )
-    style(value)
+        words = f"{mistake.level}: {mistake.kind.replace('_', ' ')}"
+        _write(advantage, mistake.start, 0.03, words, end, color=colour, va="bottom")
+
+
+def _write(ax, at: float, height: float, words: str, end: int, **style: str) -> None:
+    """Small words beside the frame `at`, on the side where the axes go on."""
+    right = at < 0.85 * end
+    text = f" {words}" if right else f"{words} "
+    ax.text(
+        at, height, text, transform=ax.get_xaxis_transform(), fontsize=7.5, ha="left" if right else "right", **style
+    )

@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from hvd.configs import Experiment
-from hvd.report_page import BASELINE, INK, LEVELS, POLICY, Section, axes
+from hvd.report_page import BASELINE, INK, LEVELS, POLICY, Section, axes, log_scale
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
@@ -60,7 +60,7 @@ def _value(metrics: Mapping[str, Mapping[str, Curve]], levels: Sequence[str]):
     losses, values, spread = grid[0]
     _lines(losses, metrics, {"loss_q": ("Q", POLICY), "loss_v": ("V", "#d9480f")})
     losses.set_title("losses (dashed: held-out episodes)")
-    losses.set_yscale("log")
+    log_scale(losses, "y")
     _lines(values, metrics, {"v_mean": ("V", INK), "td_target": ("target", BASELINE)})
     _lines(values, metrics, {f"q/{name}": (f"Q {name}", LEVELS[i % len(LEVELS)]) for i, name in enumerate(levels)})
     values.set_title("mean values")
@@ -79,13 +79,13 @@ def _policies(runs: Mapping[str, Mapping[str, Mapping[str, Curve]]], cfg: Experi
         colour = POLICY if name == cfg.policy.run_name else next(greys, "#d0d7de")
         _lines(error, metrics, {"flow_error": (name, colour)})
     error.set_title("flow error, unweighted (dashed: held-out)")
-    error.set_yscale("log")
+    log_scale(error, "y")
     ours = runs.get(cfg.policy.run_name, {})
     for i, name in enumerate(cfg.level_names()):
         _lines(by_level, ours, {f"flow_error/{name}": (name, LEVELS[i % len(LEVELS)])})
         _lines(weight, ours, {f"weight/{name}": (name, LEVELS[i % len(LEVELS)])}, splits=("train",))
     by_level.set_title(f"{cfg.policy.run_name}: flow error by level")
-    by_level.set_yscale("log")
+    log_scale(by_level, "y")
     weight.set_title(f"{cfg.policy.run_name}: mean weight by level")
     for ax in grid[0]:
         _finish(ax)
@@ -113,7 +113,7 @@ def _lines(
 def _finish(ax) -> None:
     ax.set_xlabel("step")
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend()
     else:
         ax.text(0.5, 0.5, "not logged", ha="center", va="center", transform=ax.transAxes, color=BASELINE)
 

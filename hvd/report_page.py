@@ -11,11 +11,26 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 # One colour a meaning, the same in every figure.
-POLICY, BASELINE, NOTHING = "#1f6feb", "#8b949e", "#c8ccd1"
+POLICY, BASELINE, GREY = "#1f6feb", "#8b949e", "#c8ccd1"
 LEVELS = ("#d9480f", "#2f9e44", "#7048e8", "#0c8599", "#c2255c", "#846358")
 INK, GRID = "#1f2328", "#e5e8eb"
+
+matplotlib.rcParams.update(
+    {
+        "font.family": "sans-serif",
+        "axes.titlesize": 10,
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "hvd",  # the same figure, the same file
+    }
+)
 
 _CSS = """
 :root { color-scheme: light; }
@@ -26,7 +41,7 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 40px 0 8p
 p { margin: 6px 0 10px; max-width: 76ch; } .quiet { color: #656d76; } .big { font-size: 17px; }
 table { border-collapse: collapse; margin: 10px 0 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid #e5e8eb; vertical-align: top; }
-th { font-weight: 600; border-bottom: 2px solid #d8dee4; } td.n, th.n { text-align: right; }
+th { font-weight: 600; border-bottom: 2px solid #d8dee4; } td.n, th.n { text-align: right; white-space: nowrap; }
 tr.ours td { font-weight: 600; }
 img { max-width: 100%; height: auto; display: block; margin: 6px 0 12px; }
 .videos { display: flex; flex-wrap: wrap; gap: 14px; } .videos figure { margin: 0; width: 320px; }
@@ -122,18 +137,28 @@ def axes(columns: int, width: float = 10.4, height: float = 2.9, rows: int = 1, 
 def style(ax) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("#afb8c1")
-    ax.tick_params(colors=INK, labelsize=8.5)
+    ax.tick_params(colors=INK)
     ax.grid(color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
-    ax.title.set_fontsize(10)
-    ax.xaxis.label.set_fontsize(9)
-    ax.yaxis.label.set_fontsize(9)
+
+
+def log_scale(ax, which: str) -> None:
+    """A logarithmic "x" or "y" axis with plain numbers at 1, 2 and 5."""
+    getattr(ax, f"set_{which}scale")("log")
+    axis = getattr(ax, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda value, position: ""))
+
+
+def beside(ax) -> None:
+    """The legend to the right of the axes, where it hides nothing."""
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _svg(figure: Figure) -> str:
     data = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "hvd"}):
-        figure.savefig(data, format="svg", metadata={"Date": None})
+    figure.savefig(data, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(data.getvalue()).decode()
 
 

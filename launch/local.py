@@ -55,6 +55,7 @@ class Runner:
     _running: list[Running] = field(default_factory=list)
     _signal: int = 0
     _lock: int = -1
+    _shown: str = ""
 
     def run(self, groups: Sequence[Group]) -> int:
         """Run every group in order; the exit code of the first step that fails, 143 when a signal stopped the run."""
@@ -187,12 +188,18 @@ class Runner:
                 running.process.kill()
 
     def _status(self) -> None:
+        """The state of the bars, when it has changed; a terminal draws a single bar itself."""
         bars = [(r.task.name, short(s.bar)) for r in self._running for s in r.streams if s.bar]
         if not bars or (len(self._running) == 1 and sys.stderr.isatty()):
-            return  # a terminal draws a single bar itself
+            return
         seen = dict(reversed(bars))  # one of each task: process 0's
-        shown = [f"{name}: {seen[name]}" if len(seen) > 1 else seen[name] for name in reversed(seen)]
-        print(f"[{time.strftime('%H:%M:%S')}] " + "   ".join(shown), flush=True)
+        if len(seen) == 1:
+            line = next(iter(seen.values()))
+        else:
+            line = "   ".join(f"{name}: {seen[name].partition(': ')[2]}" for name in reversed(seen))
+        if line != self._shown:
+            print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+            self._shown = line
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
