@@ -14,10 +14,11 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from tests import typecheck
 from tests.folders import FOLDERS, folder
 from tests.skips import unexpected
 
-install_import_hook("hvd", "beartype.beartype")
+install_import_hook("hvd", f"{typecheck.__name__}.check")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
@@ -66,7 +67,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def g1_data():
-    """Recordings of the real humanoid: $HVD_G1_DATA, else ../shared/data/g1_bottle; skips when the folder is missing."""
+    """Recordings of the real humanoid: $HVD_G1_DATA, else ../shared/data/g1_bottle; skips where it is missing."""
     return _folder_or_skip("HVD_G1_DATA")
 
 
