@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hvd import cli
+from hvd.configs import DataConfig, KeyMap
 from hvd.data.convert import ConvertConfig, convert, parse
+from hvd.data.dataset import Dataset
 from hvd.data.labels import Labels, load_labels, sidecar_path, write_labels
 from hvd.data.video import read_video
 from hvd.errors import UserError
@@ -79,6 +81,27 @@ def test_every_value(run, raw):
     for i in range(3):
         copied = result.root / f"labels/episode_{i:06d}.labels.json"
         assert copied.read_bytes() == sidecar_path(raw / f"demo_{i:04d}.hdf5").read_bytes()
+
+
+def test_the_trainers_reader_gives_it_back(run, raw):
+    truths = joylo.write_folder(raw, (12, 9), failures=(1,), environment=True)
+    keys = KeyMap(state=("observation.state", "observation.environment_state"))
+    root = run().root
+    cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    dataset = Dataset.open(DataConfig(repo_id="me/set", root=str(root), keys=keys), cameras=cameras)
+    both = [np.concatenate([truth.state, truth.environment], axis=1) for truth in truths]
+    np.testing.assert_array_equal(dataset.state, np.concatenate(both))
+    np.testing.assert_array_equal(dataset.actions, np.concatenate([truth.actions for truth in truths]))
+    assert np.flatnonzero(dataset.rewards).tolist() == [5, 11, 12 + 3]
+    assert np.flatnonzero(dataset.terminal).tolist() == [11]
+    assert [(e.length, e.task, e.success, e.quality) for e in dataset.episodes] == [
+        (12, "stack the boxes", True, "expert"),
+        (9, "stack the boxes", False, "teleop"),
+    ]
+    for camera, ours in zip(cameras, ("head", "left_wrist", "right_wrist"), strict=True):
+        path = root / f"videos/observation.images.{ours}/chunk-000/file-000.mp4"
+        frames = np.stack(list(read_video(path)))
+        np.testing.assert_array_equal(dataset.frames(camera, np.arange(21)), frames)
 
 
 def test_info(run, raw):

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def check_no_room(done: subprocess.CompletedProcess, target: Path) -> None:
 
 
 def _small_disk_possible() -> bool:
-    argv = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/tmp"]
+    argv = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tempfile.gettempdir()]
     try:
         return subprocess.run(argv, capture_output=True, timeout=20).returncode == 0
     except OSError:

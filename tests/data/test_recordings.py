@@ -87,7 +87,7 @@ def test_images_are_read_in_blocks(tmp_path, monkeypatch, chunks):
     path = tmp_path / "demo.hdf5"
     joylo.write_recording(path, 23)
     with h5py.File(path, "r+") as file:
-        images = file["obs/rgb/head/img"][...]
+        images = np.asarray(file["obs/rgb/head/img"])
         del file["obs/rgb/head/img"]
         file.create_dataset("obs/rgb/head/img", data=images, chunks=(chunks, 32, 48, 3) if chunks else None)
     with Recording(RecordingRef(path), R1) as recording:
