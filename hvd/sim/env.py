@@ -4,6 +4,7 @@ Units are the recordings' and the policies': grippers 0 (closed) .. 100 (open), 
 frame, everything else radians and metres.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ STATE_DIM, ENVIRONMENT_DIM, ACTION_DIM = 21, 11, 21
 _REACH_NEAR, _REACH_FAR = 0.12, 0.30  # metres from a hand to the object's surface: reached below, no longer above
 _LIFT_CLEARANCE = 0.05  # the object's lowest point above the shelf
 _LOST_AFTER = 4  # control steps without a grip before a grasp counts as lost: a slip of less is part of carrying
+_RAMP = np.arange(1, scene.SUBSTEPS + 1)[:, None] / scene.SUBSTEPS  # targets move evenly within a control step
 _STILL = 0.15  # m/s and rad/s
 _HOLD_STEPS = 3  # control steps that the object must stay placed
 
@@ -122,15 +124,16 @@ class Env:
             raise ValueError("the action holds NaN or infinite values")
         previous, target = self.command, self.limit(action)
         self.command = target
-        vx, vy, wz = target[BASE]
-        yaw = self.qpos_index[BASE[2]]
-        data = self.data
-        for k in range(scene.SUBSTEPS):
-            control = previous + (k + 1) / scene.SUBSTEPS * (target - previous)
-            c, s = np.cos(data.qpos[yaw]), np.sin(data.qpos[yaw])
-            control[BASE] = c * vx - s * vy, s * vx + c * vy, wz
-            data.ctrl[:] = control
-            mj.mj_step(self.model, data)
+        vx, vy, wz = (float(v) for v in target[BASE])
+        x, y, turn = (int(i) for i in BASE)
+        yaw = int(self.qpos_index[turn])
+        model, data, control = self.model, self.data, self.data.ctrl
+        for targets in previous + _RAMP * (target - previous):
+            control[:] = targets
+            angle = data.qpos[yaw]
+            c, s = math.cos(angle), math.sin(angle)
+            control[x], control[y], control[turn] = c * vx - s * vy, s * vx + c * vy, wz
+            mj.mj_step(model, data)
         self.time += 1
         return self._judge()
 
@@ -205,12 +208,14 @@ class Env:
 
     def _follow_grip(self) -> None:
         """Count the steps since the object was last held from both sides."""
-        grips, body_of_geom = set(), self.model.geom_bodyid
-        for contact in self.data.contact[: self.data.ncon]:
-            bodies = body_of_geom[contact.geom1], body_of_geom[contact.geom2]
-            if self._object_body in bodies:
-                grips.add(self._grip_of_body.get(bodies[bodies[0] == self._object_body]))
-        self._loose_steps = 0 if len(grips - {None}) == 2 else self._loose_steps + 1
+        grips = {self._grip_of_body.get(int(body)) for body in self._touching()} - {None}
+        self._loose_steps = 0 if len(grips) == 2 else self._loose_steps + 1
+
+    def _touching(self) -> np.ndarray:
+        """The bodies in contact with the object."""
+        bodies = self.model.geom_bodyid[self.data.contact.geom.reshape(-1, 2)]
+        with_object = bodies[(bodies == self._object_body).any(axis=1)]
+        return with_object[with_object != self._object_body]
 
     def _hands_within(self, distance: float) -> bool:
         """Whether every hand that the task needs is nearer than `distance` to the object's surface."""
@@ -235,12 +240,12 @@ class Env:
         if not np.all(np.abs(position[:2] - TABLE_XY) < scene.GOAL_HALF):
             return False
         if self.task.name == "tote":
-            return abs(position[2] - TABLE_HEIGHT - self.task.half[2]) < 0.02 and upright > 0.9
-        return TABLE_HEIGHT < position[2] < TABLE_HEIGHT + self.task.half[2] + 0.02  # a bar may lie down
+            return bool(abs(position[2] - TABLE_HEIGHT - self.task.half[2]) < 0.02 and upright > 0.9)
+        return bool(TABLE_HEIGHT < position[2] < TABLE_HEIGHT + self.task.half[2] + 0.02)  # a bar may lie down
 
     def _is_placed(self) -> bool:
         """On the goal, at rest, touched by nothing but the room, the hands away, for three steps in a row."""
-        here = self._on_goal() and self._untouched()
+        here = self._on_goal() and not self._touching().any()  # body 0 is the room
         if here:
             velocity = self.data.qvel[self._object_dof : self._object_dof + 6]
             position, _ = self.object_pose()
@@ -248,14 +253,6 @@ class Env:
             here = bool(np.abs(velocity).max() < _STILL and nearest > self.task.clear)
         self._placed_steps = self._placed_steps + 1 if here else 0
         return self._placed_steps >= _HOLD_STEPS
-
-    def _untouched(self) -> bool:
-        body_of_geom = self.model.geom_bodyid
-        for contact in self.data.contact[: self.data.ncon]:
-            bodies = body_of_geom[contact.geom1], body_of_geom[contact.geom2]
-            if self._object_body in bodies and 0 not in bodies:
-                return False
-        return True
 
 
 def canonical_quat(quat: Float[np.ndarray, "4"], symmetries: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "4"]:

@@ -17,6 +17,7 @@ _STUCK = 60  # steps of a carrying phase after which the operator sees that some
 class ToteOperator(Teleoperator):
     """Takes the tote between both hands. Widths are from its middle line to a hand."""
 
+    let_go = 0.13
     _standoff, _wide, _touch = 0.60, 0.25, 0.19
 
     def __init__(self, *args, **kwargs):
@@ -57,7 +58,7 @@ class ToteOperator(Teleoperator):
         self.height = self.object[2] + min(0.02 * self.steps, 0.16)
         posture = CROUCH + (CARRY - CROUCH) * min(1, self.steps / 10)
         centre = np.array([*self.object[:2], self.height])
-        self.hands_to(action, self._hands(centre, self.object_yaw, self._grip), posture)
+        self.hands_to(action, self._hands(centre, self.object_yaw, self._touch - self.squeeze), posture)
         if self.steps < 9:
             return
         if self.env.object_pose()[0][2] < self.height - 0.04:
@@ -114,11 +115,6 @@ class ToteOperator(Teleoperator):
             self.go("give_up")
 
     @property
-    def _grip(self) -> float:
-        """Width at which the hands press on the tote, or let it go too early."""
-        return self._wide + 0.04 if self.releasing else self._touch - self.squeeze
-
-    @property
     def _low(self) -> float:
         return TABLE_HEIGHT + self.env.task.half[2] - 0.002
 
@@ -150,7 +146,7 @@ class ToteOperator(Teleoperator):
         self.held += np.clip(np.array([0.58, 0]) - self.held, -0.01, 0.01)
         self.held_yaw *= 0.9
         centre, yaw = self._held_at()
-        self.hands_to(action, self._hands(np.array([*centre, self.height]), yaw, self._grip), posture)
+        self.hands_to(action, self._hands(np.array([*centre, self.height]), yaw, self._touch - self.squeeze), posture)
         position, _ = self.env.object_pose()
         low = position[2] < SHELF_HEIGHT + 0.15
         lost = np.linalg.norm(position[:2] - centre) > 0.15 or position[2] < self.height - 0.05

@@ -30,7 +30,7 @@ def main(cfg: Experiment) -> None:
     sim = cfg.sim
     if not sim.task:
         raise UserError(
-            f"config {cfg.name!r} has no simulation: set sim.task to tote or pick, or convert your recordings"
+            f"config {cfg.name}: sim.task is not set: set it to tote or pick, or convert your recordings"
         )
     root = Path(cfg.exp_dir) / "recordings"
     _check_folder(root, sim)

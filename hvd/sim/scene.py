@@ -68,7 +68,7 @@ TASKS = {
         "carry the red tote from the shelf to the green goal on the table",
         np.array([0.09, 0.17, 0.07]),
         0.8,
-        (0.85, 0.3, 0.2, 1),
+        (0.85, 0.3, 0.2, 1.0),
         SIDES,
         _HALF_TURNS,
         0.20,
@@ -78,7 +78,7 @@ TASKS = {
         "pick the yellow bar from the shelf and place it on the green goal on the table",
         np.array([0.022, 0.022, 0.05]),
         0.12,
-        (0.9, 0.7, 0.1, 1),
+        (0.9, 0.7, 0.1, 1.0),
         ("right",),
         np.concatenate([_HALF_TURNS, _QUARTER_TURNS]),
         0.10,
@@ -175,13 +175,13 @@ def _robot(spec: mj.MjSpec) -> None:
         _arm(spec, chest, side, sign)
     for i, joints in enumerate((ARM_JOINTS["left"], ARM_JOINTS["right"])):
         if i == 1:  # between the arms, as in the R1's action order
-            for name, gain, force in (("base_x", 900, 900), ("base_y", 900, 900), ("base_yaw", 400, 300)):
+            for name, gain, force in (("base_x", 900.0, 900.0), ("base_y", 900.0, 900.0), ("base_yaw", 400.0, 300.0)):
                 _velocity_actuator(spec, name, gain, force)
         for n, name in enumerate(joints):
-            _position_actuator(spec, name, *((300, 20, 80) if n < 3 else (120, 6, 25)))
-        _position_actuator(spec, f"{SIDES[i]}_fa", 900, 20, 25)
+            _position_actuator(spec, name, *((300.0, 20.0, 80.0) if n < 3 else (120.0, 6.0, 25.0)))
+        _position_actuator(spec, f"{SIDES[i]}_fa", 900.0, 20.0, 25.0)
     for name in TORSO_JOINTS:
-        _position_actuator(spec, name, 4000, 300, 900)
+        _position_actuator(spec, name, 4000.0, 300.0, 900.0)
 
 
 def _arm(spec: mj.MjSpec, chest, side: str, sign: int) -> None:

@@ -156,7 +156,7 @@ class Teleoperator:
                 action[TORSO] = held
                 if np.abs(self._torso_plan - held).max() > _WRONG_TORSO:
                     self.log.wrong(plan, self.env.time)
-        if plan is not None and plan.level == "arms" and plan.kind != "releases_early":
+        if plan is not None and plan.level == "arms" and (plan.kind != "releases_early" or self.let_go):
             self._wrong_arms(action, plan, targets, torso)
         return error
 
@@ -164,7 +164,7 @@ class Teleoperator:
         if plan.kind == "hesitates":
             action[_ARMS] = self.env.command[_ARMS]
         else:
-            wide, up = plan.offset
+            wide, up = (self.let_go, 0.0) if plan.kind == "releases_early" else plan.offset
             shifted = {side: self.shift_hand(side, pose, wide, up) for side, pose in targets.items()}
             start = np.concatenate([action[TORSO], self.env.command[_ARMS]])
             action[_ARMS] = self.ik.solve(start, shifted, torso, torso_free=False)[0][4:]
@@ -172,7 +172,7 @@ class Teleoperator:
 
     @property
     def releasing(self) -> bool:
-        """Whether the arms are letting go too early."""
+        """Whether a gripper is letting go too early."""
         if self._mistake is None or self._mistake.kind != "releases_early":
             return False
         self.log.wrong(self._mistake, self.env.time)
@@ -216,6 +216,7 @@ class Teleoperator:
     # ---- what the tasks fill in
 
     open_grip = 0.0  # gripper command while nothing is to be held
+    let_go = 0.0  # metres that a hand moves outwards to let go; 0 = the gripper opens instead
 
     def seen_yaw(self, yaw: float) -> float:
         """The yaw to grasp at: an object that looks the same from several sides is taken from the nearest."""

@@ -1,0 +1,122 @@
+"""How hard are the simulated tasks? Success of the scripted teleoperator by quality, of each structured mistake, and of
+controls that must fail. Prints the tables; takes about 10 CPU-minutes with n = 100.
+
+    python tests/benchmarks/sim_table.py [--n 100] [--tasks tote pick] [--workers 2]
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import numpy as np
+
+from hvd.sim import scene
+from hvd.sim.env import Env
+from hvd.sim.mistakes import Plan
+from hvd.sim.operators import make
+from hvd.sim.workers import run_jobs
+
+QUALITIES = ((0.0, True), (0.5, True), (1.0, True), (1.0, False), (1.5, True), (1.5, False))
+FROZEN = {
+    "base": (scene.BASE, np.zeros(3)),
+    "torso": (scene.TORSO, scene.HOME_TORSO),
+    "left arm": (scene.LEFT_ARM, scene.HOME_LEFT),
+    "right arm": (scene.RIGHT_ARM, scene.HOME_RIGHT),
+}
+# What SIM.md measured with the prototype, n = 100.
+PROTOTYPE = {
+    "tote": dict(zip(QUALITIES, (1.0, 0.81, 0.63, 0.55, 0.55, 0.33), strict=True)),
+    "pick": dict(zip(QUALITIES, (0.99, 0.93, 0.87, 0.49, 0.75, 0.32), strict=True)),
+}
+# Mistakes that are never noticed, with the phase they begin in.
+FATAL = {
+    "tote": (
+        Plan("base", "stops_short", "approach", 0, (-0.44, 0.0)),
+        Plan("base", "off_to_side", "approach", 0, (0.0, 0.44)),
+        Plan("base", "stops_short", "advance", 0, (-0.36, 0.0)),
+        Plan("base", "off_to_side", "advance", 0, (0.0, 0.36)),
+        Plan("torso", "no_bend", "approach"),
+        Plan("torso", "no_rise", "lift"),
+        Plan("arms", "too_high", "reach", 0, (0.0, 0.15)),
+        Plan("arms", "too_wide", "reach", 0, (0.05, 0.0)),
+        Plan("arms", "releases_early", "sidestep", 4),
+    ),
+    "pick": (
+        Plan("base", "stops_short", "approach", 0, (-0.73, 0.0)),
+        Plan("base", "off_to_side", "approach", 0, (0.0, -0.73)),
+        Plan("base", "stops_short", "advance", 0, (-0.36, 0.0)),
+        Plan("base", "off_to_side", "advance", 0, (0.0, 0.36)),
+        Plan("torso", "no_bend", "approach"),
+        Plan("torso", "no_rise", "lift"),
+        Plan("arms", "too_high", "reach", 0, (0.0, 0.13)),
+        Plan("arms", "too_wide", "reach", 0, (0.06, 0.0)),
+        Plan("arms", "releases_early", "sidestep", 4),
+    ),
+}
+
+
+def operator_run(task: str, seed: int, quality: float, retries: bool, plans: tuple[Plan, ...] = ()) -> tuple[bool, int]:
+    """(success, steps) of one episode of the teleoperator."""
+    env = Env(task)
+    env.reset(seed)
+    operator = make(env, seed, quality, retries, plans)
+    while True:
+        step = env.step(operator.act())
+        if step.done or operator.done:
+            return step.success, env.time
+
+
+def control_run(task: str, seed: int, control: str) -> tuple[bool, int]:
+    """(success, steps) of "nothing", "random", or the clean teleoperator with a part of the robot frozen."""
+    env = Env(task)
+    env.reset(seed)
+    operator, rng = make(env, seed), np.random.default_rng(seed)
+    hold = env.as_action(env.command)
+    low, high = env.limits.T
+    while True:
+        if control == "nothing":
+            action = hold
+        elif control == "random":
+            action = rng.uniform(low, high)
+            action[scene.BASE] = rng.uniform(-1, 1, 3) * [scene.BASE_V, scene.BASE_V, scene.BASE_W]
+            action[scene.GRIPPERS] = rng.uniform(0, 100, 2)
+        else:
+            action = operator.act()
+            dims, still = FROZEN[control]
+            action[dims] = still
+        step = env.step(action)
+        if step.done:
+            return step.success, env.time
+
+
+def _rate(function, jobs: list[tuple], workers: int) -> tuple[float, float]:
+    results = [result for _, result in run_jobs(function, jobs, workers)]
+    return float(np.mean([s for s, _ in results])), float(np.mean([t for _, t in results]))
+
+
+def table(task: str, n: int, workers: int) -> Iterator[str]:
+    yield f"\n{task}: teleoperator, n = {n}            success  prototype  mean steps"
+    for quality, retries in QUALITIES:
+        success, steps = _rate(operator_run, [(task, seed, quality, retries) for seed in range(n)], workers)
+        name = f"quality {quality}" + ("" if retries else ", no retries")
+        yield f"  {name:<34}{success:>8.2f}{PROTOTYPE[task][quality, retries]:>11.2f}{steps:>12.0f}"
+    few = max(2, n // 5)
+    yield f"{task}: one mistake that is never noticed, n = {few}"
+    for plan in FATAL[task]:
+        success, steps = _rate(operator_run, [(task, seed, 0.0, True, (plan,)) for seed in range(few)], workers)
+        yield f"  {plan.level + ' ' + plan.kind + ' at ' + plan.phase:<34}{success:>8.2f}{'':>11}{steps:>12.0f}"
+    yield f"{task}: controls, n = {few}"
+    for control in ("nothing", "random", *(f"{part}" for part in FROZEN)):
+        success, steps = _rate(control_run, [(task, seed, control) for seed in range(few)], workers)
+        name = control if control not in FROZEN else f"clean teleoperator, {control} frozen"
+        yield f"  {name:<34}{success:>8.2f}{'':>11}{steps:>12.0f}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=100)
+    parser.add_argument("--tasks", nargs="+", default=["tote", "pick"])
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    for task in args.tasks:
+        for line in table(task, args.n, args.workers):
+            print(line, flush=True)

@@ -1,0 +1,125 @@
+"""Structured mistakes: each changes the actions of its own level only, in the frames that the log names."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from hvd.robots import get_robot
+from hvd.sim.env import Env
+from hvd.sim.mistakes import Log, Plan, sample_plans
+from hvd.sim.operators import make
+from tests.benchmarks.sim_table import FATAL
+
+LEVELS = {level.name: list(level.dims) for level in get_robot("r1").levels}
+
+
+def run(task: str, plan: Plan, seed: int = 0):
+    """The episode with one mistake: env, operator, and the actions as they were followed [T, 21]."""
+    env = Env(task)
+    env.reset(seed)
+    operator = make(env, seed, plans=(plan,))
+    actions = []
+    while True:
+        step = env.step(operator.act())
+        actions.append(env.as_action(env.command))
+        if step.done or operator.done:
+            operator.log.close()
+            return env, operator, np.array(actions)
+
+
+@pytest.mark.parametrize(
+    ("task", "plan"),
+    [(task, plan) for task in FATAL for plan in FATAL[task]],
+    ids=lambda x: x if isinstance(x, str) else f"{x.level}-{x.kind}-{x.phase}",
+)
+def test_a_mistake_that_is_not_noticed_fails_and_is_logged(task, plan):
+    env, operator, actions = run(task, plan)
+    assert not env.success
+    (mistake,) = operator.log.mistakes
+    assert (mistake.level, mistake.kind) == (plan.level, plan.kind)
+    assert 0 <= mistake.start < mistake.end <= len(actions)
+
+
+def first_difference(task: str, plan: Plan) -> tuple[set[str], int, Log]:
+    """Levels whose action differs from the clean episode's at the first frame that differs, that frame, the log."""
+    _, operator, wrong = run(task, plan)
+    env = Env(task)
+    env.reset(0)
+    clean = make(env, 0)
+    for frame, action in enumerate(wrong):
+        env.step(clean.act())
+        differs = np.abs(env.as_action(env.command) - action) > 1e-9
+        if differs.any():
+            return {name for name, dims in LEVELS.items() if differs[dims].any()}, frame, operator.log
+    raise AssertionError("the mistake changed nothing")
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan("base", "stops_short", "approach", 0, (-0.4, 0.0), 20),
+        Plan("base", "off_to_side", "approach", 0, (0.0, 0.35), 20),
+        Plan("base", "detour", "approach", 4, (-0.35, 0.5), 16),
+        Plan("torso", "late_bend", "approach", 0, (0.0, 0.0), 20),
+        Plan("torso", "late_rise", "lift", 0, (0.0, 0.0), 20),
+        Plan("arms", "too_high", "reach", 0, (0.0, 0.15), 20),
+        Plan("arms", "too_wide", "reach", 0, (0.05, 0.0), 20),
+        Plan("arms", "hesitates", "reach", 2, (0.0, 0.0), 15),
+        Plan("arms", "releases_early", "lift", 5, (0.0, 0.0), 15),
+    ],
+    ids=lambda plan: plan.kind,
+)
+def test_only_the_level_at_fault_acts_differently(plan):
+    levels, frame, log = first_difference("tote", plan)
+    assert levels == {plan.level}
+    (mistake,) = log.mistakes
+    # a mistake is logged from when it matters; arms are at fault from the first frame that differs
+    assert frame <= mistake.start <= frame + (0 if plan.level == "arms" else 12)
+
+
+@pytest.mark.parametrize(
+    ("task", "plan"),
+    [
+        ("tote", Plan("base", "stops_short", "approach", 0, (-0.4, 0.0), 20)),
+        ("tote", Plan("torso", "late_rise", "lift", 0, (0.0, 0.0), 20)),
+        ("pick", Plan("arms", "too_wide", "reach", 0, (0.06, 0.0), 20)),
+        ("pick", Plan("base", "detour", "sidestep", 4, (-0.35, 0.5), 16)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.kind,
+)
+def test_a_mistake_that_is_noticed_is_recovered_from(task, plan):
+    env, operator, actions = run(task, plan)
+    assert env.success
+    (mistake,) = operator.log.mistakes
+    assert mistake.end < len(actions) - 20
+
+
+@pytest.mark.parametrize("task", ["tote", "pick"])
+def test_every_level_errs_often_and_in_several_ways(task):
+    kinds = collections.defaultdict(collections.Counter)
+    counts, noticed = collections.Counter(), []
+    for seed in range(600):
+        plans = sample_plans(np.random.default_rng(seed), task)
+        counts[len(plans)] += 1
+        for plan in plans:
+            kinds[plan.level][plan.kind] += 1
+            noticed.append(plan.noticed)
+        assert len({plan.level for plan in plans}) == len(plans)
+    assert 0.05 < counts[0] / 600 < 0.2 and counts[2] > 60
+    for level in LEVELS:
+        assert sum(kinds[level].values()) > 170 and len(kinds[level]) >= 3
+    assert 0.3 < np.mean(noticed) < 0.7
+    again = sample_plans(np.random.default_rng(1), task)
+    assert again == sample_plans(np.random.default_rng(1), task)
+
+
+def test_log_joins_the_frames_of_one_mistake():
+    log = Log()
+    plan = Plan("torso", "late_bend", "approach", frames=3)
+    for frame in (4, 5, 7):
+        log.wrong(plan, frame)
+    log.close()
+    log.close()
+    (mistake,) = log.mistakes
+    assert (mistake.level, mistake.start, mistake.end, mistake.kind) == ("torso", 4, 8, "late_bend")
