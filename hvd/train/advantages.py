@@ -8,6 +8,7 @@ keyed by the value checkpoint, the datasets and the rows; a table whose key is t
 import concurrent.futures
 import io
 import time
+import zipfile
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -95,8 +96,11 @@ class _Shards:
         path = self.path(role, number)
         if not path.exists():
             return None
-        with np.load(io.BytesIO(path.read_bytes())) as stored:
-            found = Values(stored["rows"], stored["v"], stored["q"])
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as stored:
+                found = Values(stored["rows"], stored["v"], stored["q"])
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None  # damaged: it is computed again
         return found if np.array_equal(found.rows, rows) else None
 
     def write(self, role: str, number: int, values: Values) -> None:

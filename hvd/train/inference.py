@@ -7,6 +7,7 @@ complete.json names (rule 1: a run that is not complete is not used).
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,14 +74,14 @@ class ValueFunction:
         self.cfg, self.transform, self.levels = cfg, transform, cfg.levels()
         self._params = params
 
-        def evaluate(params: Tree, batch: Mapping[str, Array], flags: Array) -> tuple[Array, Array, Array]:
+        def evaluate(params: Tree, batch: Mapping[str, Any], flags: Array) -> tuple[Array, Array, Array]:
             v, q = graph.module(params)(batch["observation"], batch["actions"], batch["action_mask"])
             return v, q, jnp.max(flags)
 
         self._evaluate = jax.jit(evaluate, out_shardings=devices.replicated)
 
     def evaluate(
-        self, batch: Mapping[str, Array], flags: Array
+        self, batch: Mapping[str, Any], flags: Array
     ) -> tuple[Float[Array, "b"], Float[Array, "b l 2"], Array]:
         """V, twin Q, and whether any process was asked to stop, of a batch of the loader; not waited for."""
         return self._evaluate(self._params, batch, flags)
@@ -102,7 +103,9 @@ def load_policy(run: Experiment | os.PathLike | str, *, devices: Devices | None 
     # The velocity of padded dims has no meaning: without it they keep the noise they start from, which is 0
     keep = pad_mask(cfg)
     head = params["action_out_proj"]
-    params["action_out_proj"] = {name: leaf * keep for name, leaf in head.items()}
+    params["action_out_proj"] = {
+        name: leaf * keep.reshape((1,) * (leaf.ndim - 1) + keep.shape) for name, leaf in head.items()
+    }
     return Policy(cfg, transform, graph, params)
 
 

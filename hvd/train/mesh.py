@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from hvd.configs import Experiment
@@ -70,7 +70,7 @@ def use_compilation_cache(runs_dir: str) -> None:
 class Devices:
     """The mesh of a run and how arrays are placed on it."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh  # abstract: where arrays would lie, without the devices
 
     @property
     def count(self) -> int:
@@ -119,7 +119,7 @@ class Devices:
     @functools.cached_property
     def flags(self) -> tuple[Int[Array, "d"], Int[Array, "d"]]:
         """One int32 per device, all 0 or all 1 on this process: what a process says about having to stop."""
-        local = len(self.mesh.local_devices)
+        local = len(self.batch.addressable_devices)
         zero, one = (self.place_batch(np.full((local,), value, np.int32)) for value in (0, 1))
         return zero, one
 

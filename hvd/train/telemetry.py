@@ -116,14 +116,13 @@ class Telemetry:
         if not is_main:
             return
         root = epath.Path(folder)
+        self._writers = [_wandb(self._stack, cfg, stage, root)] if cfg.wandb else []
         self._events = self._lines(root / "events.jsonl", lambda line: True)
         self.restarts = sum(line.get("event") == "start" for line in self._events.records())
         self._metrics = self._lines(root / "metrics.jsonl", lambda line: _belongs(line, start))
         if stage_cfg.trace_samples:
             self._samples = self._lines(root / "samples.jsonl", lambda line: line["step"] < start)
-        self._writers = [_tensorboard(self._stack, root / "tb", start)]
-        if cfg.wandb:
-            self._writers.append(_wandb(self._stack, cfg, stage, root))
+        self._writers.append(_tensorboard(self._stack, root / "tb", start))
         self._bar = self._stack.enter_context(
             tqdm(
                 total=self._total,

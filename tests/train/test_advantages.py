@@ -1,0 +1,176 @@
+"""The advantages pass: right numbers for the right rows, resumable, never stale, never of a damaged value run."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hvd.data.dataset import split_episodes
+from hvd.data.loader import Batcher, SampleSpec, Source
+from hvd.errors import Stopped, UserError
+from hvd.rl import weights
+from hvd.train import advantage_table, advantages, inference, mesh, policy, stage_data
+from hvd.train import run_dir as runs
+
+
+def with_policy(cfg, **fields):
+    return dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, **fields))
+
+
+def values_computed(monkeypatch) -> list[int]:
+    """Collects the number of rows of each shard that is computed rather than read."""
+    seen = []
+    original = advantages._shard
+
+    def counting(cfg, devices, model, batcher, rows, *args):
+        seen.append(len(rows))
+        return original(cfg, devices, model, batcher, rows, *args)
+
+    monkeypatch.setattr(advantages, "_shard", counting)
+    return seen
+
+
+def test_table_holds_the_value_models_numbers(trained):
+    table = advantage_table.read(trained.advantages_dir)
+    data = stage_data.open_dataset(trained, "suboptimal")
+    assert table["row"].to_numpy().tolist() == data.rows().tolist()
+    assert set(table["dataset"].to_pylist()) == {"suboptimal"}
+    held_out = split_episodes(data, trained.evaluate.val_fraction, trained.seed)[1]
+    assert np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == "val").tolist() == held_out.tolist()
+    rows = table["row"].to_numpy()
+    starts = np.array([e.start for e in data.episodes])
+    assert np.array_equal(starts[table["episode"].to_numpy()] + table["frame"].to_numpy(), rows)
+
+    model = inference.load_value(trained)
+    some = np.array([0, 17, 40, 128])
+    batch = Batcher([Source(data, rows, 0)], SampleSpec(model.transform, num_levels=3)).batch(np.zeros(4, int), some)
+    v, q = model(batch["observation"], batch["actions"], batch["action_mask"])
+    np.testing.assert_allclose(table["V"].to_numpy()[some], v, atol=1e-5)
+    for i in range(3):
+        np.testing.assert_allclose(table[f"Q_{i}"].to_numpy()[some], q[:, i], atol=1e-5)
+        a = table[f"Q_{i}"].to_numpy() - table["V"].to_numpy()
+        np.testing.assert_allclose(table[f"A_{i}"].to_numpy(), a, atol=1e-6)
+        omega = weights.omega(jnp.asarray(a), "hvd", "exponential", alpha=1.0, tau=0.7, beta=3.0, clip=100.0)
+        np.testing.assert_allclose(table[f"omega_{i}"].to_numpy(), omega, rtol=1e-5)
+
+
+def test_weights_of_a_batch_are_those_of_its_rows(trained):
+    data = stage_data.open_data(trained, "policy")
+    table = advantage_table.read_weights(trained.advantages_dir, {"suboptimal": data.datasets["suboptimal"]})
+    batches = data.loader(0, mesh.make_devices(1), table)
+    _, batch = next(batches)
+    batches.close()
+    source, index = np.asarray(batch["source"]), np.asarray(batch["index"])
+    assert source.tolist() == [0] * 4 + [1] * 4
+    np.testing.assert_array_equal(batch["weights"][4:], table["suboptimal"][index[4:]])
+    assert np.all(batch["weights"][:4] == 1.0)
+    train_rows = data.train["suboptimal"]
+    assert np.isfinite(table["suboptimal"][train_rows]).all()
+
+
+def test_up_to_date_table_is_used(copied, capsys, monkeypatch):
+    seen = values_computed(monkeypatch)
+    advantages.main(copied)
+    assert "up to date, 129 frames" in capsys.readouterr().out and not seen
+
+
+def test_other_weighting_needs_no_network(copied, monkeypatch):
+    seen = values_computed(monkeypatch)
+    awr = with_policy(copied, weighting="awr")
+    advantages.main(awr)
+    assert not seen
+    table = advantage_table.read(copied.advantages_dir)
+    expected = np.exp(3.0 * table["A_0"].to_numpy())
+    np.testing.assert_allclose(table["omega_0"].to_numpy(), expected, rtol=1e-5)
+    advantages.main(with_policy(copied, advantage="marginal"))
+    table = advantage_table.read(copied.advantages_dir)
+    difference = table["Q_1"].to_numpy() - table["Q_0"].to_numpy()
+    np.testing.assert_allclose(table["A_1"].to_numpy(), difference, atol=1e-6)
+
+
+def test_stopped_pass_goes_on(trained, copied, monkeypatch):
+    runs_folder = Path(copied.advantages_dir)
+    for path in sorted(runs_folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    monkeypatch.setattr(advantages, "SHARD_ROWS", 32)  # 129 rows: five shards
+    seen = values_computed(monkeypatch)
+    original = inference.ValueFunction.evaluate
+    batches = []
+
+    def evaluate(self, batch, flags):
+        batches.append(1)
+        if len(batches) == 10:  # the second batch of the third shard
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, batch, flags)
+
+    monkeypatch.setattr(inference.ValueFunction, "evaluate", evaluate)
+    with pytest.raises(Stopped, match=r"by SIGUSR1 in the advantages pass; \d+ of 129 frames done"):
+        advantages.main(copied)
+    assert not (runs_folder / "meta.json").exists() and len(list(runs_folder.rglob("*.npz"))) == 2
+    monkeypatch.setattr(inference.ValueFunction, "evaluate", original)
+    advantages.main(copied)
+    assert seen == [32, 32, 32, 32, 32, 1]
+    ours, theirs = (advantage_table.read(c.advantages_dir) for c in (copied, trained))
+    for name in ("row", "V", "Q_0", "omega_2"):
+        np.testing.assert_allclose(ours[name].to_numpy(), theirs[name].to_numpy(), atol=1e-6)
+
+
+def test_torn_shard_is_computed_again(copied, monkeypatch):
+    (Path(copied.advantages_dir) / "meta.json").unlink()
+    shard = next(Path(copied.advantages_dir).rglob("*.npz"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    seen = values_computed(monkeypatch)
+    advantages.main(copied)
+    assert seen == [129]
+
+
+def test_damaged_table(copied):
+    path = Path(copied.advantages_dir) / "advantages.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    runs.delete(copied.policy_dir)
+    with pytest.raises(UserError, match=r"advantages\.parquet is corrupted"):
+        policy.main(copied)
+    assert not Path(copied.policy_dir, "config.yaml").exists()
+
+
+def test_key_follows_value_run_and_data(trained):
+    data = {"suboptimal": stage_data.open_dataset(trained, "suboptimal")}
+    rows = {"suboptimal": data["suboptimal"].rows()}
+    other_data = {"suboptimal": dataclasses.replace(data["suboptimal"], digest="other")}
+    fewer = {"suboptimal": rows["suboptimal"][1:]}
+    keys = {
+        advantage_table.key("a", data, rows),
+        advantage_table.key("b", data, rows),
+        advantage_table.key("a", other_data, rows),
+        advantage_table.key("a", data, fewer),
+    }
+    assert len(keys) == 4
+
+
+def test_refuses_an_incomplete_value_run(copied):
+    Path(copied.value_dir, "complete.json").unlink()
+    for step in (advantages, policy):
+        with pytest.raises(UserError, match="value is not complete"):
+            step.main(copied)
+
+
+def test_refuses_other_norm_stats(copied):
+    path = Path(copied.value_dir, "complete.json")
+    record = json.loads(path.read_text())
+    record["inputs"]["norm_stats"] = "other"
+    path.write_text(json.dumps(record))
+    Path(copied.advantages_dir, "meta.json").unlink()
+    with pytest.raises(UserError, match="the norm stats changed since"):
+        advantages.main(copied)
+
+
+def test_imitation_has_none(trained, capsys):
+    advantages.main(with_policy(trained, weighting="none"))
+    assert "imitation needs no advantages" in capsys.readouterr().out

@@ -1,0 +1,188 @@
+"""Both stages: what a run leaves behind, that a resumed one is the same run, and what is refused."""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hvd.data.loader import Loader
+from hvd.errors import Failed, Stopped, UserError
+from hvd.train import complete, policy, stage_data, value
+from hvd.train import run_dir as runs
+from tests.train.compare import assert_same_run, lines, metrics
+
+STAGES = {"value": value, "policy": policy}
+
+
+def folder(cfg, stage: str) -> str:
+    return cfg.value_dir if stage == "value" else cfg.policy_dir
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(n, do): before the batch of step n is handed out, `do(batch)` gives the batch to use."""
+
+    def install(number, do):
+        class Watched(Loader):
+            def __next__(self):
+                step, batch = super().__next__()
+                return step, do(batch) if step == number else batch
+
+        monkeypatch.setattr(stage_data, "Loader", Watched)
+
+    return install
+
+
+def signalled(number):
+    def do(batch):
+        os.kill(os.getpid(), number)
+        return batch
+
+    return do
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_run_leaves(trained, stage):
+    root = Path(folder(trained, stage))
+    files = {"config.yaml", "norm_stats.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "complete.json"}
+    assert {p.name for p in root.iterdir()} == files | {"tb", "checkpoints"}
+    assert [p.name for p in (root / "checkpoints").iterdir()] == ["12"]
+    assert sorted(p.name for p in (root / "checkpoints/12").iterdir() if p.is_dir()) == [
+        "loop",
+        "params",
+        "train_state",
+    ]
+    found = metrics(root)
+    assert [(line["step"], line["split"]) for line in found] == [
+        (4, "train"), (6, "val"), (8, "train"), (12, "train"), (12, "val"),
+    ]  # fmt: skip
+    assert all(np.isfinite(v) for line in found for v in line.values() if not isinstance(v, str))
+    record = runs.read(root)
+    assert record is not None and record.stage == stage and record.config == trained
+    timed = lines(root / "metrics.jsonl")[0]
+    assert timed["time/samples_per_s"] > 0 and timed["time/data_wait_s"] >= 0 and timed["memory/rss_mb"] > 50
+    assert [line["event"] for line in lines(root / "events.jsonl")] == ["start", "first_step", "complete"]
+
+
+def test_metrics_of_the_stages(trained):
+    levels = ("base", "torso", "arms")
+    found = metrics(trained.value_dir)[0].keys()
+    assert found >= {"loss", "loss_q", "loss_v", "v_mean", "v_std", "grad_norm", "lr"}
+    assert found >= {f"q/{level}" for level in levels} | {f"advantage/{level}" for level in levels}
+    found = metrics(trained.policy_dir)[0].keys()
+    assert found >= {"loss", "loss_rl", "loss_bc", "grad_norm"} | {f"weight/{level}" for level in levels}
+
+
+@pytest.mark.parametrize(
+    "stage, number, where",
+    [("value", signal.SIGTERM, 6), ("value", signal.SIGUSR1, 11), ("policy", signal.SIGUSR2, 0)],
+)
+def test_stopped_and_resumed_is_the_same_run(trained, copied, at_step, monkeypatch, stage, number, where):
+    cfg = copied
+    runs.delete(folder(cfg, stage))
+    before = signal.getsignal(signal.SIGTERM)
+    at_step(where, signalled(number))
+    with pytest.raises(Stopped, match=rf"by {number.name} at step {where + 1}|{where + 2}"):
+        STAGES[stage].main(cfg)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not Path(folder(cfg, stage), "complete.json").exists()
+    saved = [int(p.name) for p in Path(folder(cfg, stage), "checkpoints").iterdir()]
+    assert max(saved) in (where + 1, where + 2), "saved within one step"
+
+    monkeypatch.undo()
+    STAGES[stage].main(cfg)
+    assert_same_run(folder(cfg, stage), folder(trained, stage), 12)
+    complete.check_complete(folder(cfg, stage), stage=stage, cfg=cfg)
+    events = [line["event"] for line in lines(Path(folder(cfg, stage), "events.jsonl"))]
+    assert events.count("start") == 2 and events.count("stop") == 1
+
+
+def test_signal_during_validation(trained, copied, monkeypatch):
+    """The validation is cut short, the state saved, and the validation done again by the resumed run."""
+    cfg = copied
+    runs.delete(cfg.value_dir)
+    original = stage_data.StageData.validation
+
+    def validation(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(stage_data.StageData, "validation", validation)
+    with pytest.raises(Stopped, match="at step 6"):
+        value.main(cfg)
+    assert not any(line["split"] == "val" for line in metrics(cfg.value_dir))
+    monkeypatch.undo()
+    value.main(cfg)
+    assert_same_run(cfg.value_dir, trained.value_dir, 12)
+
+
+def test_a_complete_run_is_left_alone(copied, capsys):
+    before = {p: p.stat().st_mtime_ns for p in Path(copied.exp_dir).rglob("*")}
+    value.main(copied)
+    policy.main(copied)
+    assert capsys.readouterr().out.count("complete at step 12, nothing to do") == 2
+    assert {p: p.stat().st_mtime_ns for p in Path(copied.exp_dir).rglob("*")} == before
+
+
+def test_a_longer_run_goes_on(copied):
+    """num_train_steps may be raised: the run goes on from its end, and is not complete meanwhile."""
+    longer = dataclasses.replace(copied, value=dataclasses.replace(copied.value, num_train_steps=14))
+    with pytest.raises(UserError, match="complete at step 12, but the config asks for 14"):
+        complete.check_complete(longer.value_dir, stage="value", cfg=longer)
+    value.main(longer)
+    assert complete.check_complete(longer.value_dir, stage="value", cfg=longer).step == 14
+    with pytest.raises(UserError, match="complete at step 14, but the config asks for 12"):
+        value.main(copied)
+
+
+def test_overwrite_starts_again(trained, copied):
+    other = dataclasses.replace(copied, seed=1)
+    with pytest.raises(UserError, match=r"run of another config \(seed: 0 -> 1\)"):
+        value.main(other)
+    value.main(copied, overwrite=True)
+    assert len(lines(Path(copied.value_dir, "events.jsonl"))) == 3
+    assert_same_run(copied.value_dir, trained.value_dir, 12)
+
+
+def test_non_finite_loss_stops_the_run(fresh, at_step):
+    cfg = fresh()
+
+    def poison(batch):
+        return batch | {"reward": batch["reward"].at[3].set(np.nan)}
+
+    at_step(7, poison)
+    with pytest.raises(Failed, match=r"training at step 8: .* is nan"):
+        value.main(cfg)
+    assert not Path(cfg.value_dir, "complete.json").exists()
+    assert [p.name for p in Path(cfg.value_dir, "checkpoints").iterdir()] == ["5"], "no checkpoint holds the bad step"
+    with pytest.raises(UserError, match=r"is not complete: .*last checkpoint is at step 5"):
+        policy.main(cfg)
+    assert not Path(cfg.policy_dir).exists()
+
+
+def test_imitation_needs_no_value_run(fresh):
+    cfg = fresh(policy={"weighting": "none", "run_name": "imitation"})
+    policy.main(cfg)
+    assert Path(cfg.policy_dir).name == "imitation" and not Path(cfg.advantages_dir).exists()
+    assert complete.check_complete(cfg.policy_dir, stage="policy", cfg=cfg).inputs.keys() == {
+        "optimal", "suboptimal", "norm_stats",
+    }  # fmt: skip
+    assert all(line["weight/base"] == 1.0 for line in metrics(cfg.policy_dir))
+
+
+def test_policy_refuses_a_value_run_of_another_config(copied):
+    cfg = dataclasses.replace(copied, model=dataclasses.replace(copied.model, alpha=2.0))
+    runs.delete(cfg.policy_dir)
+    with pytest.raises(UserError, match=r"trained with another config \(model\.alpha: 1\.0 -> 2\.0\)"):
+        policy.main(cfg)
+    assert not Path(cfg.policy_dir, "config.yaml").exists()
+
+
+def test_batch_too_small_for_the_datasets(fresh):
+    cfg = fresh(value={"batch_size": 1})
+    with pytest.raises(UserError, match="batch_size 1 is too small for 2 datasets"):
+        value.main(cfg)
+    assert not Path(cfg.runs_dir).exists()

@@ -1,0 +1,89 @@
+"""The files of a run that was interrupted are those of one run."""
+
+import json
+
+import pytest
+
+from hvd.errors import UserError
+from hvd.train import telemetry
+from hvd.train.telemetry import JsonLines, Telemetry
+from tests.train import factory
+from tests.train.compare import lines, metrics
+
+
+def test_json_lines_drop_what_is_past_and_torn(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    found = JsonLines(path, lambda line: line["step"] <= 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and len(found) == 2
+    found.write({"step": 3, "x": 0.1})
+    assert lines(path)[-1] == {"step": 3, "x": 0.1}, "on disk before it is closed"
+    found.close()
+
+
+def test_json_lines_on_a_path_that_cannot_append(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"step": 1}\n')
+    monkeypatch.setattr(telemetry.runs, "is_local", lambda path: False)
+    found = JsonLines(path, lambda line: True)
+    found.write({"step": 2})
+    assert len(lines(path)) == 1
+    found.flush()
+    assert len(lines(path)) == 2
+    found.close()
+
+
+def make(cfg, tmp_path, start=0, carried=None):
+    return Telemetry(cfg, "value", tmp_path / "run", start=start, carried=carried or {}, is_main=True)
+
+
+def test_mean_over_the_interval_survives_a_restart(tmp_path):
+    cfg = factory.experiment(tmp_path)  # a line every 4 steps
+    losses = [0.1, 0.7, 0.3, 0.9, 1.3, 2.1, 0.2, 0.4]
+
+    whole = make(cfg, tmp_path / "a")
+    for i, loss in enumerate(losses):
+        whole.train(i + 1, {"loss": loss}, 0.0)
+    whole.close()
+
+    first = make(cfg, tmp_path / "b")
+    for i, loss in enumerate(losses[:7]):
+        first.train(i + 1, {"loss": loss}, 0.0)
+        if i + 1 == 6:
+            carried = json.loads(json.dumps(first.state()))
+    first.close()  # killed after step 7; the last checkpoint is of step 6
+    second = make(cfg, tmp_path / "b", start=6, carried=carried)
+    for i in (6, 7):
+        second.train(i + 1, {"loss": losses[i]}, 0.0)
+    second.close()
+
+    assert metrics(tmp_path / "a/run") == metrics(tmp_path / "b/run")
+    assert metrics(tmp_path / "a/run")[1]["loss"] == pytest.approx(sum(losses[4:]) / 4)
+    assert lines(tmp_path / "b/run/metrics.jsonl")[-1]["time/restarts"] == 1
+
+
+def test_validation_after_the_restored_step_is_done_again(tmp_path):
+    cfg = factory.experiment(tmp_path)
+    first = make(cfg, tmp_path)
+    for step in (4, 6, 8):
+        first.train(step, {"loss": 1.0}, 0.0)
+        first.validation(step, {"loss": 2.0})
+    first.close()
+    make(cfg, tmp_path, start=6).close()
+    assert [(line["step"], line["split"]) for line in metrics(tmp_path / "run")] == [(4, "train"), (4, "val")]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    silent = Telemetry(factory.experiment(tmp_path), "value", tmp_path / "run", start=0, carried={}, is_main=False)
+    silent.train(4, {"loss": 1.0}, 0.0)
+    silent.validation(4, {"loss": 1.0})
+    silent.event("stop")
+    silent.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_is_asked_for_but_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    cfg = factory.experiment(tmp_path, wandb=True)
+    with pytest.raises(UserError, match=r"the package wandb is not installed: install hvd\[wandb\]"):
+        make(cfg, tmp_path)
