@@ -3,49 +3,39 @@ held-out episodes. Writes `<exp_dir>/evaluation/<policy run>/results.json` (last
 """
 
 import json
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from hvd import evaluate_credit, evaluate_offline
 from hvd.configs import Experiment
 from hvd.errors import UserError
+from hvd.evaluate_policies import Loader, nothing, trained
+from hvd.evaluate_results import NOTHING, cameras_of, folder, observes, observes_text, print_rows, write_json
 from hvd.evaluate_statistics import bootstrap, wilson
+from hvd.train.complete import check_complete
 
-NOTHING = "doing_nothing"  # the control: the same seeds, the robot holds its first pose
 GROUP = 10  # rollouts that share a policy call; fixed, so that results do not depend on the number of workers
-
-Loader = Callable[[Experiment], Any]
-"""cfg -> hvd.sim.rollouts.Act. Called in each worker process, so it must be a top-level function."""
 
 
 def main(cfg: Experiment, load: Loader | None = None) -> None:
     """Evaluate the policy run of `cfg` (cfg.policy_dir), which must be complete. `load` stands in for it in tests."""
-    from hvd import evaluate_credit, evaluate_offline
-
     if not cfg.sim.task:
         evaluate_offline.main(cfg, load)
         return
     run = {"digest": "", "step": 0}
     if load is None:
-        from hvd.train.complete import check_complete
-
         found = check_complete(cfg.policy_dir, stage="policy", cfg=cfg)
         run = {"digest": found.digest, "step": found.step}
     results = roll_out(cfg, cfg.policy.run_name, load or trained, run)
     control = _control(cfg)
-    print_table(cfg, [results, control])
+    print_table([results, control])
     if cfg.policy.weighting != "none":
         evaluate_credit.main(cfg)
-
-
-def folder(cfg: Experiment, run_name: str) -> Path:
-    return Path(cfg.exp_dir) / "evaluation" / run_name
 
 
 def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], videos: int | None = None) -> dict:
@@ -66,7 +56,7 @@ def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], 
     out = folder(cfg, run_name)
     seeds = [settings.seed + i for i in range(settings.num_rollouts)]
     filmed = seeds[: settings.videos if videos is None else videos]
-    cameras = {} if control else _cameras(cfg)
+    cameras = {} if control else cameras_of(cfg)
     spec = RolloutSpec(
         task=cfg.sim.task,
         horizon=cfg.sim.horizon,
@@ -116,51 +106,7 @@ def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], 
     return results
 
 
-def trained(cfg: Experiment):
-    """The trained policy of cfg.policy_dir as an Act."""
-    import jax
-
-    from hvd.train.inference import load_policy
-
-    policy = load_policy(cfg)
-
-    def act(state, images, prompts: Sequence[str], noise: tuple[int, int]):
-        key = jax.random.fold_in(jax.random.key(noise[0]), noise[1])
-        return policy.act(state, images, prompts, key)
-
-    return act
-
-
-def nothing(cfg: Experiment):
-    """An Act that holds the robot's pose and does not drive."""
-    from hvd.sim.scene import BASE
-
-    def act(state, images, prompts: Sequence[str], noise: tuple[int, int]):
-        hold = state[:, None, :21].repeat(cfg.model.action_horizon, axis=1)
-        hold[..., BASE] = 0
-        return hold
-
-    return act
-
-
-def observes(cfg: Experiment) -> dict[str, Any]:
-    """What the policy is given, for the tables."""
-    keys = cfg.optimal_data.keys.state
-    return {
-        "proprioception": "observation.state" in keys,
-        "object_pose": "observation.environment_state" in keys,
-        "images": list(_cameras(cfg)),
-    }
-
-
-def observes_text(seen: dict[str, Any] | None) -> str:
-    if seen is None:
-        return "-"
-    pose = "state with object pose" if seen["object_pose"] else "state without object pose"
-    return f"{pose}, {len(seen['images']) or 'no'} camera{'s' * (len(seen['images']) != 1)}"
-
-
-def print_table(cfg: Experiment, results: Sequence[dict]) -> None:
+def print_table(results: Sequence[dict]) -> None:
     """Success and stage score of rollouts, one row a policy."""
     rows = [("task", "policy", "observes", "success", "95% interval", "stage 0-4", "95% interval")]
     for r in results:
@@ -180,30 +126,6 @@ def print_table(cfg: Experiment, results: Sequence[dict]) -> None:
     print_rows(rows)
 
 
-def print_rows(rows: Sequence[Sequence[str]]) -> None:
-    """A table of text on stdout; the first row is its header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` in one step: the file is whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _cameras(cfg: Experiment) -> dict[str, str]:
-    """The policy's cameras -> the simulator's, by the last part of the dataset's key (observation.images.head)."""
-    keys = cfg.optimal_data.keys.images
-    return {name: keys[name].rsplit(".", 1)[-1] for name in cfg.model.cameras if name in keys}
-
-
 def _control(cfg: Experiment) -> dict:
     """Results of doing nothing on the same seeds; they are computed once an experiment."""
     path = folder(cfg, NOTHING) / "results.json"
@@ -214,7 +136,7 @@ def _control(cfg: Experiment) -> dict:
         "execute_steps": cfg.evaluate.execute_steps,
     }
     if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads(path.read_text())
         if all(known.get(name) == value for name, value in wanted.items()):
             return known
     return roll_out(cfg, NOTHING, nothing, {"digest": "", "step": 0}, videos=0)

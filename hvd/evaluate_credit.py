@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Float, Float32, Int
 
 from hvd.configs import Experiment
 from hvd.data.labels import Mistake, episode_path, load_labels
+from hvd.evaluate_results import print_rows, write_json
 from hvd.evaluate_statistics import Estimate, auc
 from hvd.robots import get_robot
 
@@ -42,15 +44,13 @@ class Frames:
 
 def main(cfg: Experiment) -> dict | None:
     """Print the tables and write `<exp_dir>/evaluation/credit.json`; None where there is no table or no label file."""
-    from hvd.evaluate import print_rows, write_json
-
     frames = read_frames(cfg)
     if frames is None:
         return None
     result = tables(frames, get_robot(cfg.robot).level_names, cfg.level_names())
     if not result["mistake_frames"]:
         return None
-    write_json(Path(cfg.exp_dir) / "evaluation" / "credit.json", result)
+    write_json(epath.Path(cfg.exp_dir) / "evaluation" / "credit.json", result)
     print("\ncredit: AUC of low advantage against frames without mistakes | against mistakes at other levels")
     print_rows(rows(result))
     return result

@@ -17,23 +17,22 @@ from hvd.configs import DataConfig, Experiment
 from hvd.data.dataset import Dataset, Episode, split_episodes
 from hvd.data.transitions import Transitions
 from hvd.errors import UserError
+from hvd.evaluate_policies import Loader, trained
+from hvd.evaluate_results import folder, observes, print_rows, write_json
 from hvd.evaluate_statistics import bootstrap, spearman
 from hvd.robots import get_robot
+from hvd.train.complete import check_complete
 
 POLICY, HOLD, MEAN = "policy", "hold the current pose", "mean action"
 _MAX_CHUNKS = 512  # of a dataset: evenly spaced over its held-out frames
 _BATCH = 32
 
 
-def main(cfg: Experiment, load=None) -> dict:
+def main(cfg: Experiment, load: Loader | None = None) -> dict:
     """Evaluate on the held-out episodes of every dataset of the experiment; write results.json, print the tables."""
-    from hvd.evaluate import folder, observes, print_rows, trained, write_json
-
     started = time.monotonic()
     run = {"digest": "", "step": 0}
     if load is None:
-        from hvd.train.complete import check_complete
-
         found = check_complete(cfg.policy_dir, stage="policy", cfg=cfg)
         run = {"digest": found.digest, "step": found.step}
     act = (load or trained)(cfg)
@@ -142,7 +141,6 @@ def value_rank(cfg: Experiment, roles: list[str], dataset: Dataset, episodes: li
 def _values(cfg: Experiment, roles: list[str], dataset: Dataset, episodes: list[Episode]) -> dict[int, np.ndarray]:
     """V per frame, by episode number."""
     from hvd.train import advantage_table
-    from hvd.train.complete import check_complete
 
     if advantage_table.read_meta(cfg.advantages_dir) is not None:
         table = advantage_table.read(cfg.advantages_dir)

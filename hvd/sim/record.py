@@ -29,9 +29,9 @@ def main(cfg: Experiment) -> None:
     """Write what is missing of `<exp_dir>/recordings/{optimal,mixed}/demo_NNNN.hdf5` and the label sidecars."""
     sim = cfg.sim
     if not sim.task:
-        raise UserError(
-            f"config {cfg.name}: sim.task is not set: set it to tote or pick, or convert your recordings"
-        )
+        raise UserError(f"config {cfg.name}: sim.task is not set: set it to tote or pick, or convert your recordings")
+    if "://" in cfg.exp_dir:
+        raise UserError(f"runs_dir {cfg.runs_dir}: recordings are HDF5 files and need a local folder")
     root = Path(cfg.exp_dir) / "recordings"
     _check_folder(root, sim)
     jobs = []

@@ -1,19 +1,19 @@
 """Seeded rollouts of a policy in the simulator: several environments in step, one policy call for all of them."""
 
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import av
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image
 
 from hvd.errors import UserError
 from hvd.sim import scene
 from hvd.sim.env import Env
 from hvd.sim.render import Backend, Cameras
+from hvd.train.run_dir import write_atomic
 
 Act = Callable[
     [np.ndarray, Mapping[str, np.ndarray], Sequence[str], tuple[int, int]],
@@ -45,7 +45,7 @@ class RolloutSpec:
     cameras: Mapping[str, str] = field(default_factory=dict)
     image_size: int = 96
     backend: Backend = "opengl"
-    videos: Mapping[int, Path] = field(default_factory=dict)
+    videos: Mapping[int, str | os.PathLike[str]] = field(default_factory=dict)
 
     def __post_init__(self):
         for key in self.state_keys:
@@ -94,8 +94,8 @@ def roll_out_group(spec: RolloutSpec, seeds: Sequence[int], act: Act) -> list[Ro
         for i, film in films.items():
             film.write(spec.videos[seeds[i]])
     finally:
-        for camera in [*eyes, *(film.cameras for film in films.values())]:
-            camera.close()
+        for open_one in (*eyes, *films.values()):
+            open_one.close()
     return [
         Rollout(int(seed), env.success, env.dropped, env.best_stage, env.time)
         for env, seed in zip(envs, seeds, strict=True)
@@ -116,34 +116,33 @@ class _Film:
 
     def __init__(self, env: Env, backend: Backend):
         self._env = env
-        self._height = 240 if backend == "opengl" else 120  # ray casting takes its time per pixel
-        self.cameras = Cameras(env.model, self._height, self._height, backend)
+        height = 240 if backend == "opengl" else 120  # ray casting takes its time per pixel
+        self._large = Cameras(env.model, height, height, backend)
+        self._small = Cameras(env.model, height // 3, height // 3, backend)
         self._frames: list[np.ndarray] = []
 
     def shoot(self) -> None:
-        room = self.cameras.image(self._env.data, scene.OVERVIEW)
-        side = self._height // 3
-        seen = [self.cameras.image(self._env.data, name) for name in scene.CAMERAS]
-        small = [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX)) for image in seen]
-        self._frames.append(np.concatenate([room, np.concatenate(small)], axis=1))
+        room = self._large.image(self._env.data, scene.OVERVIEW)
+        seen = [self._small.image(self._env.data, name) for name in scene.CAMERAS]
+        self._frames.append(np.concatenate([room, np.concatenate(seen)], axis=1))
 
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
-        try:
-            _encode(temporary, self._frames)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    def close(self) -> None:
+        self._large.close()
+        self._small.close()
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        write_atomic(path, _encode(self._frames))
 
 
-def _encode(path: Path, frames: Sequence[np.ndarray]) -> None:
+def _encode(frames: Sequence[np.ndarray]) -> bytes:
     """An h264 mp4 of RGB frames in real time."""
     height, width, _ = frames[0].shape
-    with av.open(str(path), "w") as container:
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="mp4") as container:
         stream = container.add_stream("libx264", round(1 / scene.CONTROL_DT), options=_VIDEO)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
+    return sink.getvalue()
