@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import av.error
 import numpy as np
 from jaxtyping import UInt8
@@ -52,10 +53,11 @@ class Job:
     crf: int
 
     def name(self) -> str:
-        """File name, a hash of all that the segment depends on."""
+        """File name, a hash of all that the segment depends on. Segments that are joined must also come from the same
+        encoder: its version is that of PyAV, which brings it."""
         stat = self.ref.path.stat()
         source = (str(self.ref.path.resolve()), self.ref.demo, stat.st_size, stat.st_mtime_ns)
-        text = json.dumps([*source, self.camera, self.num_frames, self.fps, self.codec, self.crf])
+        text = json.dumps([*source, self.camera, self.num_frames, self.fps, self.codec, self.crf, av.__version__])
         return hashlib.sha256(text.encode()).hexdigest()[:24] + ".mp4"
 
 

@@ -274,15 +274,12 @@ class _Joined:
         self._root, self._key, self._fps, self._limit = root, key, fps, limit_mb * 2**20
         self._number = self._frames = self._size = 0
         self._paths: list[Path] = []
-        self._kind: tuple[Any, ...] = ()
 
     def add(self, segment: Segment) -> dict[str, Any]:
         """Note the segment; returns its columns of the episodes' table."""
-        kind = video.stream_kind(segment.path)
-        if self._paths and (self._size + segment.size >= self._limit or kind != self._kind):
+        if self._paths and self._size + segment.size >= self._limit:
             self.close()
             self._number += 1
-        self._kind = kind
         start, end = self._frames, self._frames + segment.frames
         self._paths.append(segment.path)
         self._frames, self._size = end, self._size + segment.size

@@ -133,15 +133,6 @@ def join_videos(segments: Iterable[str | os.PathLike[str]], path: str | os.PathL
     return count
 
 
-def stream_kind(path: str | os.PathLike[str]) -> tuple[Any, ...]:
-    """Codec, size, pixel format and codec parameters: videos alike in these can be joined."""
-    with av.open(os.fspath(path)) as container:
-        stream = container.streams.video[0]
-        context = stream.codec_context
-        kind = stream.codec.canonical_name, stream.width, stream.height, stream.pix_fmt, context.extradata
-    return kind
-
-
 def read_video(path: str | os.PathLike[str]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """The frames of a video in order, as RGB."""
     with av.open(os.fspath(path)) as container:

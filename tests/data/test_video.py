@@ -56,7 +56,6 @@ def test_joining_changes_no_frame(tmp_path, codec):
     for i, length in enumerate(lengths):
         paths.append(tmp_path / f"{i}.mp4")
         video.encode_video(paths[-1], blocks(moving_images(length, (64, 64), i)), fps, codec)
-    assert len({video.stream_kind(path) for path in paths}) == 1
     assert video.join_videos(paths, tmp_path / "all.mp4", fps) == sum(lengths)
     np.testing.assert_array_equal(decode(tmp_path / "all.mp4"), np.concatenate([decode(p) for p in paths]))
     with av.open(str(tmp_path / "all.mp4")) as container:
@@ -74,13 +73,6 @@ def test_the_same_frames_give_the_same_bytes(tmp_path):
     for name, size in (("a", 5), ("b", 12)):
         video.encode_video(tmp_path / name, blocks(images, size), 10)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_kinds_that_cannot_be_joined_differ(tmp_path):
-    video.encode_video(tmp_path / "a.mp4", blocks(moving_images(3, (64, 64), 0)), 10)
-    video.encode_video(tmp_path / "b.mp4", blocks(moving_images(3, (64, 96), 0)), 10)
-    video.encode_video(tmp_path / "c.mp4", blocks(moving_images(3, (64, 64), 0)), 10, "av1")
-    assert len({video.stream_kind(tmp_path / f"{name}.mp4") for name in "abc"}) == 3
 
 
 def test_a_file_that_was_not_written_whole_is_noticed(tmp_path, monkeypatch):
