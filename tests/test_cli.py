@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -155,3 +156,34 @@ def test_it_runs_as_a_module_and_imports_no_jax_for_a_mistake():
     done = subprocess.run([sys.executable, "-m", "hvd.cli", "configs"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "demo" in done.stdout
+
+
+def test_a_step_does_not_start_when_its_launcher_is_gone():
+    env = {**os.environ, "HVD_LAUNCHER_PID": "1"}  # not the parent of what follows
+    done = subprocess.run([sys.executable, "-m", "hvd.cli", "configs"], env=env, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGTERM
+    assert not done.stdout
+
+
+def test_a_step_is_stopped_when_its_launcher_dies(tmp_path):
+    """launcher -> step: the launcher is killed, the step gets SIGTERM and takes its leave."""
+    note = tmp_path / "note"
+    step = (
+        "import signal, sys, time; from hvd import cli; cli._die_with_launcher();"
+        f"signal.signal(signal.SIGTERM, lambda n, f: (open({str(note)!r}, 'a').write('stopped'), sys.exit(143)));"
+        f"open({str(note)!r}, 'w').write('ready '); time.sleep(60)"
+    )
+    launcher = (
+        "import os, subprocess, sys; os.environ['HVD_LAUNCHER_PID'] = str(os.getpid());"
+        f"subprocess.run([sys.executable, '-c', {step!r}])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", launcher])
+    until = time.monotonic() + 60
+    while not note.exists() or "ready" not in note.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.kill()
+    process.wait(30)
+    while "stopped" not in note.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.02)
