@@ -7,6 +7,9 @@ questions, each answered by an area under the ROC curve (0.5 = chance) of -A_i, 
     rest    does A_i single out the frames of that level's mistakes from frames without any?
     other   does it tell them from frames of mistakes at other levels?
 
+A_i knows the actions of all levels up to i, so it also sees its parents' mistakes; the marginal advantage Q_i - Q_{i-1}
+(V for the root) is what level i adds. Both are judged.
+
 The labels come from `<dataset>/labels`; training never reads their mistakes.
 """
 
@@ -31,12 +34,14 @@ class Frames:
     """Frames of the table that have labels: advantages and weights of each level, and what was wrong.
 
     Attributes:
+        marginal: Q_i - Q_{i-1}, with V for Q_{-1}.
         share: [n, robot levels] share of the chunk's real actions that lie in a mistake of that level.
         any_share: [n] share that lies in any mistake.
     """
 
     episode: Int[np.ndarray, " n"]
     a: Float32[np.ndarray, "n l"]
+    marginal: Float32[np.ndarray, "n l"]
     omega: Float32[np.ndarray, "n l"]
     share: Float[np.ndarray, "n m"]
     any_share: Float[np.ndarray, " n"]
@@ -52,49 +57,50 @@ def main(cfg: Experiment) -> dict | None:
         return None
     write_json(epath.Path(cfg.exp_dir) / "evaluation" / "credit.json", result)
     print("\ncredit: AUC of low advantage against frames without mistakes | against mistakes at other levels")
-    print_rows(rows(result))
+    print_rows(rows(result, "auc", "A"))
+    if "auc_marginal" in result:
+        print("\nthe same of the marginal advantages M_i = Q_i - Q_i-1")
+        print_rows(rows(result, "auc_marginal", "M"))
     return result
 
 
-def rows(result: dict) -> list[tuple[str, ...]]:
-    """The AUC table as text: one row a level at fault, one column an advantage."""
-    names = [f"A_{name}" for name in result["levels"]]
+def rows(result: dict, kind: str, letter: str) -> list[tuple[str, ...]]:
+    """An AUC table ("auc" or "auc_marginal") as text: one row a level at fault, one column an advantage."""
+    names = [f"{letter}_{name}" for name in result["levels"]]
     lines: list[tuple[str, ...]] = [("mistakes at", "frames", *names, "weight on them", "elsewhere")]
     for level, count in result["mistake_frames"].items():
         cells = []
         for name in names:
-            pair = result["auc"][level][name]
+            pair = result[kind][level][name]
             cells.append(" | ".join("-" if e is None else f"{e['mean']:.2f}" for e in (pair["rest"], pair["other"])))
-        weight = result["omega"].get(level)
-        lines.append(
-            (level, str(count), *cells, *((f"{weight['mistakes']:.2f}", f"{weight['rest']:.2f}") if weight else "--"))
-        )
+        weight = result["omega"][level]
+        lines.append((level, str(count), *cells, f"{weight['mistakes']:.2f}", f"{weight['rest']:.2f}"))
     return lines
 
 
 def tables(frames: Frames, robot_levels: tuple[str, ...], levels: tuple[str, ...]) -> dict:
     """The AUCs of every advantage (`levels`) on every level's mistakes (`robot_levels`), and mean weights."""
     clean = frames.any_share == 0
-    result: dict = {
-        "levels": list(levels),
-        "clean_frames": int(clean.sum()),
-        "mistake_frames": {},
-        "auc": {},
-        "omega": {},
-    }
+    result: dict = {"levels": list(levels), "clean_frames": int(clean.sum())}
+    result |= {"mistake_frames": {}, "auc": {}, "omega": {}}
+    scores = {"auc": ("A", frames.a)}
+    if len(levels) > 1:
+        scores["auc_marginal"] = ("M", frames.marginal)
+        result["auc_marginal"] = {}
     at_fault = {name: frames.share[:, m] >= 0.5 for m, name in enumerate(robot_levels)}
     for level, positive in at_fault.items():
         if not positive.any():
             continue
         others = np.any([mask for name, mask in at_fault.items() if name != level], axis=0) & ~positive
         result["mistake_frames"][level] = int(positive.sum())
-        result["auc"][level] = {
-            f"A_{name}": {
-                "rest": _separation(frames, i, positive, clean),
-                "other": _separation(frames, i, positive, others),
+        for kind, (letter, score) in scores.items():
+            result[kind][level] = {
+                f"{letter}_{name}": {
+                    "rest": _separation(-score[:, i], frames.episode, positive, clean),
+                    "other": _separation(-score[:, i], frames.episode, positive, others),
+                }
+                for i, name in enumerate(levels)
             }
-            for i, name in enumerate(levels)
-        }
         own = levels.index(level) if level in levels else 0
         result["omega"][level] = {
             "mistakes": float(frames.omega[positive, own].mean()),
@@ -104,13 +110,16 @@ def tables(frames: Frames, robot_levels: tuple[str, ...], levels: tuple[str, ...
 
 
 def _separation(
-    frames: Frames, i: int, positive: Bool[np.ndarray, " n"], negative: Bool[np.ndarray, " n"]
+    score: Float32[np.ndarray, " n"],
+    episode: Int[np.ndarray, " n"],
+    positive: Bool[np.ndarray, " n"],
+    negative: Bool[np.ndarray, " n"],
 ) -> dict | None:
-    """AUC of -A_i of `positive` against `negative` frames as an Estimate's dict, or None without both kinds."""
+    """AUC of `score`, `positive` against `negative` frames, as an Estimate's dict; None without both kinds."""
     chosen = positive | negative
     if not positive.any() or not negative.any():
         return None
-    score, truth, episode = -frames.a[chosen, i].astype(np.float64), positive[chosen], frames.episode[chosen]
+    score, truth, episode = score[chosen].astype(np.float64), positive[chosen], episode[chosen]
     members = [np.flatnonzero(episode == e) for e in np.unique(episode)]
     rng = np.random.default_rng(0)
     drawn = []
@@ -136,7 +145,10 @@ def read_frames(cfg: Experiment) -> Frames | None:
     here = table["dataset"].to_numpy(zero_copy_only=False) == "suboptimal"
     episode, frame = table["episode"].to_numpy()[here], table["frame"].to_numpy()[here]
     count = sum(name.startswith("A_") for name in table.column_names)
-    a, omega = (np.stack([table[f"{n}_{i}"].to_numpy()[here] for i in range(count)], 1) for n in ("A", "omega"))
+    a, q, omega = (
+        np.stack([table[f"{letter}_{i}"].to_numpy()[here] for i in range(count)], 1) for letter in ("A", "Q", "omega")
+    )
+    marginal = np.diff(q, axis=1, prepend=table["V"].to_numpy()[here][:, None])
     level_names = get_robot(cfg.robot).level_names
     share, any_share = np.zeros((len(frame), len(level_names))), np.zeros(len(frame))
     found = np.zeros(len(frame), bool)
@@ -151,7 +163,7 @@ def read_frames(cfg: Experiment) -> Frames | None:
         share[mine], any_share[mine] = by_level[frame[mine]], anywhere[frame[mine]]
     if not found.any():
         return None
-    return Frames(episode[found], a[found], omega[found], share[found], any_share[found])
+    return Frames(episode[found], a[found], marginal[found], omega[found], share[found], any_share[found])
 
 
 def chunk_shares(

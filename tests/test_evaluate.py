@@ -286,7 +286,23 @@ def test_credit_of_advantages_that_blame_the_level_at_fault(tmp_path, capsys):
                 assert 0.35 < pair["rest"]["mean"] < 0.65
         assert result["omega"][level]["mistakes"] < 0.7 * result["omega"][level]["rest"], i
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-4].split()[:3] == ["mistakes", "at", "frames"]
+    assert lines[-4].split()[:4] == ["mistakes", "at", "frames", "M_base"]
+
+
+def test_the_marginal_advantage_finds_the_level_where_the_cumulative_one_blames_all_below(tmp_path):
+    """Q_i knows the parents' actions: a mistake of the base lowers every Q, but only the base's own share of it."""
+
+    def cumulative(fault, rng):
+        own = np.stack([-2.0 * (fault == level) + 0.1 * rng.random(len(fault)) for level in range(3)], 1)
+        return np.cumsum(own, axis=1)
+
+    result = evaluate_credit.main(credit_experiment(tmp_path, cumulative))
+    assert result["auc"]["base"]["A_arms"]["rest"]["mean"] > 0.8
+    assert result["auc"]["arms"]["A_arms"]["other"]["mean"] < 0.7
+    for level in LEVELS:
+        for name in LEVELS:
+            found = result["auc_marginal"][level][f"M_{name}"]
+            assert (found["rest"]["mean"] > 0.8) == (found["other"]["mean"] > 0.8) == (name == level)
 
 
 def test_credit_of_advantages_that_know_nothing(tmp_path):
@@ -302,8 +318,9 @@ def test_credit_of_a_flat_value_has_one_column(tmp_path):
         tmp_path, lambda fault, rng: -1.0 * (fault >= 0)[:, None] + 0.1 * rng.random((len(fault), 3))
     )
     frames = evaluate_credit.read_frames(cfg)
-    flat = dataclasses.replace(frames, a=frames.a[:, :1], omega=frames.omega[:, :1])
+    flat = dataclasses.replace(frames, a=frames.a[:, :1], marginal=frames.a[:, :1], omega=frames.omega[:, :1])
     result = evaluate_credit.tables(flat, LEVELS, ("all",))
+    assert "auc_marginal" not in result
     assert all(list(pairs) == ["A_all"] for pairs in result["auc"].values())
     assert result["auc"]["base"]["A_all"]["rest"]["mean"] > 0.9
     assert 0.3 < result["auc"]["base"]["A_all"]["other"]["mean"] < 0.7
