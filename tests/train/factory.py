@@ -46,23 +46,24 @@ def write_dataset(root: Path, *, episodes: int, length: int, seed: int) -> None:
             writer.add_episode(columns, task="carry the tote", extra={"success": success, "quality": quality})
 
 
-def model() -> ModelConfig:
-    return ModelConfig(
-        action_horizon=4,
-        max_token_len=4,
-        vocab_size=64,
-        tokenizer="words",
-        dtype="float32",
-        paligemma_variant="dummy",
-        action_expert_variant="dummy",
-        value_expert_variant="dummy",
-        cameras=(),
-        action_patch=2,
-    )
+def model(**changes) -> ModelConfig:
+    fields = {
+        "action_horizon": 4,
+        "max_token_len": 4,
+        "vocab_size": 64,
+        "tokenizer": "words",
+        "dtype": "float32",
+        "paligemma_variant": "dummy",
+        "action_expert_variant": "dummy",
+        "value_expert_variant": "dummy",
+        "cameras": (),
+        "action_patch": 2,
+    }
+    return ModelConfig(**fields | changes)
 
 
 def experiment(folder: Path, **changes) -> Experiment:
-    """The experiment below `folder`; `changes` are its fields, "value" and "policy" as dicts of the stage's fields."""
+    """The experiment below `folder`; `changes` are its fields, "value" and "policy" may be dicts of the stage's."""
     lr = LrSchedule(warmup_steps=5, peak_lr=1e-3, decay_steps=200, decay_lr=1e-4)
     stage = {
         "num_train_steps": 12,
@@ -75,8 +76,11 @@ def experiment(folder: Path, **changes) -> Experiment:
         "keep_period": 0,
         "trace_samples": True,
     }
-    value = ValueConfig(**stage | {"data": "both"} | changes.pop("value", {}))  # pyright: ignore[reportArgumentType]
-    policy = PolicyConfig(**stage | {"ema_decay": 0.9} | changes.pop("policy", {}))  # pyright: ignore[reportArgumentType]
+    value, policy = changes.pop("value", {}), changes.pop("policy", {})
+    if isinstance(value, dict):
+        value = ValueConfig(**stage | {"data": "both"} | value)
+    if isinstance(policy, dict):
+        policy = PolicyConfig(**stage | {"ema_decay": 0.9} | policy)
     sets = {
         f"{role}_data": DataConfig(repo_id=f"test/{role}", root=str(folder / "data" / role))
         for role in ("optimal", "suboptimal")

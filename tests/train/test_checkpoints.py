@@ -1,0 +1,131 @@
+"""Checkpoints: what is restored is what was saved, even when training went on meanwhile; other models are named."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from hvd.errors import UserError
+from hvd.train import checkpoints, mesh, state
+from hvd.train.checkpoints import Checkpoints
+from hvd.train.state import Graph, TrainState
+from tests.train.test_state import Small
+
+
+@pytest.fixture
+def graph():
+    return Graph(Small, lambda path: path[0] == "first")
+
+
+def start(graph, *, ema=True, target=True, optimizer=None) -> tuple[TrainState, TrainState]:
+    init = state.make_init(graph, optimizer or optax.adam(1e-3), ema=ema, target=target)
+    like = state.abstract(init, mesh.make_devices(1))
+    return state.create(init, 0, like), like
+
+
+_bump = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+
+
+def same(a, b) -> bool:
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_saved_while_training_goes_on(graph, tmp_path, ema):
+    """The step donates the buffers that are being written: what is stored must be what they held at the save."""
+    run, like = start(graph, ema=ema)
+    if ema:
+        run = dataclasses.replace(run, ema=jax.tree.map(lambda x: 2 * x, run.ema))
+    saves = Checkpoints(tmp_path, graph, 0)
+    for step in (1, 2, 3):
+        kept = jax.tree.map(lambda x: np.array(x, copy=True), run)
+        saves.save(step, run, {"sums": {"loss": 0.1}, "count": step})
+        for _ in range(3):
+            run = _bump(run)
+    saves.wait()
+    assert saves.latest() == 3 and [p.name for p in saves.folder.iterdir()] == ["3"]
+    found, loop = saves.restore(3, like)
+    assert same(found, kept) and loop == {"sums": {"loss": 0.1}, "count": 3}
+    params = checkpoints.restore_params(tmp_path, 3, state.join(like.trained, like.frozen))
+    assert same(params, state.join(kept.ema if ema else kept.trained, kept.frozen))
+    saves.close()
+
+
+def test_kept_checkpoints(graph, tmp_path):
+    run, _ = start(graph)
+    saves = Checkpoints(tmp_path, graph, 4)
+    for step in range(1, 11):
+        saves.save(step, run, {})
+    saves.wait()
+    assert sorted(int(p.name) for p in saves.folder.iterdir()) == [4, 8, 10]
+    saves.close()
+
+
+class Wider(Small):
+    def __init__(self, rngs: nnx.Rngs):
+        super().__init__(rngs)
+        self.first = nnx.Linear(5, 4, rngs=rngs)
+
+
+class Deeper(Small):
+    def __init__(self, rngs: nnx.Rngs):
+        super().__init__(rngs)
+        self.last = nnx.Linear(4, 1, rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    "model, problem",
+    [
+        (Wider, r"first/kernel has shape \[3, 4\] in it, the model needs \[5, 4\]"),
+        (Deeper, "last/bias is not in it"),
+    ],
+)
+def test_checkpoint_of_another_model(graph, tmp_path, model, problem):
+    run, _ = start(graph)
+    with_other = Graph(model)
+    saves = Checkpoints(tmp_path, graph, 0)
+    saves.save(1, run, {})
+    saves.wait()
+    like = start(with_other)[1]
+    for restore in (
+        lambda: saves.restore(1, like),
+        lambda: checkpoints.restore_params(tmp_path, 1, state.join(like.trained, like.frozen)),
+    ):
+        with pytest.raises(UserError, match=f"is a checkpoint of another model: params/{problem}") as error:
+            restore()
+        assert str(tmp_path) in str(error.value)
+    saves.close()
+
+
+def test_checkpoint_of_another_optimiser(graph, tmp_path):
+    run, _ = start(graph, optimizer=optax.sgd(0.1))
+    saves = Checkpoints(tmp_path, graph, 0)
+    saves.save(1, run, {})
+    saves.wait()
+    with pytest.raises(UserError, match="train_state is a checkpoint of another model: opt_state/0/count is not in it"):
+        saves.restore(1, start(graph)[1])
+    saves.close()
+
+
+def test_unfinished_save_is_no_checkpoint(graph, tmp_path):
+    run, _ = start(graph)
+    saves = Checkpoints(tmp_path, graph, 0)
+    saves.save(1, run, {})
+    saves.wait()
+    saves.close()
+    for name in ("2.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp-123"):
+        (saves.folder / name / "params").mkdir(parents=True)
+    again = Checkpoints(tmp_path, graph, 0)
+    assert again.latest() == 1
+    again.save(2, run, {})
+    again.wait()
+    assert again.latest() == 2
+    again.close()
+
+
+def test_count():
+    assert checkpoints.parameter_count({"a": jnp.ones((3, 4)), "b": {"c": jnp.ones(5)}}) == 17

@@ -1,0 +1,83 @@
+"""The training state: names, the split into trained and frozen, the same start everywhere, one update."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from hvd.configs import StageConfig
+from hvd.train import mesh, state
+from hvd.train.state import Graph
+
+
+class Small(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(3, 4, rngs=rngs)
+        self.rest = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        x = self.first(x)
+        for layer in self.rest:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture
+def graph():
+    return Graph(Small, lambda path: path[0] == "first")
+
+
+def test_names_and_split(graph):
+    assert set(state.named(graph.shapes)) == {
+        f"{layer}/{leaf}" for layer in ("first", "rest/0", "rest/1") for leaf in ("kernel", "bias")
+    }
+    params = graph.init(jax.random.key(0))
+    trained, frozen = graph.split(params)
+    assert set(state.named(frozen)) == {"first/kernel", "first/bias"}
+    assert jax.tree.structure(state.join(trained, frozen)) == jax.tree.structure(params)
+
+
+def test_module_of_parts_is_the_module(graph):
+    params = graph.init(jax.random.key(0))
+    x = jnp.ones((2, 3))
+    np.testing.assert_array_equal(graph.module(*graph.split(params))(x), Small(nnx.Rngs(jax.random.key(0)))(x))
+
+
+def test_start_is_sharded_and_deterministic(graph):
+    devices = mesh.make_devices(1)
+    init = state.make_init(graph, optax.adam(1e-3), ema=True, target=True)
+    like = state.abstract(init, devices)
+    one, two, other = (state.create(init, seed, like) for seed in (0, 0, 1))
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, two))
+    assert not np.array_equal(one.trained["rest"]["0"]["kernel"], other.trained["rest"]["0"]["kernel"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, one.ema, one.trained))
+    assert one.ema["rest"]["0"]["kernel"] is not one.target["rest"]["0"]["kernel"]
+    assert "first" not in one.target and not any(
+        "first" in str(path) for path, _ in jax.tree.leaves_with_path(one.opt_state)
+    )
+    assert jax.tree.map(lambda x: x.sharding, one) == state.shardings(like)
+
+
+def test_one_update(graph):
+    init = state.make_init(graph, optax.sgd(0.5), ema=True, target=True)
+    before = init(jax.random.key(0))
+    grads = jax.tree.map(jnp.ones_like, before.trained)
+    cfg = dataclasses.replace(StageConfig(), ema_decay=0.9)
+    after, norm = state.advance(before, grads, optax.sgd(0.5), cfg, target_share=0.25)
+    assert after.step == 1 and norm == pytest.approx(np.sqrt(2 * 20))
+    b, a = before.trained["rest"]["1"]["bias"], after.trained["rest"]["1"]["bias"]
+    np.testing.assert_allclose(a, b - 0.5)
+    np.testing.assert_allclose(after.ema["rest"]["1"]["bias"], b - 0.05, atol=1e-6)
+    np.testing.assert_allclose(after.target["rest"]["1"]["bias"], b - 0.125, atol=1e-6)
+    assert after.frozen is before.frozen
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_all_finite(bad):
+    tree = {"a": jnp.ones((2, 2)), "n": jnp.arange(3), "b": jnp.ones(4, jnp.bfloat16)}
+    assert state.all_finite(tree) == 1.0
+    assert state.all_finite(tree | {"b": tree["b"].at[1].set(bad)}) == 0.0
