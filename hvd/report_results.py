@@ -11,8 +11,8 @@ from typing import Any
 from etils import epath
 
 from hvd.configs import Experiment
-from hvd.evaluate import NOTHING, observes_text
 from hvd.evaluate_offline import rank_text
+from hvd.evaluate_results import NOTHING, observes_text
 
 Results = dict[str, Any]
 

@@ -108,6 +108,7 @@ def write_credit(cfg: Experiment) -> None:
         "clean_frames": 300,
         "mistake_frames": {"base": 1234},
         "auc": auc,
+        "auc_marginal": {"base": {f"M_{level}": pair for level in LEVELS}},
         "omega": {"base": {"mistakes": 0.7, "rest": 1.3}},
     }
     (Path(cfg.exp_dir) / "evaluation" / "credit.json").write_text(json.dumps(result))

@@ -1,0 +1,83 @@
+"""The whole way in its smallest size, through the launcher: stopped, gone on with, run again, on two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    *("--sim.num_optimal", "3", "--sim.num_mixed", "4", "--sim.workers", "1"),
+    *("--value.num_train_steps", "30", "--value.batch_size", "16", "--value.save_interval", "10"),
+    *("--policy.num_train_steps", "30", "--policy.batch_size", "16", "--policy.save_interval", "10"),
+    *("--value.log_interval", "10", "--policy.log_interval", "10"),
+    *("--value.val_interval", "30", "--policy.val_interval", "30"),
+    *("--evaluate.num_rollouts", "2", "--evaluate.workers", "1", "--evaluate.videos", "1"),
+)
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "launch" / "submit.py"), *options, *SMALL]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    with open(folder / "out", "a") as out:
+        return subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)
+
+
+def run(folder: Path, *options: str) -> list[str]:
+    (folder / "out").unlink(missing_ok=True)
+    code = start(folder, *options).wait(800)
+    text = (folder / "out").read_text()
+    assert code == 0, text[-3000:]
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def wait_for(path: Path, holds, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 400
+    while not (path.exists() and holds(path)):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_stopped_in_the_value_stage_it_goes_on_and_ends_with_the_report(tmp_path):
+    process = start(tmp_path, "--stage", "all")
+    value = tmp_path / "runs" / "demo" / "value"
+    wait_for(value / "checkpoints", lambda path: any(path.iterdir()), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 143
+    assert not (value / "complete.json").exists()
+
+    lines = run(tmp_path, "--stage", "all")
+    report = tmp_path / "runs" / "demo" / "report.html"
+    assert lines[-1] == "report: runs/demo/report.html"
+    assert lines[-2].startswith("doing nothing")
+    assert report.stat().st_size > 100_000
+    events = [json.loads(line)["event"] for line in (value / "events.jsonl").read_text().splitlines()]
+    assert events.count("start") == 2 and events[-1] == "complete"
+
+    digest = json.loads((value / "complete.json").read_text())["digest"]
+    again = run(tmp_path, "--stage", "all")
+    assert any("nothing to do" in line for line in again)
+    assert json.loads((value / "complete.json").read_text())["digest"] == digest
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_processes_train_both_stages_together(tmp_path):
+    lines = run(tmp_path, "--stage", "value", "--nodes", "2")
+    assert lines[-1].startswith("value run: runs/demo/value")
+    start_event = json.loads((tmp_path / "runs" / "demo" / "value" / "events.jsonl").read_text().splitlines()[0])
+    assert start_event["processes"] == 2
+    # baselines would train the same code three times more
+    lines = run(tmp_path, "--stage", "policy", "--nodes", "2", "--evaluate.baselines", "false")
+    assert (tmp_path / "runs" / "demo" / "policy" / "complete.json").exists()
+    assert {path.name for path in (tmp_path / "runs" / "demo" / "logs").glob("policy*.log")} == {
+        "policy.log",
+        "policy.1.log",
+    }
