@@ -39,7 +39,7 @@ from hvd.errors import UserError, nearest
 from hvd.robots import Robot, get_robot
 
 RECORD = "hvd_convert.json"  # in the dataset: the request that made it
-_VERSION = 1
+_VERSION = 1  # of what this module writes: another one is another request
 _BOX = re.compile(r"[\u2500-\u257f]")
 
 
@@ -148,7 +148,7 @@ def convert(config: ConvertConfig) -> ConvertResult:
     if config.push_to_hub:
         hub.check(config.repo_id)  # before hours of work
     request = _request(config)
-    result = None if config.overwrite else _done_before(target, work, request, config)
+    result = None if config.overwrite else _done_before(target, work, request)
     if result is None:
         try:
             record = {"request": request, "sources": {folder: _fingerprint(folder) for folder in request["raw_dirs"]}}
@@ -223,7 +223,11 @@ def _request(config: ConvertConfig) -> dict[str, Any]:
     """What decides the dataset's content, as JSON: all fields but those that only say how the work is done."""
     how = ("skip_bad", "push_to_hub", "workers", "overwrite", "root", "repo_id")
     request = {key: value for key, value in vars(config).items() if key not in how}
-    request |= {"raw_dirs": [os.path.abspath(folder) for folder in config.raw_dirs], "crf": _crf(config)}
+    request |= {
+        "raw_dirs": [os.path.abspath(folder) for folder in config.raw_dirs],
+        "crf": _crf(config),
+        "version": _VERSION,
+    }
     return json.loads(json.dumps(request))
 
 
@@ -242,7 +246,7 @@ def _fingerprint(folder: str) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _done_before(target: Path, work: Path, request: Mapping[str, Any], config: ConvertConfig) -> ConvertResult | None:
+def _done_before(target: Path, work: Path, request: Mapping[str, Any]) -> ConvertResult | None:
     """The result if the target is this very dataset; None if nothing is there; UserError if it is another."""
     if not target.is_dir() or not any(target.iterdir()):
         return None
@@ -319,7 +323,7 @@ def _write(
                 _add(writer, folder, i, episode, columns, mine)
         successes = sum(e.labels.success for e in episodes)
         counts = [writer.num_episodes, writer.num_frames, successes]
-        record |= {"version": _VERSION, "counts": counts, "skipped": skipped, "failures": plan.failures}
+        record |= {"counts": counts, "skipped": skipped, "failures": plan.failures}
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if target.is_dir() and any(target.iterdir()):  # --overwrite: the old dataset stays whole until now
             shutil.rmtree(work.path / "replaced", ignore_errors=True)
