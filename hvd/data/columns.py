@@ -1,89 +1,25 @@
 """Numeric columns of a LeRobot dataset as memory-mapped arrays, one row per frame, cached by the data's digest."""
 
-import contextlib
 import hashlib
-import itertools
 import json
-import os
 import re
-import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
 
 from hvd.configs import DataConfig
-from hvd.data.cache import cache_folder, cached, replacing
+from hvd.data.cache import cache_folder, cached
 from hvd.data.labels import episode_path, load_labels
 from hvd.data.layout import Layout, read_parquet, read_schema
 from hvd.errors import UserError, nearest
 
-CACHE_VERSION = 1
-_SAMPLE = 64 * 1024  # bytes hashed at the beginning, middle and end of each video
 _SELECTION = re.compile(r"^(?P<name>[^\[\]]+)\[(?P<dims>[0-9,:\s]+)\]$")
-
-
-def digest(layout: Layout) -> str:
-    """sha256 over the contents of meta and data, and over size and sampled bytes of each video.
-
-    `keep_digest` remembers it beside sizes and times of the files, so that a second opening does not read them.
-    """
-    whole, sampled = _files(layout)
-    with contextlib.suppress(ValueError, KeyError, OSError):  # a damaged note is as good as none
-        known = json.loads((cache_folder(layout.root) / _NOTE).read_bytes())
-        if known["files"] == _fingerprint(layout):
-            return known["digest"]
-    total = hashlib.sha256(f"{CACHE_VERSION}".encode())
-    for path in whole + sampled:
-        total.update(f"{path.relative_to(layout.root)}\n".encode())
-        try:
-            with path.open("rb") as file:
-                total.update(_sampled(file) if path in sampled else hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{path}: file of the dataset is missing or unreadable ({error.strerror})") from None
-    return total.hexdigest()
-
-
-def keep_digest(layout: Layout, value: str) -> None:
-    """Remember the digest, and remove from the cache what belongs to other contents of the dataset."""
-    folder = cache_folder(layout.root)
-    note = json.dumps({"files": _fingerprint(layout), "digest": value})
-    path = folder / _NOTE
-    if path.is_file() and path.read_text() == note:
-        return
-    with replacing(path) as temporary:
-        temporary.write_text(note)
-    for entry in folder.iterdir():
-        if re.search(r"-[0-9a-f]{16}-", entry.name) and f"-{value[:16]}-" not in entry.name and entry.name[0] != ".":
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-
-
-_NOTE = "digest.json"
-
-
-def _files(layout: Layout) -> tuple[list[Path], list[Path]]:
-    """The files hashed whole and those of which only parts are."""
-    meta = sorted(p for p in (layout.root / "meta").rglob("*") if p.is_file())
-    return [*meta, *layout.data_paths], list(layout.video_paths)
-
-
-def _fingerprint(layout: Layout) -> str:
-    """Changes when any file of the dataset does."""
-    total = hashlib.sha256(str(layout.root.resolve()).encode())
-    for path in itertools.chain(*_files(layout)):
-        stat = path.stat()
-        total.update(f"{path.relative_to(layout.root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return total.hexdigest()
-
-
-def _sampled(file: BinaryIO) -> bytes:
-    size = file.seek(0, os.SEEK_END)
-    total = hashlib.sha256(str(size).encode())
-    for start in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
-        file.seek(start)
-        total.update(file.read(_SAMPLE))
-    return total.digest()
 
 
 def load_columns(layout: Layout, data_digest: str, cfg: DataConfig) -> dict[str, np.ndarray]:
@@ -91,19 +27,15 @@ def load_columns(layout: Layout, data_digest: str, cfg: DataConfig) -> dict[str,
     bool, time [n] float64 (seconds into the episode), task_index and episode_of [n] int32 (position among the
     episodes), success [episodes] bool. Built on first use; UserErrors name the missing key, the episode and the frame.
     """
-    recipe = {
-        "version": CACHE_VERSION,
-        "state": cfg.keys.state,
-        "actions": cfg.keys.actions,
-        "rewards": cfg.keys.rewards,
-        "terminal": cfg.keys.terminal,
-        "reward": cfg.reward,
-        "labels": _labels_digest(layout, cfg) if cfg.reward == "labels" else "",
-    }
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    keys = cfg.keys
+    recipe = [keys.state, keys.actions, keys.rewards, keys.terminal, cfg.reward]
+    if cfg.reward == "labels":
+        recipe.append(_labels_digest(layout, cfg))
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     folder = cache_folder(layout.root) / f"columns-{data_digest[:16]}-{key}"
     cached(folder, lambda temporary: _build(layout, cfg, temporary))
-    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    # plain views: the memmap class makes every access slower
+    return {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in sorted(folder.glob("*.npy"))}
 
 
 def labels_folder(layout: Layout, cfg: DataConfig) -> Path:
@@ -118,78 +50,95 @@ def _labels_digest(layout: Layout, cfg: DataConfig) -> str:
     return total.hexdigest()
 
 
-def _build(layout: Layout, cfg: DataConfig, folder: Path) -> None:
-    """Read every data file once and write the arrays of `load_columns` into `folder`."""
-    folder.mkdir()
-    schema = read_schema(layout.data_paths[0])
-    keys = cfg.keys
+@dataclass(frozen=True)
+class _Names:
+    """The columns to read; "" = there is none. `read` are all of them, without selections of dims."""
+
+    rewards: str
+    terminal: str
+    success: str
+    read: list[str]
+
+
+def _resolve(layout: Layout, cfg: DataConfig) -> _Names:
+    """Find the columns that `cfg` means, or say which one is missing and what is like it."""
+    schema, keys = read_schema(layout.data_paths[0]), cfg.keys
     for column in (*keys.state, *keys.actions):
         name = _parse(column)[0]
         if name not in schema.names:
             raise UserError(f"{layout.root}: column {name!r} is not in the dataset{nearest(name, _numeric(schema))}")
-    reward_key, terminal_key = "", ""
+    rewards = terminal = ""
     if cfg.reward == "column":
-        advice = '; or set the data config\'s reward to "success_at_end" or "labels"'
-        reward_key = _first(layout, schema, keys.rewards, ("next.reward", "reward"), "reward", advice)
-        terminal_key = _first(
-            layout, schema, keys.terminal, ("terminal", "next.terminal", "next.done"), "terminal", advice
-        )
-    success_key = next((k for k in ("success", "next.success") if k in schema.names), "")
-    names = {"timestamp", "frame_index", "task_index", "episode_index", reward_key, terminal_key, success_key}
+        rewards = _first(layout, schema, keys.rewards, "reward", ("next.reward", "reward"))
+        terminal = _first(layout, schema, keys.terminal, "terminal", ("terminal", "next.terminal", "next.done"))
+    success = next((k for k in ("success", "next.success") if k in schema.names), "")
+    names = {"timestamp", "task_index", "episode_index", rewards, terminal, success}
     names |= {_parse(c)[0] for c in (*keys.state, *keys.actions)}
-    wanted = [n for n in schema.names if n in names]
+    return _Names(rewards, terminal, success, [n for n in schema.names if n in names])
 
-    n = sum(e.length for e in layout.episodes)
+
+class _Arrays:
+    """Arrays of n rows, filled file by file, straight into .npy files of `folder`."""
+
+    def __init__(self, folder: Path, n: int, where: Path):
+        self._folder, self._n, self._where = folder, n, where
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def put(self, name: str, row: int, value: np.ndarray) -> None:
+        if name not in self.arrays:
+            path, shape = self._folder / f"{name}.npy", (self._n, *value.shape[1:])
+            self.arrays[name] = np.lib.format.open_memmap(path, "w+", value.dtype, shape)
+        array = self.arrays[name]
+        if value.shape[1:] != array.shape[1:]:
+            widths = f"{value.shape[1]} dims in one file and {array.shape[1]} in another"
+            raise UserError(f"{self._where}: {name} has {widths}")
+        array[row : row + len(value)] = value
+
+
+def _build(layout: Layout, cfg: DataConfig, folder: Path) -> None:
+    """Read every data file once and write the arrays of `load_columns` into `folder`."""
+    folder.mkdir()
+    names = _resolve(layout, cfg)
     starts = np.cumsum([0, *(e.length for e in layout.episodes)])
-    episode_of = np.repeat(np.arange(len(layout.episodes), dtype=np.int32), [e.length for e in layout.episodes])
-    out: dict[str, np.ndarray] = {}
-
-    def put(name: str, row: int, value: np.ndarray) -> None:
-        if name not in out:
-            out[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", value.dtype, (n, *value.shape[1:]))
-        if value.shape[1:] != out[name].shape[1:]:
-            raise UserError(
-                f"{layout.root}: {name} has width {value.shape[1:]} in one file and {out[name].shape[1:]} in another"
-            )
-        out[name][row : row + len(value)] = value
-
-    row, success = 0, _episode_success(layout)
-    for path in layout.data_paths:
-        table = read_parquet(path, wanted)
-        m = table.num_rows
-        inside = np.flatnonzero([e.data_path == path for e in layout.episodes])
-        expected = sum(layout.episodes[i].length for i in inside)
-        if m != expected:
-            raise UserError(f"{path}: has {m} rows where the episodes' description says {expected}; truncated file?")
-        ids = np.asarray([layout.episodes[i].index for i in episode_of[row : row + m]])
-        if "episode_index" in table.column_names and not np.array_equal(_matrix(table, "episode_index")[:, 0], ids):
-            raise UserError(f"{path}: its rows do not follow the order of the episodes in meta")
-        frame = np.arange(row, row + m) - starts[episode_of[row : row + m]]
-        put("episode_of", row, episode_of[row : row + m])
-        put("task_index", row, _scalar(table, "task_index", np.int32, np.zeros(m, np.int32)))
-        put("time", row, _scalar(table, "timestamp", np.float64, frame / layout.fps))
-        put("state", row, _concatenated(table, keys.state, path))
-        put("actions", row, _concatenated(table, keys.actions, path))
+    inside: dict[Path, list[int]] = {}  # positions of the episodes in each file
+    for i, episode in enumerate(layout.episodes):
+        inside.setdefault(episode.data_path, []).append(i)
+    out = _Arrays(folder, int(starts[-1]), layout.root)
+    success = {i: bool(e.extra["success"]) for i, e in enumerate(layout.episodes) if e.extra.get("success") is not None}
+    row = 0
+    for path in tqdm(layout.data_paths, unit="file", desc=f"reading {layout.root.name}", delay=2):
+        table, positions = read_parquet(path, names.read), np.asarray(inside[path])
+        lengths = starts[positions + 1] - starts[positions]
+        rows = row + np.arange(table.num_rows)
+        if len(rows) != lengths.sum():
+            expected = f"where the episodes' description says {lengths.sum()}"
+            raise UserError(f"{path}: has {len(rows)} rows {expected}; truncated file?")
+        episode_of = np.repeat(positions, lengths).astype(np.int32)
+        numbers = np.asarray([layout.episodes[i].index for i in positions])
+        if "episode_index" in table.column_names:
+            found = _matrix(table, "episode_index", path)[:, 0]
+            if not np.array_equal(found, np.repeat(numbers, lengths)) or positions[0] != np.searchsorted(starts, row):
+                raise UserError(f"{path}: its rows do not follow the order of the episodes in meta")
+        out.put("episode_of", row, episode_of)
+        out.put("task_index", row, _scalar(table, "task_index", path, np.int32, np.zeros(len(rows))))
+        out.put("time", row, _scalar(table, "timestamp", path, np.float64, (rows - starts[episode_of]) / layout.fps))
+        out.put("state", row, _concatenated(table, cfg.keys.state, path))
+        out.put("actions", row, _concatenated(table, cfg.keys.actions, path))
         if cfg.reward == "column":
-            put("rewards", row, _scalar(table, reward_key, np.float32))
-            put("terminal", row, _scalar(table, terminal_key, np.float32) != 0)
-        if success_key:
-            said = _scalar(table, success_key, np.float32) != 0
-            for i in inside:
-                success.setdefault(int(i), bool(said[starts[i] - row : starts[i + 1] - row].any()))
-        row += m
-    out["success"] = np.asarray([success.get(i, True) for i in range(len(layout.episodes))])
-    np.save(folder / "success.npy", out["success"])
+            out.put("rewards", row, _scalar(table, names.rewards, path, np.float32))
+            out.put("terminal", row, _scalar(table, names.terminal, path, np.float32) != 0)
+        if names.success:
+            said = _scalar(table, names.success, path, np.float32) != 0
+            for i in positions.tolist():
+                success.setdefault(i, bool(said[starts[i] - row : starts[i + 1] - row].any()))
+        row += len(rows)
+    successes = np.asarray([success.get(i, True) for i in range(len(layout.episodes))])
     if cfg.reward != "column":
-        rewards, terminal = _rewards(layout, cfg, out["success"], starts)
-        put("rewards", 0, rewards)
-        put("terminal", 0, terminal)
-        np.save(folder / "success.npy", out["success"])
-    for name in ("state", "actions", "rewards"):
-        _check_finite(layout, name, out[name], starts)
-    for array in out.values():
-        if isinstance(array, np.memmap):
-            array.flush()
+        rewards, terminal = _rewards(layout, cfg, successes, starts)
+        out.put("rewards", 0, rewards)
+        out.put("terminal", 0, terminal)
+    np.save(folder / "success.npy", successes)
+    _check_finite(layout, out.arrays, starts)
 
 
 def _rewards(layout: Layout, cfg: DataConfig, success: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -207,14 +156,12 @@ def _rewards(layout: Layout, cfg: DataConfig, success: np.ndarray, starts: np.nd
     return rewards, terminal
 
 
-def _episode_success(layout: Layout) -> dict[int, bool]:
-    """Success per episode position where the meta folder states it."""
-    return {i: bool(e.extra["success"]) for i, e in enumerate(layout.episodes) if e.extra.get("success") is not None}
-
-
-def _check_finite(layout: Layout, name: str, array: np.ndarray, starts: np.ndarray) -> None:
-    for begin in range(0, len(array), 1 << 18):
-        part = array[begin : begin + (1 << 18)]
+def _check_finite(layout: Layout, arrays: Mapping[str, np.ndarray], starts: np.ndarray) -> None:
+    block = 1 << 18
+    for name, begin in (
+        (name, i) for name in ("state", "actions", "rewards") for i in range(0, int(starts[-1]), block)
+    ):
+        part = arrays[name][begin : begin + block]
         finite = np.isfinite(part).reshape(len(part), -1).all(1)
         if not finite.all():
             row = begin + int(np.argmin(finite))
@@ -245,49 +192,55 @@ def _concatenated(table: pa.Table, columns: tuple[str, ...], path: Path) -> np.n
     parts = []
     for column in columns:
         name, dims = _parse(column)
-        if name not in table.column_names:
-            raise UserError(f"{path}: column {name!r} is missing{nearest(name, table.column_names)}")
-        values = _matrix(table, name).astype(np.float32, copy=False)
+        values = _matrix(table, name, path).astype(np.float32, copy=False)
         if dims is not None and max(dims) >= values.shape[1]:
             raise UserError(f"{path}: column {column!r} asks for dim {max(dims)} of {values.shape[1]}")
         parts.append(values if dims is None else values[:, dims])
     return np.concatenate(parts, axis=1)
 
 
-def _matrix(table: pa.Table, name: str) -> np.ndarray:
-    """A numeric column as [rows, width]: scalars have width 1, nested lists are flattened."""
-    array = table[name].combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # pyarrow keeps an empty column chunked
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], pa.float32())
-    if array.null_count:
-        raise UserError(f"column {name!r} has {array.null_count} empty cells; remove or fill them")
-    n = len(array)
-    while pa.types.is_nested(array.type):
-        array = array.flatten()
-    values = array.to_numpy(zero_copy_only=False)
-    if values.dtype == object or values.dtype.kind not in "biuf":
-        raise UserError(f"column {name!r} is not numeric ({array.type})")
-    if n and len(values) % n:
-        raise UserError(f"column {name!r} has rows of different lengths")
-    return values.reshape(n, -1)
-
-
-def _scalar(table: pa.Table, name: str, dtype: Any, default: np.ndarray | None = None) -> np.ndarray:
+def _scalar(table: pa.Table, name: str, path: Path, dtype: Any, default: np.ndarray | None = None) -> np.ndarray:
+    """A column of one number per frame [rows]; `default` where the file has no such column."""
     if default is not None and name not in table.column_names:
         return default.astype(dtype)
-    values = _matrix(table, name)
+    values = _matrix(table, name, path)
     if values.shape[1] != 1:
-        raise UserError(f"column {name!r} must hold one number per frame, has {values.shape[1]}")
+        raise UserError(f"{path}: column {name!r} must hold one number per frame, has {values.shape[1]}")
     return values[:, 0].astype(dtype)
+
+
+def _matrix(table: pa.Table, name: str, path: Path) -> np.ndarray:
+    """A numeric column as [rows, width]: scalars have width 1, nested lists are flattened."""
+    if name not in table.column_names:
+        raise UserError(f"{path}: column {name!r} is missing{nearest(name, table.column_names)}")
+    array = pa.concat_arrays(table[name].chunks) if len(table) else pa.array([], pa.float32())
+    while True:
+        if array.null_count:
+            raise UserError(f"{path}: column {name!r} has {array.null_count} empty cells; remove or fill them")
+        if not isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+            break
+        if len(pc.call_function("list_value_length", [array]).unique()) > 1:
+            raise UserError(f"{path}: column {name!r} has rows of different lengths")
+        array = array.flatten()
+    if pa.types.is_boolean(array.type):
+        array = array.cast(pa.uint8())
+    if not pa.types.is_integer(array.type) and not pa.types.is_floating(array.type):
+        raise UserError(f"{path}: column {name!r} is not numeric ({array.type})")
+    # to_numpy would import pandas where that is installed, which takes seconds
+    return np.from_dlpack(array).reshape(len(table), -1)
 
 
 def _numeric(schema: pa.Schema) -> list[str]:
     return [f.name for f in schema if not pa.types.is_struct(f.type)]
 
 
-def _first(layout: Layout, schema: pa.Schema, given: str, usual: tuple[str, ...], what: str, advice: str) -> str:
+def _first(layout: Layout, schema: pa.Schema, given: str, what: str, usual: tuple[str, ...]) -> str:
+    """The column `given`, or else the first of the `usual` ones that is there."""
     for name in (given,) if given else usual:
         if name in schema.names:
             return name
     name = given or usual[0]
-    raise UserError(f"{layout.root}: no {what} column {name!r} in the dataset{nearest(name, _numeric(schema))}{advice}")
+    raise UserError(
+        f"{layout.root}: no {what} column {name!r} in the dataset{nearest(name, _numeric(schema))}; "
+        'or set the data config\'s reward to "success_at_end" or "labels"'
+    )

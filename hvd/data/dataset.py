@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from hvd.configs import DataConfig
-from hvd.data.columns import digest, keep_digest, load_columns
+from hvd.data.columns import load_columns
+from hvd.data.digest import digest
 from hvd.data.frames import Camera, Frames
 from hvd.data.layout import Layout, read_layout
 from hvd.errors import UserError, nearest
@@ -76,10 +77,10 @@ class Dataset:
         """
         layout = read_layout(cfg.path())
         frames_keys = _camera_keys(layout, cfg, cameras)
-        data_digest = digest(layout)
-        opened = {camera: Camera(layout, key, data_digest) for camera, key in frames_keys.items()}
-        columns = load_columns(layout, data_digest, cfg)
-        keep_digest(layout, data_digest)
+        identity = digest(layout)
+        opened = {camera: Camera(layout, key, identity.value) for camera, key in frames_keys.items()}
+        columns = load_columns(layout, identity.value, cfg)
+        identity.keep(layout)
         name = cfg.repo_id or layout.root.name
         width = columns["actions"].shape[1]
         if robot and width != get_robot(robot).action_dim:
@@ -100,7 +101,7 @@ class Dataset:
             root=layout.root,
             version=layout.version,
             fps=layout.fps,
-            digest=data_digest,
+            digest=identity.value,
             episodes=tuple(offered),
             all_episodes=tuple(everything),
             state=columns["state"],

@@ -64,6 +64,7 @@ class Layout:
 
 def read_layout(root: Path) -> Layout:
     """Read the meta folder of the dataset at `root`. Raises UserError naming the file that is missing or wrong."""
+    root = root.absolute()
     info_path = root / "meta" / "info.json"
     if not info_path.is_file():
         raise UserError(f"{info_path}: not found; set the data config's root (or HF_LEROBOT_HOME) to a LeRobot dataset")

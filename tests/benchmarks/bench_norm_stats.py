@@ -9,6 +9,8 @@ images costs, also on the real humanoid's recordings where they are there.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import shutil
 import tempfile
@@ -28,7 +30,8 @@ def ours(data: Path, assets: Path) -> None:
     """The command itself."""
     config = DataConfig(repo_id="bench", root=str(data), keys=KeyMap(), reward="success_at_end")
     model = ModelConfig(action_horizon=CHUNK)
-    normalize.main(Experiment(name="bench", robot="g1", assets_dir=str(assets), model=model, optimal_data=config))
+    with contextlib.redirect_stdout(io.StringIO()):
+        normalize.main(Experiment(name="bench", robot="g1", assets_dir=str(assets), model=model, optimal_data=config))
 
 
 def lerobot_pass(data: Path, frames: int, workers: int) -> None:

@@ -4,13 +4,16 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from hvd.configs import DataConfig, KeyMap
-from hvd.data import columns, packets
+from hvd.data import columns, digest, packets
 from hvd.data.dataset import Dataset, split_episodes
 from hvd.data.labels import Labels, Subtask, episode_path, write_labels
 from hvd.errors import UserError
@@ -130,7 +133,7 @@ def test_second_opening_reads_no_data(tmp_path, monkeypatch):
         raise AssertionError("read again")
 
     monkeypatch.setattr(columns, "read_parquet", never)
-    monkeypatch.setattr(columns, "_sampled", never)
+    monkeypatch.setattr(digest, "_sampled", never)
     monkeypatch.setattr(packets, "list_packets", never)
     second = Dataset.open(recipe.config, cameras=CAMERAS)
     assert second.digest == first.digest
@@ -156,10 +159,10 @@ def test_changed_contents_change_the_digest_and_drop_the_old_cache(tmp_path):
 
 def test_digest_does_not_depend_on_the_place(tmp_path):
     recipe = make_dataset(tmp_path / "d")
-    digest = Dataset.open(recipe.config, cameras=()).digest
+    value = Dataset.open(recipe.config, cameras=()).digest
     shutil.copytree(recipe.root, tmp_path / "e", ignore=shutil.ignore_patterns(".hvd_cache"))
     moved = dataclasses.replace(recipe.config, root=str(tmp_path / "e"))
-    assert Dataset.open(moved, cameras=()).digest == digest
+    assert Dataset.open(moved, cameras=()).digest == value
 
 
 def test_read_only_dataset_uses_the_users_cache(tmp_path, monkeypatch):
@@ -240,6 +243,23 @@ def damage(recipe, what):
             column = {"action": list(actions.astype(np.float32))}
             table = table.set_column(table.column_names.index("action"), "action", [column["action"]])
             pq.write_table(table, data)
+        case "empty cells" | "ragged" | "text":
+            table = pq.read_table(data)
+            values = np.stack(table["action"].to_numpy()).tolist()
+            values[1] = {"empty cells": None, "ragged": values[1][:-1], "text": values[1]}[what]
+            values = [str(v) for v in values] if what == "text" else values
+            column = pa.array(values, None if what == "text" else pa.list_(pa.float32()))
+            pq.write_table(table.set_column(table.column_names.index("action"), "action", column), data)
+        case "one file lacks a column":
+            pq.write_table(pq.read_table(data).drop_columns("next.reward"), data)
+        case "order":
+            table = pq.read_table(data)
+            column = pa.array(np.full(len(table), 77))
+            pq.write_table(table.set_column(table.column_names.index("episode_index"), "episode_index", column), data)
+        case "task":
+            table = pq.read_table(data)
+            column = pa.array(np.full(len(table), 77))
+            pq.write_table(table.set_column(table.column_names.index("task_index"), "task_index", column), data)
         case "video":
             path = sorted(root.glob("videos/**/*.mp4"))[0]
             path.write_bytes(path.read_bytes()[:-800])
@@ -268,6 +288,12 @@ DAMAGE = [
     ("no parquet", r"\.parquet: .*missing"),
     ("rows", r"\.parquet: has \d+ rows where the episodes' description says \d+"),
     ("nan", r"\.parquet: actions is NaN or infinite in episode 2, frame 3"),
+    ("empty cells", r"\.parquet: column 'action' has 1 empty cells"),
+    ("ragged", r"\.parquet: column 'action' has rows of different lengths"),
+    ("text", r"\.parquet: column 'action' is not numeric"),
+    ("one file lacks a column", r"\.parquet: column 'next\.reward' is missing"),
+    ("order", r"\.parquet: its rows do not follow the order of the episodes in meta"),
+    ("task", r"meta: task_index 77 of the data is not among the tasks"),
     ("video", r"\.mp4: damaged or truncated video file"),
     ("no video", r"\.mp4: .*missing"),
     ("not a video", r"\.mp4: damaged or truncated video file"),
@@ -285,7 +311,7 @@ def test_damage_is_one_line_and_leaves_nothing(tmp_path, version, what, message)
     with pytest.raises(UserError, match=message) as caught:
         Dataset.open(cfg, cameras=CAMERAS, robot="r1", horizon=10)
     assert "\n" not in str(caught.value)
-    if what != "success":  # a right dataset may be cached, whatever was asked of it
+    if what not in ("success", "task"):  # what was read rightly may be cached, whatever was asked of it
         assert sorted(recipe.root.rglob("*")) == before
 
 
@@ -305,9 +331,7 @@ def test_robot_and_horizon_are_checked(tmp_path):
     with pytest.raises(UserError, match="actions have 23 dims, robot r1 has 21"):
         Dataset.open(recipe.config, cameras=(), robot="r1")
     Dataset.open(recipe.config, cameras=(), robot="r1_pro", horizon=12)
-    with pytest.raises(
-        UserError, match=r"action_horizon 13 is longer than every episode \(the longest"
-    ):
+    with pytest.raises(UserError, match=r"action_horizon 13 is longer than every episode \(the longest"):
         Dataset.open(recipe.config, cameras=(), horizon=13)
 
 
@@ -332,3 +356,12 @@ def test_g1_recordings(g1_data, tmp_path):
     frames = dataset.frames("base_0_rgb", rows)
     assert frames.shape == (4, height, width, 3)
     assert np.abs(frames[1].astype(int) - frames[2]).mean() < 5 < np.abs(frames[1].astype(int) - frames[0]).mean()
+
+
+def test_reading_data_imports_no_jax_no_torch_and_no_pandas():
+    modules = "dataset, loader, normalize, transforms, transitions, image_cache"
+    code = (
+        f"import sys; from hvd.data import {modules}; print({{'jax', 'torch', 'pandas', 'lerobot'}} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
