@@ -42,13 +42,26 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtest_makereport(item, call):
     """With HVD_CI=1 a skip that CI should not have is a failure: nobody reads the list of skips."""
     report = yield
-    if report.skipped and os.environ.get("HVD_CI") == "1" and not hasattr(report, "wasxfail"):
-        reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        markers = [mark.name for mark in item.iter_markers()]
-        if unexpected(reason, markers):
-            report.outcome = "failed"
-            report.longrepr = f"{item.nodeid}: CI must not skip this test: {reason}"
+    if not hasattr(report, "wasxfail"):
+        _fail_if_skipped(report, item.nodeid, [mark.name for mark in item.iter_markers()])
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """The same for a module that skips itself as a whole."""
+    report = yield
+    _fail_if_skipped(report, collector.nodeid, [])
+    return report
+
+
+def _fail_if_skipped(report, name: str, markers: list[str]) -> None:
+    if not report.skipped or os.environ.get("HVD_CI") != "1":
+        return
+    reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if unexpected(reason, markers):
+        report.outcome = "failed"
+        report.longrepr = f"{name}: CI must not skip this: {reason}"
 
 
 @pytest.fixture(autouse=True)
