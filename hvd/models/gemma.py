@@ -45,8 +45,8 @@ VARIANTS: dict[str, Config] = {
     "gemma_300m_lora": replace(_300M, lora=LoraConfig(rank=32, alpha=32.0)),
     "dummy": Config(width=64, depth=4, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
     # trains on two CPU cores; trunk and expert share depth and heads
-    "tiny": Config(width=128, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
-    "tiny_trunk": Config(width=64, depth=4, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=32),
+    "tiny": Config(width=128, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
+    "tiny_trunk": Config(width=64, depth=3, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=32),
 }
 
 
@@ -88,21 +88,23 @@ def attend(
     (n_steps of denoising read one cache).
     """
     b, t, n, h = q.shape
-    q = q.reshape(b, t, k.shape[2], n // k.shape[2], h)
+    heads, group = k.shape[2], n // k.shape[2]
+    # Queries that share a key head become rows of one matrix: twice as fast on a CPU as a five-dimensional einsum.
+    q = q.reshape(b, t, heads, group, h).swapaxes(1, 2).reshape(b, heads, t * group, h)
 
-    def logits(keys):
-        return jnp.einsum("btkgh,bskh->bkgts", q, keys, preferred_element_type=jnp.float32)
+    def logits(keys: Array) -> Array:
+        return jnp.einsum("bkrh,bskh->bkrs", q, keys, preferred_element_type=jnp.float32)
 
     scores = logits(k) if cache is None else jnp.concatenate([logits(cache[0]), logits(k)], axis=-1)
-    scores = jnp.where(mask[:, None, None], scores, MASKED_LOGIT)
+    scores = jnp.where(jnp.repeat(mask, group, axis=1)[:, None], scores, MASKED_LOGIT)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     if cache is None:
-        out = jnp.einsum("bkgts,bskh->btkgh", probs, v)
+        out = jnp.einsum("bkrs,bskh->bkrh", probs, v)
     else:
         p = cache[0].shape[1]
-        out = jnp.einsum("bkgts,bskh->btkgh", probs[..., :p], cache[1])
-        out = out + jnp.einsum("bkgts,bskh->btkgh", probs[..., p:], v)
-    return out.reshape(b, t, n, h)
+        out = jnp.einsum("bkrs,bskh->bkrh", probs[..., :p], cache[1])
+        out = out + jnp.einsum("bkrs,bskh->bkrh", probs[..., p:], v)
+    return out.reshape(b, heads, t, group, h).swapaxes(1, 2).reshape(b, t, n, h)
 
 
 class RMSNorm(nnx.Module):

@@ -50,9 +50,11 @@ class Pi0(nnx.Module):
         """One state token (a block), then one token per noisy action, mixed with the time (a block)."""
         state = self.state_proj(obs["state"])[:, None]
         actions = self.action_in_proj(x_t)
-        t = posemb_sincos(time, actions.shape[-1]).astype(actions.dtype)
-        mixed = jnp.concatenate([actions, jnp.broadcast_to(t[:, None], actions.shape)], axis=-1)
-        mixed = self.action_time_mlp_out(nnx.swish(self.action_time_mlp_in(mixed)))
+        width = actions.shape[-1]
+        # A dense layer on [action, time] in two halves: the time's is the same for every action of the chunk.
+        kernel, bias = self.action_time_mlp_in.kernel[...], self.action_time_mlp_in.bias[...]
+        of_time = posemb_sincos(time, width) @ kernel[width:] + bias[None]
+        mixed = self.action_time_mlp_out(nnx.swish(actions @ kernel[:width] + of_time[:, None]))
         x = jnp.concatenate([state, mixed], axis=1)
         starts = np.zeros(x.shape[1], bool)
         starts[:2] = True
