@@ -49,7 +49,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """Repack: which column of the LeRobot dataset is which input of the model. Several columns are concatenated."""
+    """Repack: which column of the LeRobot dataset is which input of the model. Several columns are concatenated;
+    "key[0,1,5]" or "key[0:3]" takes some dims of one."""
 
     images: dict[str, str] = field(  # the model's camera -> the dataset's key
         default_factory=lambda: {

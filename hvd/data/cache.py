@@ -83,7 +83,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # numpy says only that fewer bytes were written than were to be
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "written" in str(error)):
             raise UserError(f"{folder}: the disk is full; the dataset's cache needs room here") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"{folder}: cannot write the dataset's cache here ({error.strerror})") from error

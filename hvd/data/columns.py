@@ -1,16 +1,17 @@
 """Numeric columns of a LeRobot dataset as memory-mapped arrays, one row per frame, cached by the data's digest."""
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Int32
 from tqdm import tqdm
 
 from hvd.configs import DataConfig
@@ -78,21 +79,31 @@ def _resolve(layout: Layout, cfg: DataConfig) -> _Names:
 
 
 class _Arrays:
-    """Arrays of n rows, filled file by file, straight into .npy files of `folder`."""
+    """Writes arrays of n rows, block after block, as .npy files of `folder`.
 
-    def __init__(self, folder: Path, n: int, where: Path):
-        self._folder, self._n, self._where = folder, n, where
-        self.arrays: dict[str, np.ndarray] = {}
+    Not through memory maps: a full disk is an error when writing, but kills a process that touches a mapped page.
+    """
 
-    def put(self, name: str, row: int, value: np.ndarray) -> None:
-        if name not in self.arrays:
-            path, shape = self._folder / f"{name}.npy", (self._n, *value.shape[1:])
-            self.arrays[name] = np.lib.format.open_memmap(path, "w+", value.dtype, shape)
-        array = self.arrays[name]
-        if value.shape[1:] != array.shape[1:]:
-            widths = f"{value.shape[1]} dims in one file and {array.shape[1]} in another"
-            raise UserError(f"{self._where}: {name} has {widths}")
-        array[row : row + len(value)] = value
+    def __init__(self, folder: Path, n: int):
+        self._folder, self._n = folder, n
+        self._files: dict[str, tuple[BinaryIO, tuple[int, ...]]] = {}
+
+    def append(self, name: str, block: np.ndarray, where: Path) -> None:
+        """Add the next rows to the array `name`; `where` names their file in errors."""
+        width = block.shape[1:]
+        if name not in self._files:
+            self._files[name] = file, _ = (self._folder / f"{name}.npy").open("wb"), width
+            header = {"descr": np.lib.format.dtype_to_descr(block.dtype), "fortran_order": False}
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (self._n, *width)})
+        file, expected = self._files[name]
+        if width != expected:
+            raise UserError(f"{where}: {name} has {width[0]} dims here and {expected[0]} in another file")
+        file.write(np.ascontiguousarray(block).data)
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for file, _ in self._files.values():
+                stack.enter_context(file)
 
 
 def _build(layout: Layout, cfg: DataConfig, folder: Path) -> None:
@@ -103,42 +114,64 @@ def _build(layout: Layout, cfg: DataConfig, folder: Path) -> None:
     inside: dict[Path, list[int]] = {}  # positions of the episodes in each file
     for i, episode in enumerate(layout.episodes):
         inside.setdefault(episode.data_path, []).append(i)
-    out = _Arrays(folder, int(starts[-1]), layout.root)
     success = {i: bool(e.extra["success"]) for i, e in enumerate(layout.episodes) if e.extra.get("success") is not None}
     row = 0
-    for path in tqdm(layout.data_paths, unit="file", desc=f"reading {layout.root.name}", delay=2):
-        table, positions = read_parquet(path, names.read), np.asarray(inside[path])
-        lengths = starts[positions + 1] - starts[positions]
-        rows = row + np.arange(table.num_rows)
-        if len(rows) != lengths.sum():
-            expected = f"where the episodes' description says {lengths.sum()}"
-            raise UserError(f"{path}: has {len(rows)} rows {expected}; truncated file?")
-        episode_of = np.repeat(positions, lengths).astype(np.int32)
-        numbers = np.asarray([layout.episodes[i].index for i in positions])
-        if "episode_index" in table.column_names:
-            found = _matrix(table, "episode_index", path)[:, 0]
-            if not np.array_equal(found, np.repeat(numbers, lengths)) or positions[0] != np.searchsorted(starts, row):
-                raise UserError(f"{path}: its rows do not follow the order of the episodes in meta")
-        out.put("episode_of", row, episode_of)
-        out.put("task_index", row, _scalar(table, "task_index", path, np.int32, np.zeros(len(rows))))
-        out.put("time", row, _scalar(table, "timestamp", path, np.float64, (rows - starts[episode_of]) / layout.fps))
-        out.put("state", row, _concatenated(table, cfg.keys.state, path))
-        out.put("actions", row, _concatenated(table, cfg.keys.actions, path))
-        if cfg.reward == "column":
-            out.put("rewards", row, _scalar(table, names.rewards, path, np.float32))
-            out.put("terminal", row, _scalar(table, names.terminal, path, np.float32) != 0)
-        if names.success:
-            said = _scalar(table, names.success, path, np.float32) != 0
-            for i in positions.tolist():
-                success.setdefault(i, bool(said[starts[i] - row : starts[i + 1] - row].any()))
-        row += len(rows)
-    successes = np.asarray([success.get(i, True) for i in range(len(layout.episodes))])
-    if cfg.reward != "column":
-        rewards, terminal = _rewards(layout, cfg, successes, starts)
-        out.put("rewards", 0, rewards)
-        out.put("terminal", 0, terminal)
+    with contextlib.closing(_Arrays(folder, int(starts[-1]))) as out:
+        for path in tqdm(layout.data_paths, unit="file", desc=f"reading {layout.root.name}", delay=2):
+            table, positions = read_parquet(path, names.read), np.asarray(inside[path])
+            episode_of = _episode_of(layout, table, path, positions, starts, row)
+            frame = np.arange(row, row + len(table)) - starts[episode_of]
+            columns = {
+                "episode_of": episode_of,
+                "task_index": _scalar(table, "task_index", path, np.int32, np.zeros(len(table))),
+                "time": _scalar(table, "timestamp", path, np.float64, frame / layout.fps),
+                "state": _concatenated(table, cfg.keys.state, path),
+                "actions": _concatenated(table, cfg.keys.actions, path),
+            }
+            if cfg.reward == "column":
+                columns["rewards"] = _scalar(table, names.rewards, path, np.float32)
+                columns["terminal"] = _scalar(table, names.terminal, path, np.float32) != 0
+            for name, block in columns.items():
+                _check_finite(layout, name, block, path, episode_of, frame)
+                out.append(name, block, path)
+            if names.success:
+                said = _scalar(table, names.success, path, np.float32) != 0
+                for i in positions.tolist():
+                    success.setdefault(i, bool(said[starts[i] - row : starts[i + 1] - row].any()))
+            row += len(table)
+        successes = np.asarray([success.get(i, True) for i in range(len(layout.episodes))])
+        if cfg.reward != "column":
+            rewards, terminal = _rewards(layout, cfg, successes, starts)
+            out.append("rewards", rewards, layout.root)
+            out.append("terminal", terminal, layout.root)
     np.save(folder / "success.npy", successes)
-    _check_finite(layout, out.arrays, starts)
+
+
+def _episode_of(
+    layout: Layout, table: pa.Table, path: Path, positions: np.ndarray, starts: np.ndarray, row: int
+) -> Int32[np.ndarray, " m"]:
+    """Position of the episode of each row of a file, which must hold the episodes that meta says, in order."""
+    lengths = starts[positions + 1] - starts[positions]
+    if len(table) != lengths.sum():
+        expected = f"where the episodes' description says {lengths.sum()}"
+        raise UserError(f"{path}: has {len(table)} rows {expected}; truncated file?")
+    in_order = np.array_equal(positions, np.arange(len(positions)) + np.searchsorted(starts, row))
+    numbers = np.repeat([layout.episodes[i].index for i in positions], lengths)
+    if in_order and "episode_index" in table.column_names:
+        in_order = np.array_equal(_matrix(table, "episode_index", path)[:, 0], numbers)
+    if not in_order:
+        raise UserError(f"{path}: its rows do not follow the order of the episodes in meta")
+    return np.repeat(positions, lengths).astype(np.int32)
+
+
+def _check_finite(
+    layout: Layout, name: str, block: np.ndarray, path: Path, episode_of: np.ndarray, frame: np.ndarray
+) -> None:
+    finite = np.isfinite(block).reshape(len(block), -1).all(1)
+    if not finite.all():
+        bad = int(np.argmin(finite))
+        place = f"episode {layout.episodes[episode_of[bad]].index}, frame {frame[bad]}"
+        raise UserError(f"{path}: {name} is NaN or infinite in {place}; remove or repair that episode")
 
 
 def _rewards(layout: Layout, cfg: DataConfig, success: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -154,23 +187,6 @@ def _rewards(layout: Layout, cfg: DataConfig, success: np.ndarray, starts: np.nd
         else:
             rewards[starts[i + 1] - 1] = terminal[starts[i + 1] - 1] = success[i]
     return rewards, terminal
-
-
-def _check_finite(layout: Layout, arrays: Mapping[str, np.ndarray], starts: np.ndarray) -> None:
-    block = 1 << 18
-    for name, begin in (
-        (name, i) for name in ("state", "actions", "rewards") for i in range(0, int(starts[-1]), block)
-    ):
-        part = arrays[name][begin : begin + block]
-        finite = np.isfinite(part).reshape(len(part), -1).all(1)
-        if not finite.all():
-            row = begin + int(np.argmin(finite))
-            i = int(np.searchsorted(starts, row, side="right")) - 1
-            episode = layout.episodes[i]
-            raise UserError(
-                f"{episode.data_path}: {name} is NaN or infinite in episode {episode.index}, frame {row - starts[i]}; "
-                "remove or repair that episode"
-            )
 
 
 def _parse(column: str) -> tuple[str, list[int] | None]:

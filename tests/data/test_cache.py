@@ -57,6 +57,11 @@ def test_failure_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_numpys_short_write_is_a_full_disk(tmp_path):
+    with pytest.raises(UserError, match="the disk is full"), replacing(tmp_path / "c/x"):
+        raise OSError("100 requested and 8 written")
+
+
 @pytest.mark.parametrize(
     ("number", "message"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "cannot write"), (errno.EIO, None)]
 )

@@ -1,6 +1,8 @@
 """Random access into videos and stored images against plain decoding from the beginning."""
 
+import errno
 import io
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -149,6 +151,18 @@ def test_image_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("hvd.data.image_cache._build", never)
     again = Dataset.open(recipe.config, cameras=CAMERAS)
     np.testing.assert_array_equal(cached_frames(again, CAMERAS[0], 28)(rows), frames(rows))
+
+
+def test_image_cache_on_a_full_disk(tmp_path, monkeypatch):
+    recipe = make_dataset(tmp_path / "d")
+    dataset = Dataset.open(recipe.config, cameras=CAMERAS)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(UserError, match=r"\.hvd_cache: the disk is full"):
+        cached_frames(dataset, CAMERAS[0], 28)
 
 
 def test_failed_image_cache_leaves_nothing(tmp_path, monkeypatch):
