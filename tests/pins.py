@@ -3,8 +3,8 @@
     uv lock --upgrade && python tests/pins.py --write    # take newer versions, run every test, commit pyproject.toml
     python tests/pins.py                                 # exit code 1 when pyproject.toml and uv.lock differ
 
-With the pins in `[tool.uv] constraint-dependencies`, `uv sync` and `uv run` resolve to the same versions on every machine.
-To upgrade, `--clear` removes the pins first (`uv lock --upgrade` keeps to constraints).
+With the pins in `[tool.uv] constraint-dependencies`, `uv sync` and `uv run` resolve to the same versions everywhere. To
+upgrade, `--clear` removes the pins first (`uv lock --upgrade` keeps to constraints).
 """
 
 import argparse
@@ -24,7 +24,7 @@ def normal(name: str) -> str:
 
 
 def from_lock(lock: dict) -> list[str]:
-    """One `name==version` (with a marker where platforms differ) for every package of a uv.lock that comes from an index."""
+    """One `name==version` for every package of a uv.lock that comes from an index, with a marker where they differ."""
     found: dict[str, list[dict]] = {}
     for package in lock["package"]:
         if "registry" in package["source"]:
