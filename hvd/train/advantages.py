@@ -63,7 +63,8 @@ def ensure(cfg: Experiment, devices: Devices, value: Complete, datasets: dict[st
         if devices.is_main:
             print(f"{folder}: up to date, {known['rows']} frames", flush=True)
         return
-    values = _evaluate(cfg, devices, datasets, rows, _Shards(folder / "shards" / key[:16]))
+    with preemption.deferred():
+        values = _evaluate(cfg, devices, datasets, rows, _Shards(folder / "shards" / key[:16]))
     if devices.is_main:
         splits = {role: split_episodes(d, cfg.evaluate.val_fraction, cfg.seed)[1] for role, d in datasets.items()}
         advantage_table.write(folder, cfg, datasets, values, splits, meta)

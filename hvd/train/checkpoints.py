@@ -6,6 +6,7 @@
     loop         small JSON: what the step loop had not written out yet
 """
 
+import logging
 import os
 from typing import Any
 
@@ -20,6 +21,16 @@ from hvd.train import run_dir as runs
 from hvd.train.state import Graph, TrainState, join, named
 
 _ITEMS = ("params", "train_state", "loop")
+
+
+class _RaisedAnyway(logging.Filter):
+    """Drops Orbax's own report of an error in a writing thread: the error is raised at the next call, and said once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_RaisedAnyway())
 
 
 class Checkpoints:

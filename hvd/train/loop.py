@@ -99,19 +99,21 @@ def run(job: Job) -> None:
     devices, stage_cfg = job.devices, getattr(job.cfg, job.stage)
     steps: int = stage_cfg.num_train_steps
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(_checkpoints(job, stage_cfg)))
+        checkpoints = Checkpoints(job.folder, job.graph, stage_cfg.keep_period)
+        stack.callback(checkpoints.close)
         start = int(devices.from_main(np.asarray(checkpoints.latest() or 0)))
         if start > steps:
             raise UserError(f"{job.folder} is at step {start}, past {job.stage}.num_train_steps {steps}: raise it")
         loader = stack.enter_context(contextlib.closing(job.loader(start))) if start < steps else None
 
-        # --- the state, fresh or restored
+        # --- the state, fresh or restored; a signal ends the run at once until there is something to save
         like = state.abstract(job.init, devices)
         if start:
             train_state, carried = checkpoints.restore(start, like)
         else:
             train_state, carried = job.prepare(state.create(job.init, job.cfg.seed, like)), {}
         devices.poll("before the first step")
+        stack.enter_context(preemption.deferred())
         if devices.is_main:
             (epath.Path(job.folder) / runs.COMPLETE).unlink(missing_ok=True)  # a run that goes on is not complete
         telemetry = Telemetry(job.cfg, job.stage, job.folder, start=start, carried=carried, is_main=devices.is_main)
@@ -129,16 +131,13 @@ def run(job: Job) -> None:
         if not jax.device_get(finite((trainer.state.trained, trainer.state.frozen, trainer.state.ema))):
             raise Failed(f"{job.folder}: the parameters are not finite after {steps} steps; the run is not complete")
         telemetry.event("complete", step=steps)
-    if devices.is_main:
-        digest = runs.config_hash(job.cfg, job.stage)
-        complete.write_complete(
-            job.folder, stage=job.stage, step=steps, config_hash=digest, inputs=job.inputs, finite=True
-        )
-    devices.barrier("complete")
-
-
-def _checkpoints(job: Job, stage_cfg: StageConfig) -> Checkpoints:
-    return Checkpoints(job.folder, job.graph, stage_cfg.keep_period)
+        telemetry.close()
+        if devices.is_main:
+            digest = runs.config_hash(job.cfg, job.stage)
+            complete.write_complete(
+                job.folder, stage=job.stage, step=steps, config_hash=digest, inputs=job.inputs, finite=True
+            )
+        devices.barrier("complete")
 
 
 class _Trainer:

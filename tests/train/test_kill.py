@@ -13,7 +13,7 @@ from tests.train import factory
 from tests.train.children import Child, Children
 from tests.train.compare import assert_same_run, lines
 
-STEPS = 60
+STEPS = 120
 KILLS, TERMS = 20, 5
 CHANGES = {
     stage: {"num_train_steps": STEPS, "save_interval": 4, "val_interval": 7, "log_interval": 5}
@@ -38,7 +38,7 @@ def strike(child: Child, number: signal.Signals, folder: Path, rng: random.Rando
         alive = child.wait_until(lambda: time.monotonic() > end)
         child.send(number)
         return alive
-    target = steps_done(folder) + rng.randint(1, 8)
+    target = steps_done(folder) + rng.randint(1, 6)
     alive = child.wait_until(lambda: steps_done(folder) >= target)
     if alive and phase == "saving":  # a temporary folder of Orbax, or a new step's, while it is written
         before = set((folder / "checkpoints").glob("*"))

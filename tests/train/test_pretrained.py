@@ -84,8 +84,11 @@ def test_openpis_tiny_checkpoint(golden, capsys):
     names = {name[2:]: arrays[name] for name in arrays.files if name.startswith("p/")}
     shapes = state.nest({tuple(n.split("/")): jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in names.items()})
 
-    class Named:
-        """As much of a Graph as loading needs."""
+    class Named(Graph):
+        """As much of a graph as loading needs."""
+
+        def __init__(self):
+            pass
 
         def split(self, params):
             return params, {}
@@ -93,7 +96,7 @@ def test_openpis_tiny_checkpoint(golden, capsys):
     devices = mesh.make_devices(1)
     params = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), devices.replicated), shapes)
     blank = state.TrainState(np.int32(0), params, {}, (), {}, {})
-    loaded = pretrained.load(blank, str(folder), Named())  # pyright: ignore[reportArgumentType]
+    loaded = pretrained.load(blank, str(folder), Named())
     for name, leaf in state.named(loaded.trained).items():
         np.testing.assert_array_equal(leaf, names[name])
     assert f"{len(names)} arrays" in capsys.readouterr().out

@@ -1,0 +1,96 @@
+"""Acceptance A4: 2 processes x 2 CPU devices train what 1 x 4 does, and each resumes the run of the other."""
+
+import signal
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hvd.errors import EXIT_COMPLETE, EXIT_STOPPED
+from hvd.train import complete
+from tests.train import factory
+from tests.train.children import Child, Children
+from tests.train.compare import arrays, lines, metrics
+
+CHANGES = {"fsdp_devices": 2}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def start(children: Children, step: str, settings: factory.Settings, processes: int) -> list[Child]:
+    """The step on 4 devices in all."""
+    devices = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}"}
+    if processes == 1:
+        return [children.start(step, settings, devices)]
+    group = {"HVD_COORDINATOR": f"localhost:{free_port()}", "HVD_NUM_PROCESSES": str(processes)}
+    return [
+        children.start(step, settings, devices | group | {"HVD_PROCESS_ID": str(index)}) for index in range(processes)
+    ]
+
+
+def end(running: list[Child], code: int) -> None:
+    codes = [child.end() for child in running]
+    assert codes == [code] * len(running), "\n".join(child.text() for child in running)
+
+
+def assert_close(ours: str, theirs: str) -> None:
+    """Same lines, same visited samples, losses and parameters to float tolerance."""
+    found, expected = metrics(ours), metrics(theirs)
+    assert len(found) == len(expected) > 0
+    for line, wanted in zip(found, expected, strict=True):
+        assert line.keys() == wanted.keys() and (line["step"], line["split"]) == (wanted["step"], wanted["split"])
+        for name in line.keys() - {"step", "split"}:
+            np.testing.assert_allclose(
+                line[name], wanted[name], rtol=2e-4, atol=2e-5, err_msg=f"{name} at {line['step']}"
+            )
+    assert lines(Path(ours, "samples.jsonl")) == lines(Path(theirs, "samples.jsonl"))
+    trained, reference = arrays(ours, 12), arrays(theirs, 12)
+    assert trained.keys() == reference.keys()
+    for name, x in trained.items():
+        if name.startswith("params/"):
+            np.testing.assert_allclose(x, reference[name], atol=3e-4, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_processes_train_what_one_does(data_folder, tmp_path):
+    children = Children(tmp_path)
+    runs = {name: str(tmp_path / name) for name in ("one", "two", "both")}
+    cfgs = {name: factory.experiment(data_folder, runs_dir=path, **CHANGES) for name, path in runs.items()}
+
+    def settings(name: str, slow_s: float = 0.0) -> factory.Settings:
+        return factory.Settings(str(data_folder), {"runs_dir": runs[name], **CHANGES}, slow_s)
+
+    for step in ("train-value", "train-policy"):
+        end(start(children, step, settings("one"), 1), EXIT_COMPLETE)
+        end(start(children, step, settings("two"), 2), EXIT_COMPLETE)
+    for stage in ("value", "policy"):
+        one, two = (getattr(cfgs[name], f"{stage}_dir") for name in ("one", "two"))
+        assert_close(two, one)
+        started = lines(Path(two, "events.jsonl"))[0]
+        assert (started["devices"], started["processes"]) == (4, 2)
+        complete.check_complete(two, stage=stage, cfg=cfgs["two"])
+
+    # two processes, one of which is told to stop; then one process, stopped too; then two again
+    both = cfgs["both"]
+    for stage in ("value", "policy"):
+        folder = Path(getattr(both, f"{stage}_dir"))
+        for target, processes in ((3, 2), (8, 1)):
+            running = start(children, f"train-{stage}", settings("both", slow_s=0.3), processes)
+            assert running[-1].wait_until(lambda f=folder, t=target: steps_done(f) >= t), running[-1].text()
+            running[-1].send(signal.SIGTERM)
+            end(running, EXIT_STOPPED)
+        end(start(children, f"train-{stage}", settings("both"), 2), EXIT_COMPLETE)
+        assert_close(str(folder), getattr(cfgs["one"], f"{stage}_dir"))
+        stops = [line["step"] for line in lines(folder / "events.jsonl") if line["event"] == "stop"]
+        assert len(stops) == 2 and stops[0] < stops[1] < 12
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / "samples.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
