@@ -1,7 +1,9 @@
 """Does the hierarchy blame the level at fault? For simulated data, whose sidecars know each mistake's level and frames.
 
-A_i(t) judges the actions t .. t+K-1 of levels <= i. A frame belongs to a level's mistakes when at least half of its
-chunk's real actions lie in one; to "the rest" when none of them lies in any mistake; frames between are left out. Two
+A_i(t) judges the actions t .. t+K-1 of levels <= i against what V expects of the state. An advantage speaks when a
+mistake begins: later the state itself tells that things went wrong, V is low and A is near 0 again. So the frames asked
+about are those at a mistake's onset, from K/2 before its first frame to K/4 after; beside them all its frames ("whole":
+at least half of the chunk's real actions lie in it). "The rest" are frames whose chunk touches no mistake. Two
 questions, each answered by an area under the ROC curve (0.5 = chance) of -A_i, with a bootstrap interval over episodes:
 
     rest    does A_i single out the frames of that level's mistakes from frames without any?
@@ -27,6 +29,11 @@ from hvd.evaluate_statistics import Estimate, auc
 from hvd.robots import get_robot
 
 _RESAMPLES = 200
+KINDS = {
+    "auc": "where a mistake begins",
+    "auc_marginal": "where a mistake begins, by the marginal advantages M_i = Q_i - Q_i-1",
+    "auc_whole": "all frames of a mistake",
+}
 
 
 @dataclass(frozen=True)
@@ -35,16 +42,18 @@ class Frames:
 
     Attributes:
         marginal: Q_i - Q_{i-1}, with V for Q_{-1}.
+        onset: [n, robot levels] whether a mistake of that level is about to begin or has just begun.
         share: [n, robot levels] share of the chunk's real actions that lie in a mistake of that level.
-        any_share: [n] share that lies in any mistake.
+        clean: [n] whether no action of the chunk lies in any mistake.
     """
 
     episode: Int[np.ndarray, " n"]
     a: Float32[np.ndarray, "n l"]
     marginal: Float32[np.ndarray, "n l"]
     omega: Float32[np.ndarray, "n l"]
+    onset: Bool[np.ndarray, "n m"]
     share: Float[np.ndarray, "n m"]
-    any_share: Float[np.ndarray, " n"]
+    clean: Bool[np.ndarray, " n"]
 
 
 def main(cfg: Experiment) -> dict | None:
@@ -56,56 +65,60 @@ def main(cfg: Experiment) -> dict | None:
     if not result["mistake_frames"]:
         return None
     write_json(epath.Path(cfg.exp_dir) / "evaluation" / "credit.json", result)
-    print("\ncredit: AUC of low advantage against frames without mistakes | against mistakes at other levels")
-    print_rows(rows(result, "auc", "A"))
-    if "auc_marginal" in result:
-        print("\nthe same of the marginal advantages M_i = Q_i - Q_i-1")
-        print_rows(rows(result, "auc_marginal", "M"))
+    print("\ncredit: AUC of low advantage, against frames without mistakes | against mistakes at other levels")
+    for kind, title in KINDS.items():
+        if kind in result:
+            print(f"{title}:")
+            print_rows(rows(result, kind))
     return result
 
 
-def rows(result: dict, kind: str, letter: str) -> list[tuple[str, ...]]:
-    """An AUC table ("auc" or "auc_marginal") as text: one row a level at fault, one column an advantage."""
-    names = [f"{letter}_{name}" for name in result["levels"]]
-    lines: list[tuple[str, ...]] = [("mistakes at", "frames", *names, "weight on them", "elsewhere")]
-    for level, count in result["mistake_frames"].items():
+def rows(result: dict, kind: str) -> list[tuple[str, ...]]:
+    """One of the AUC tables as text: a row per level at fault, a column per advantage, and the level's mean weight."""
+    columns = list(next(iter(result[kind].values())))
+    lines: list[tuple[str, ...]] = [("mistakes at", "frames", *columns, "weight", "elsewhere")]
+    for level, pairs in result[kind].items():
         cells = []
-        for name in names:
-            pair = result[kind][level][name]
+        for pair in pairs.values():
             cells.append(" | ".join("-" if e is None else f"{e['mean']:.2f}" for e in (pair["rest"], pair["other"])))
         weight = result["omega"][level]
-        lines.append((level, str(count), *cells, f"{weight['mistakes']:.2f}", f"{weight['rest']:.2f}"))
+        count = result["whole_frames" if kind == "auc_whole" else "mistake_frames"][level]
+        here = weight["whole" if kind == "auc_whole" else "mistakes"]
+        lines.append((level, str(count), *cells, f"{here:.2f}", f"{weight['rest']:.2f}"))
     return lines
 
 
 def tables(frames: Frames, robot_levels: tuple[str, ...], levels: tuple[str, ...]) -> dict:
     """The AUCs of every advantage (`levels`) on every level's mistakes (`robot_levels`), and mean weights."""
-    clean = frames.any_share == 0
-    result: dict = {"levels": list(levels), "clean_frames": int(clean.sum())}
-    result |= {"mistake_frames": {}, "auc": {}, "omega": {}}
-    scores = {"auc": ("A", frames.a)}
+    onset = {name: frames.onset[:, m] for m, name in enumerate(robot_levels)}
+    whole = {name: frames.share[:, m] >= 0.5 for m, name in enumerate(robot_levels)}
+    present = [name for name in robot_levels if onset[name].any() and whole[name].any()]
+    result: dict = {
+        "levels": list(levels),
+        "clean_frames": int(frames.clean.sum()),
+        "mistake_frames": {name: int(onset[name].sum()) for name in present},
+        "whole_frames": {name: int(whole[name].sum()) for name in present},
+        "omega": {},
+    }
+    scores = {"auc": ("A", frames.a, onset), "auc_whole": ("A", frames.a, whole)}
     if len(levels) > 1:
-        scores["auc_marginal"] = ("M", frames.marginal)
-        result["auc_marginal"] = {}
-    at_fault = {name: frames.share[:, m] >= 0.5 for m, name in enumerate(robot_levels)}
-    for level, positive in at_fault.items():
-        if not positive.any():
-            continue
-        others = np.any([mask for name, mask in at_fault.items() if name != level], axis=0) & ~positive
-        result["mistake_frames"][level] = int(positive.sum())
-        for kind, (letter, score) in scores.items():
+        scores["auc_marginal"] = ("M", frames.marginal, onset)
+    for kind, (letter, score, at_fault) in scores.items():
+        result[kind] = {}
+        for level in present:
+            positive = at_fault[level]
+            others = np.any([mask for name, mask in at_fault.items() if name != level], axis=0) & ~positive
             result[kind][level] = {
                 f"{letter}_{name}": {
-                    "rest": _separation(-score[:, i], frames.episode, positive, clean),
+                    "rest": _separation(-score[:, i], frames.episode, positive, frames.clean),
                     "other": _separation(-score[:, i], frames.episode, positive, others),
                 }
                 for i, name in enumerate(levels)
             }
-        own = levels.index(level) if level in levels else 0
-        result["omega"][level] = {
-            "mistakes": float(frames.omega[positive, own].mean()),
-            "rest": float(frames.omega[clean, own].mean()),
-        }
+    for level in present:
+        own = frames.omega[:, levels.index(level) if level in levels else 0]
+        masks = {"mistakes": onset[level], "whole": whole[level], "rest": frames.clean}
+        result["omega"][level] = {name: float(own[mask].mean()) for name, mask in masks.items() if mask.any()}
     return result
 
 
@@ -149,21 +162,25 @@ def read_frames(cfg: Experiment) -> Frames | None:
         np.stack([table[f"{letter}_{i}"].to_numpy()[here] for i in range(count)], 1) for letter in ("A", "Q", "omega")
     )
     marginal = np.diff(q, axis=1, prepend=table["V"].to_numpy()[here][:, None])
-    level_names = get_robot(cfg.robot).level_names
-    share, any_share = np.zeros((len(frame), len(level_names))), np.zeros(len(frame))
-    found = np.zeros(len(frame), bool)
+    level_names, horizon = get_robot(cfg.robot).level_names, cfg.model.action_horizon
+    n = len(frame)
+    onset, share = np.zeros((n, len(level_names)), bool), np.zeros((n, len(level_names)))
+    clean, found = np.zeros(n, bool), np.zeros(n, bool)
     for number in np.unique(episode):
         path = episode_path(labels_dir, int(number))
         if not path.exists():
             continue
         mine = np.flatnonzero(episode == number)
-        length = int(frame[mine].max()) + 1
-        found[mine] = True
-        by_level, anywhere = chunk_shares(load_labels(path).mistakes, level_names, length, cfg.model.action_horizon)
-        share[mine], any_share[mine] = by_level[frame[mine]], anywhere[frame[mine]]
+        at, mistakes = frame[mine], load_labels(path).mistakes
+        by_level, anywhere = chunk_shares(mistakes, level_names, int(at.max()) + 1, horizon)
+        found[mine], clean[mine], share[mine] = True, anywhere[at] == 0, by_level[at]
+        for mistake in mistakes:
+            if mistake.level in level_names:
+                near = (at >= mistake.start - horizon // 2) & (at <= mistake.start + horizon // 4) & (at < mistake.end)
+                onset[mine[near], level_names.index(mistake.level)] = True
     if not found.any():
         return None
-    return Frames(episode[found], a[found], marginal[found], omega[found], share[found], any_share[found])
+    return Frames(*(x[found] for x in (episode, a, marginal, omega, onset, share, clean)))
 
 
 def chunk_shares(

@@ -5,6 +5,7 @@ failures and recoveries. Episodes are independent: processes write them in any o
 first, and a second run makes only what is missing.
 """
 
+import atexit
 import json
 import os
 from pathlib import Path
@@ -117,5 +118,7 @@ def _simulator(sim: SimConfig, backend: Backend | None) -> tuple[Env, Cameras | 
     if key not in _simulators:
         env = Env(sim.task, sim.horizon)
         cameras = Cameras(env.model, sim.image_size, sim.image_size, backend) if backend else None
+        if cameras:
+            atexit.register(cameras.close)  # while there is still a GL library to close it with
         _simulators[key] = env, cameras
     return _simulators[key]

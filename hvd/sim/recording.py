@@ -41,7 +41,10 @@ class Episode:
 
 
 def roll_out(env: Env, operator: Teleoperator, cameras: Cameras | None, quality: str) -> Episode:
-    """Let `operator` act until the task is over, time is up or it gives up. `operator` was made after env.reset."""
+    """Let `operator` act until the task is over (success, dropped, given up: terminal) or time is up (truncated).
+
+    `operator` was made after env.reset.
+    """
     names = ("state", "velocity", "effort", "base_pose", "environment_state", "action")
     columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
     images: dict[str, list[np.ndarray]] = {name: [] for name in scene.CAMERAS} if cameras else {}
@@ -70,7 +73,8 @@ def roll_out(env: Env, operator: Teleoperator, cameras: Cameras | None, quality:
         success=step.success,
         subtasks=tuple(subtasks),
         quality=quality,
-        terminal=step.success or step.dropped,
+        # An operator who has given up stands still for good: nothing more is to be won, as after a drop to the floor.
+        terminal=step.success or step.dropped or operator.done,
         mistakes=tuple(operator.log.mistakes),
     )
     return Episode(

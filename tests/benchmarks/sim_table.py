@@ -30,8 +30,8 @@ PROTOTYPE = {
 # Mistakes that are never noticed, with the phase they begin in.
 FATAL = {
     "tote": (
-        Plan("base", "stops_short", "approach", 0, (-0.44, 0.0)),
-        Plan("base", "off_to_side", "approach", 0, (0.0, 0.44)),
+        Plan("base", "stops_short", "approach", 0, (-0.65, 0.0)),
+        Plan("base", "off_to_side", "approach", 0, (0.0, 0.65)),
         Plan("base", "stops_short", "advance", 0, (-0.36, 0.0)),
         Plan("base", "off_to_side", "advance", 0, (0.0, 0.36)),
         Plan("torso", "no_bend", "approach"),
@@ -41,8 +41,8 @@ FATAL = {
         Plan("arms", "releases_early", "sidestep", 4),
     ),
     "pick": (
-        Plan("base", "stops_short", "approach", 0, (-0.73, 0.0)),
-        Plan("base", "off_to_side", "approach", 0, (0.0, -0.73)),
+        Plan("base", "stops_short", "approach", 0, (-0.76, 0.0)),
+        Plan("base", "off_to_side", "approach", 0, (0.0, -0.76)),
         Plan("base", "stops_short", "advance", 0, (-0.36, 0.0)),
         Plan("base", "off_to_side", "advance", 0, (0.0, 0.36)),
         Plan("torso", "no_bend", "approach"),
