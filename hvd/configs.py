@@ -288,7 +288,8 @@ def demo() -> Experiment:
     return Experiment(
         name="demo",
         sim=SimConfig(task="tote"),
-        model=_TINY,
+        # at alpha 1 the advantages, a fraction of a sub-task's reward, would hardly change a weight
+        model=dataclasses.replace(_TINY, alpha=4.0),
         norm=NormConfig(std_floor=0.02),
         optimal_data=DataConfig(repo_id="demo/optimal", keys=state),
         suboptimal_data=DataConfig(repo_id="demo/mixed", keys=state),
@@ -309,6 +310,7 @@ def demo() -> Experiment:
             lr_schedule=_small_lr(policy_steps, 1e-3),
             ema_decay=0.99,
             suboptimal_share=0.5,
+            bc_lambda=16.0,  # alpha^2, the weight of a frame of advantage 0
             log_interval=50,
             val_interval=250,
             save_interval=500,
