@@ -6,6 +6,7 @@ import numpy as np
 from etils import epath
 
 from hvd.configs import Experiment
+from hvd.evaluate_credit import KINDS
 from hvd.evaluate_results import NOTHING
 from hvd.report_page import BASELINE, GREY, INK, POLICY, Section, axes
 from hvd.report_results import Results, error_rows, name_of, rank_lines, read_credit, stale, success_rows
@@ -110,56 +111,59 @@ def credit(cfg: Experiment) -> Section:
         return out
     out.text(
         "The simulator knows which level was at fault and when; training never sees it. Each number is the probability "
-        "that A of a frame whose actions are such a mistake is below A of a frame without any mistake (left) or of a "
-        "frame with a mistake at another level (right): 0.5 is chance, 1 is perfect. The hierarchy assigns credit when "
-        "the diagonal, own level by own advantage, stands out on the right."
+        "that the advantage is lower at such a mistake than at frames without any mistake (left) or at mistakes of "
+        "other levels (right): 0.5 is chance, 1 is perfect. A level also knows the actions of the levels above it, so "
+        "it sees their mistakes too; what it adds by itself is the marginal advantage."
     )
-    out.figure(_auc(result, "auc", "A"), "AUC of each level's advantage for each level's mistakes")
-    out.table(*_auc_table(result, "auc", "A"))
-    if "auc_marginal" in result:
-        out.heading("The same of the marginal advantages M = Q of the level minus Q of the level above")
-        out.figure(_auc(result, "auc_marginal", "M"), "AUC of each level's marginal advantage")
-        out.table(*_auc_table(result, "auc_marginal", "M"))
+    for kind, title in KINDS.items():
+        if result.get(kind):
+            out.heading(title[0].upper() + title[1:])
+            out.figure(_auc(result[kind]), f"area under the curve, {title}")
+            out.table(*_auc_table(result, kind))
     out.text(
-        f"{result['clean_frames']:,} frames have no mistake. In brackets: 95 % bootstrap intervals over episodes.",
+        f"{result['clean_frames']:,} frames have no mistake in their chunk. In brackets: 95 % bootstrap intervals over "
+        "episodes. Weight: the mean weight of the level at fault, there and at frames without mistakes.",
         "quiet",
     )
     return out
 
 
-def _auc_table(result: dict, kind: str, letter: str) -> tuple[list[str], list[list[str]]]:
+def _auc_table(result: dict, kind: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows, two a level at fault."""
+    whole = kind == "auc_whole"
+    counts = result["whole_frames" if whole else "mistake_frames"]
     rows = []
     for level, by_advantage in result[kind].items():
-        weight = result["omega"].get(level)
-        weights = [f"{weight['mistakes']:.2f}", f"{weight['rest']:.2f}"] if weight else ["-", "-"]
+        weight = result["omega"].get(level, {})
+        weights = [f"{weight[w]:.2f}" if w in weight else "-" for w in ("whole" if whole else "mistakes", "rest")]
         for against, words in (("rest", "no mistake"), ("other", "other levels' mistakes")):
             first = against == "rest"
             cells = [_estimate(pair[against]) for pair in by_advantage.values()]
-            count = f"{result['mistake_frames'][level]:,}" if first else ""
+            count = f"{counts[level]:,}" if first else ""
             rows.append([level if first else "", words, count, *cells, *(weights if first else ("", ""))])
-    names = [f"{letter} {name}" for name in result["levels"]]
-    return ["mistakes at", "against frames with", "frames", *names, "mean weight there", "elsewhere"], rows
+    names = [name.replace("_", " ", 1) for name in next(iter(result[kind].values()))]
+    return ["mistakes at", "against frames with", "frames", *names, "weight", "elsewhere"], rows
 
 
 def _estimate(value: dict | None) -> str:
     return "-" if value is None else f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
 
 
-def _auc(result: dict, metric: str, letter: str):
-    faults, levels = list(result[metric]), result["levels"]
-    figure, grid = axes(2, width=8.6, height=1.0 + 0.55 * len(faults), sharey=True)
+def _auc(table: dict):
+    """The AUCs of one table ({level at fault: {advantage: {"rest", "other"}}}) as two coloured squares."""
+    faults, columns = list(table), list(next(iter(table.values())))
+    figure, grid = axes(2, width=8.6, height=1.0 + 0.45 * len(faults), sharey=True)
     for ax, kind, title in zip(
         grid[0], ("rest", "other"), ("against frames without mistakes", "against mistakes at other levels"), strict=True
     ):
-        pairs = [[result[metric][fault][f"{letter}_{level}"][kind] for level in levels] for fault in faults]
+        pairs = [[table[fault][column][kind] for column in columns] for fault in faults]
         values = np.array([[np.nan if pair is None else pair["mean"] for pair in row] for row in pairs])
         ax.imshow(values, cmap="RdBu", vmin=0, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             dark = abs(value - 0.5) > 0.33
             text = "-" if np.isnan(value) else f"{value:.2f}"
             ax.text(j, i, text, ha="center", va="center", fontsize=10, color="white" if dark else INK)
-        ax.set_xticks(range(len(levels)), [f"{letter} {level}" for level in levels])
+        ax.set_xticks(range(len(columns)), [column.replace("_", " ", 1) for column in columns])
         ax.set_yticks(range(len(faults)), [f"mistakes at {fault}" for fault in faults])
         ax.grid(visible=False)
         ax.set_title(title)

@@ -67,7 +67,8 @@ def _prepare(cfg: Experiment, options: Sequence[str]) -> list[Group]:
     if not cfg.sim.task:
         return []
     groups: list[Group] = [(Task("simulate", ("simulate", *options)),)]
-    for folder, data in (("optimal", cfg.optimal_data), ("mixed", cfg.suboptimal_data)):
+    for role, data in cfg.datasets():
+        folder = {"optimal": "optimal", "suboptimal": "mixed"}[role]
         recordings = os.path.join(cfg.exp_dir, "recordings", folder)
         args = ("convert", "--raw-dirs", recordings, "--repo-id", data.repo_id, "--root", str(data.path()))
         groups.append((Task(f"convert-{folder}", args),))

@@ -102,14 +102,16 @@ def write_results(
 
 def write_credit(cfg: Experiment) -> None:
     pair = {"rest": estimate(0.81), "other": None}
-    auc = {"base": {f"A_{level}": pair for level in LEVELS}}
+    by_advantage, by_marginal = ({f"{letter}_{level}": pair for level in LEVELS} for letter in "AM")
     result = {
         "levels": list(LEVELS),
         "clean_frames": 300,
         "mistake_frames": {"base": 1234},
-        "auc": auc,
-        "auc_marginal": {"base": {f"M_{level}": pair for level in LEVELS}},
-        "omega": {"base": {"mistakes": 0.7, "rest": 1.3}},
+        "whole_frames": {"base": 2345},
+        "auc": {"base": by_advantage},
+        "auc_whole": {"base": by_advantage},
+        "auc_marginal": {"base": by_marginal},
+        "omega": {"base": {"mistakes": 0.7, "whole": 0.8, "rest": 1.3}},
     }
     (Path(cfg.exp_dir) / "evaluation" / "credit.json").write_text(json.dumps(result))
 
@@ -194,7 +196,7 @@ def test_everything_that_is_there_is_shown(cfg, capsys):
     assert "30/40 = 0.75" in page.cells
     assert "state with object pose, no cameras" in page.cells
     assert "0.81 [0.71, 0.91]" in page.cells
-    assert "1,234" in page.cells
+    assert {"1,234", "2,345", "A arms", "M arms", "0.70", "0.80", "1.30"} <= set(page.cells)
     assert "Episode 0 of the suboptimal set: success, held out from training" in page.headings
     assert "Episode 1 of the suboptimal set: failure" in page.headings
 
