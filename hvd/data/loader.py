@@ -70,6 +70,10 @@ class Batcher:
         datasets = {id(s.dataset): s.dataset for s in sources}
         for dataset in datasets.values():
             check_horizon(dataset.name, dataset.episodes, spec.horizon)
+            for name, array in (("state", dataset.state), ("actions", dataset.actions)):
+                if array.shape[1] != spec.transform.stats[name].dim:
+                    widths = f"{array.shape[1]} dims, its norm stats {spec.transform.stats[name].dim}"
+                    raise UserError(f"{dataset.name}: {name} has {widths}: run `hvd norm-stats` for this data")
         tables = {i: Transitions(d, spec.horizon, spec.gamma) for i, d in datasets.items()}
         tokens = {i: spec.transform.tokenizer.encode(list(d.tasks)) for i, d in datasets.items()}
         self._transitions = [tables[id(s.dataset)] for s in sources]

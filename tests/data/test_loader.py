@@ -236,6 +236,13 @@ def test_impossible_requests(recipes):
         Loader(sources, SampleSpec(long), 6, seed=0)
 
 
+def test_norm_stats_of_other_data_are_said_at_once(recipes, tmp_path):
+    sources, spec = open_all(recipes)
+    other = Dataset.open(make_dataset(tmp_path / "other", state_dim=6, cameras=()).config, cameras=())
+    with pytest.raises(UserError, match="other: state has 6 dims, its norm stats 4: run `hvd norm-stats`"):
+        Batcher([sources[0], Source(other, other.rows(), 2)], spec)
+
+
 def test_numbers_alone_cost_next_to_nothing(tmp_path):
     """A batch of 64 without images: about 0.5 ms of work (bench_loader measures it), asserted with much room."""
     recipe = make_dataset(tmp_path / "d", lengths=(200,) * 5, cameras=(), state_dim=21)
