@@ -288,8 +288,7 @@ def demo() -> Experiment:
     return Experiment(
         name="demo",
         sim=SimConfig(task="tote"),
-        # at alpha 1 the advantages, a fraction of a sub-task's reward, would hardly change a weight
-        model=dataclasses.replace(_TINY, alpha=4.0),
+        model=_TINY,
         norm=NormConfig(std_floor=0.02),
         optimal_data=DataConfig(repo_id="demo/optimal", keys=state),
         suboptimal_data=DataConfig(repo_id="demo/mixed", keys=state),
@@ -310,7 +309,7 @@ def demo() -> Experiment:
             lr_schedule=_small_lr(policy_steps, 1e-3),
             ema_decay=0.99,
             suboptimal_share=0.5,
-            bc_lambda=16.0,  # alpha^2, the weight of a frame of advantage 0
+            bc_lambda=16.0,  # with 1 the mixed set's mistakes are copied more often (BENCHMARKS.md)
             log_interval=50,
             val_interval=250,
             save_interval=500,
