@@ -112,6 +112,6 @@ def _sample(rng: np.random.Generator, level: str, task: str) -> Plan:
 
 _KINDS = {
     "base": ("stops_short", "stops_short", "off_to_side", "off_to_side", "detour"),
-    "torso": ("no_bend", "no_bend", "no_rise"),
+    "torso": ("no_bend", "no_rise"),
     "arms": ("too_high", "too_wide", "releases_early", "hesitates"),
 }
