@@ -18,42 +18,63 @@ SMALL = (
     *("--value.log_interval", "10", "--policy.log_interval", "10"),
     *("--value.val_interval", "30", "--policy.val_interval", "30"),
     *("--evaluate.num_rollouts", "2", "--evaluate.workers", "1", "--evaluate.videos", "1"),
+    *("--evaluate.baselines", "false"),  # the same code three times more; .ci/run trains them
 )
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "launch" / "submit.py"), *options, *SMALL]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    with open(folder / "out", "a") as out:
-        return subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)
+PATIENCE = 1500  # seconds for one launch; it takes 1 to 2 minutes on two free cores
 
 
-def run(folder: Path, *options: str) -> list[str]:
-    (folder / "out").unlink(missing_ok=True)
-    code = start(folder, *options).wait(800)
-    text = (folder / "out").read_text()
-    assert code == 0, text[-3000:]
-    return [line for line in text.splitlines() if line.strip()]
+@pytest.fixture
+def launch(tmp_path):
+    """Start launch/submit.py in the test's folder; whatever still runs at the test's end is stopped."""
+    started: list[subprocess.Popen] = []
+
+    def start(*options: str) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "launch" / "submit.py"), *options, *SMALL]
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+        with open(tmp_path / "out", "w") as out:
+            started.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=subprocess.STDOUT))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(120)
+
+
+@pytest.fixture
+def run(tmp_path, launch):
+    """Run launch/submit.py to its end, which must be a good one; returns the lines that it printed."""
+
+    def complete(*options: str) -> list[str]:
+        code = launch(*options).wait(PATIENCE)
+        text = (tmp_path / "out").read_text()
+        assert code == 0, text[-3000:]
+        return [line for line in text.splitlines() if line.strip()]
+
+    return complete
 
 
 def wait_for(path: Path, holds, process: subprocess.Popen) -> None:
-    until = time.monotonic() + 400
+    until = time.monotonic() + PATIENCE
     while not (path.exists() and holds(path)):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.1)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_stopped_in_the_value_stage_it_goes_on_and_ends_with_the_report(tmp_path):
-    process = start(tmp_path, "--stage", "all")
+@pytest.mark.timeout(3600)
+def test_stopped_in_the_value_stage_it_goes_on_and_ends_with_the_report(tmp_path, launch, run):
+    process = launch("--stage", "all")
     value = tmp_path / "runs" / "demo" / "value"
     wait_for(value / "checkpoints", lambda path: any(path.iterdir()), process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 143
+    assert process.wait(PATIENCE) == 143
     assert not (value / "complete.json").exists()
 
-    lines = run(tmp_path, "--stage", "all")
+    lines = run("--stage", "all")
     report = tmp_path / "runs" / "demo" / "report.html"
     assert lines[-1] == "report: runs/demo/report.html"
     assert lines[-2].startswith("doing nothing")
@@ -62,20 +83,19 @@ def test_stopped_in_the_value_stage_it_goes_on_and_ends_with_the_report(tmp_path
     assert events.count("start") == 2 and events[-1] == "complete"
 
     digest = json.loads((value / "complete.json").read_text())["digest"]
-    again = run(tmp_path, "--stage", "all")
+    again = run("--stage", "all")
     assert any("nothing to do" in line for line in again)
     assert json.loads((value / "complete.json").read_text())["digest"] == digest
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_two_processes_train_both_stages_together(tmp_path):
-    lines = run(tmp_path, "--stage", "value", "--nodes", "2")
+@pytest.mark.timeout(3600)
+def test_two_processes_train_both_stages_together(tmp_path, run):
+    lines = run("--stage", "value", "--nodes", "2")
     assert lines[-1].startswith("value run: runs/demo/value")
     start_event = json.loads((tmp_path / "runs" / "demo" / "value" / "events.jsonl").read_text().splitlines()[0])
     assert start_event["processes"] == 2
-    # baselines would train the same code three times more
-    lines = run(tmp_path, "--stage", "policy", "--nodes", "2", "--evaluate.baselines", "false")
+    run("--stage", "policy", "--nodes", "2")
     assert (tmp_path / "runs" / "demo" / "policy" / "complete.json").exists()
     assert {path.name for path in (tmp_path / "runs" / "demo" / "logs").glob("policy*.log")} == {
         "policy.log",
