@@ -85,7 +85,8 @@ class Runner:
                 self._pump(selector)
                 for done in self._reap(selector):
                     codes.append(self._code(done))
-                    if not any(other.task is done.task for other in self._running):
+                    last = not any(other.task is done.task for other in self._running)
+                    if last and done.task.name in used:  # several processes of one step may end at once
                         free.append(used.pop(done.task.name))
                     if codes[-1] and not self._signal:
                         self._stop_companions(done)

@@ -1,7 +1,6 @@
 """Conversions that are killed, stopped or run out of disk: no half dataset, and the same command goes on."""
 
 import errno
-import resource
 import signal
 import subprocess
 import sys
@@ -24,8 +23,11 @@ def command(raw: Path, target: Path, *more: str) -> list[str]:
     return [*argv, "--root", str(target), *more]
 
 
-def run(raw: Path, target: Path, *more: str, **kw) -> subprocess.CompletedProcess:
-    return subprocess.run(command(raw, target, *more), cwd=ROOT, capture_output=True, text=True, timeout=120, **kw)
+def run(raw: Path, target: Path, *more: str, before: str = "") -> subprocess.CompletedProcess:
+    """The command's result; `before` is Python that its process runs first (this one has threads: it must not fork)."""
+    start = [sys.executable, "-c", f"{before}\nimport os, sys\nos.execv(sys.argv[1], sys.argv[1:])"] if before else []
+    argv = [*start, *command(raw, target, *more)]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_sigkill_at_any_file_operation(tmp_path):
@@ -73,10 +75,8 @@ def test_file_size_limit(tmp_path):
     raw, target = tmp_path / "raw", tmp_path / "set"
     joylo.write_folder(raw, (40, 40))
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    done = run(raw, target, preexec_fn=limit)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+    done = run(raw, target, before=limit)
     check_no_room(done, target)
     assert run(raw, target).returncode == 0
 

@@ -60,7 +60,7 @@ def test_tasks_of_a_group_run_side_by_side_each_on_its_own_cores(tmp_path, monke
     if len(cores) < 2:
         pytest.skip("one core only")
     out = tmp_path / "notes"
-    assert run(tmp_path, tuple(Task(f"t{i}", ("note", str(out), f"t{i}", "0.5")) for i in range(4))) == 0
+    assert run(tmp_path, tuple(Task(f"t{i}", ("note", str(out), f"t{i}", "4")) for i in range(4))) == 0
     records = sorted(notes(out), key=lambda record: record["began"])
     assert len(records) == 4
     a, b = records[:2]
