@@ -52,8 +52,9 @@ class Pi0(nnx.Module):
         actions = self.action_in_proj(x_t)
         width = actions.shape[-1]
         # A dense layer on [action, time] in two halves: the time's is the same for every action of the chunk.
-        kernel, bias = self.action_time_mlp_in.kernel[...], self.action_time_mlp_in.bias[...]
-        of_time = posemb_sincos(time, width) @ kernel[width:] + bias[None]
+        kernel, bias = self.action_time_mlp_in.kernel[...], self.action_time_mlp_in.bias
+        assert bias is not None
+        of_time = posemb_sincos(time, width) @ kernel[width:] + bias[...][None]
         mixed = self.action_time_mlp_out(nnx.swish(actions @ kernel[:width] + of_time[:, None]))
         x = jnp.concatenate([state, mixed], axis=1)
         starts = np.zeros(x.shape[1], bool)
