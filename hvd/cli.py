@@ -19,6 +19,7 @@ import tempfile
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from hvd import overrides
 from hvd.checks import check_config
@@ -68,10 +69,35 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+def command() -> NoReturn:
+    """The command `hvd`: `main` as a process."""
+    code, disk_full = _main(sys.argv[1:])
+    if disk_full:
+        # Whoever still holds a file complains at exit, Orbax's threads array by array: the one line would be lost in it
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one step and return its exit code; anything that is a bug propagates as a traceback."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    return _main(list(sys.argv[1:] if argv is None else argv))[0]
+
+
+def _main(argv: list[str]) -> tuple[int, bool]:
+    """Exit code, and whether the disk is full."""
     _die_with_launcher()
+    try:
+        return _to_code(argv), False
+    except Exception as error:
+        line = no_space(error)
+        if line is None:
+            raise
+        return _fail(line), True
+
+
+def _to_code(argv: list[str]) -> int:
     try:
         with stopped_by_signals():
             return run(argv)
@@ -89,11 +115,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `hvd configs | head`: the reader has gone, and nothing can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except Exception as error:
-        line = no_space(error)
-        if line is None:
-            raise
-        return _fail(line)
 
 
 def run(argv: list[str]) -> int:
@@ -207,4 +228,4 @@ def _die_with_launcher() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

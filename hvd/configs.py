@@ -128,6 +128,7 @@ class StageConfig:
     weight_loader: str = ""  # an openpi checkpoint's `params` (local path or URL); "" = random
     freeze_filter: Literal["auto", "none"] = "auto"  # auto: with a LoRA variant the expert's own weights are frozen
     augment_images: bool = True
+    state_noise: float = 0.0  # std of noise on the normalised state in training: against learning poses by heart
     log_interval: int = 100
     val_interval: int = 1_000
     val_batches: int = 4
@@ -169,6 +170,7 @@ class EvaluateConfig:
     execute_steps: int = 10  # actions of a chunk that are executed before the next one is computed
     workers: int = 2
     videos: int = 3
+    action_samples: int = 8  # held-out action error: also of the mean of so many sampled chunks
     baselines: bool = False  # also train and evaluate imitation on the expert set, the mixed set, successes only
     val_fraction: float = 0.1  # of the episodes of every dataset, held out from training
 

@@ -3,7 +3,9 @@ whether V rises along an episode.
 
 Two baselines that know nothing about the task: "hold the current pose" (joints stay where they are, velocities are
 zero) and "mean action" (of the training episodes). Errors are mean absolute errors over action dims and the real steps
-of a chunk, raw and divided by each dim's standard deviation over the training episodes.
+of a chunk, raw and divided by each dim's standard deviation over the training episodes. A policy that samples
+pays twice for what cannot be known, once for the demonstrator's choice and once for its own; so the error of the mean
+of several sampled chunks is given beside that of one.
 """
 
 import time
@@ -97,12 +99,15 @@ def evaluate_dataset(cfg: Experiment, roles: list[str], data: DataConfig, act) -
 def action_errors(
     cfg: Experiment, dataset: Dataset, train: np.ndarray, rows: np.ndarray, act
 ) -> dict[str, dict[str, float]]:
-    """{policy, "hold the current pose", "mean action": {"normalised", "raw"}} over the chunks that begin at `rows`."""
+    """{guess: {"normalised", "raw"}} over the chunks that begin at `rows`, for the policy and the baselines."""
     robot, horizon = get_robot(cfg.robot), cfg.model.action_horizon
     chunk = Transitions(dataset, horizon).chunk(rows)
     actions = dataset.actions[train]
     mean, std = actions.mean(0), np.maximum(actions.std(0), max(cfg.norm.std_floor, 1e-6))
-    guesses = {POLICY: predict(cfg, dataset, rows, act)}
+    samples = predict(cfg, dataset, rows, act)
+    guesses = {POLICY: samples[0]}
+    if len(samples) > 1:
+        guesses[f"{POLICY}, mean of {len(samples)} samples"] = samples.mean(0)
     if dataset.state.shape[1] >= robot.action_dim:
         hold = np.zeros((len(rows), robot.action_dim), np.float32)
         joints = list(robot.position_dims)
@@ -116,14 +121,14 @@ def action_errors(
     return found
 
 
-def predict(cfg: Experiment, dataset: Dataset, rows: np.ndarray, act) -> Float[np.ndarray, "n k a"]:
-    """The policy's chunks at `rows`, in batches of one size (each size is compiled once)."""
-    parts = []
+def predict(cfg: Experiment, dataset: Dataset, rows: np.ndarray, act) -> Float[np.ndarray, "s n k a"]:
+    """The policy's chunks at `rows`, s = evaluate.action_samples of each, in batches of one size (compiled once)."""
+    num_samples, parts = cfg.evaluate.action_samples, []
     for i, (batch, real) in enumerate(_batches(rows)):
         images = {name: dataset.frames(name, batch) for name in cfg.model.cameras if name in dataset.cameras}
-        prompts = [dataset.task_of(row) for row in batch]
-        parts.append(act(dataset.state[batch], images, prompts, (cfg.evaluate.seed, i))[:real])
-    return np.concatenate(parts)
+        inputs = dataset.state[batch], images, [dataset.task_of(row) for row in batch]
+        parts.append([act(*inputs, (cfg.evaluate.seed, i * num_samples + j))[:real] for j in range(num_samples)])
+    return np.concatenate(parts, axis=1)
 
 
 def value_rank(cfg: Experiment, roles: list[str], dataset: Dataset, episodes: list[Episode]) -> dict[str, Any] | None:

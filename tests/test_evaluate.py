@@ -208,6 +208,19 @@ def test_the_right_actions_have_no_error_and_the_baselines_have_theirs(walks, ca
     assert saved == json.loads(json.dumps(results))
 
 
+def test_the_mean_of_samples_is_judged_beside_one_sample(walks):
+    """Samples that lie symmetrically around the truth: one errs, their mean does not."""
+    cfg = dataclasses.replace(walks, evaluate=dataclasses.replace(walks.evaluate, action_samples=4))
+
+    def around_the_truth(cfg):
+        exact = truth(cfg)
+        return lambda *inputs: exact(*inputs) + np.float32((-1) ** inputs[3][1])
+
+    errors = evaluate_offline.main(cfg, around_the_truth)["datasets"]["optimal"]["action_error"]
+    assert errors["policy"]["raw"] == pytest.approx(1.0, rel=1e-5)
+    assert errors["policy, mean of 4 samples"]["raw"] == pytest.approx(0.0, abs=1e-5)
+
+
 def test_v_is_ranked_along_successful_held_out_episodes(walks):
     dataset = Dataset.open(walks.optimal_data, cameras=())
     rows = dataset.rows()

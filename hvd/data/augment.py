@@ -1,6 +1,9 @@
-"""Image augmentation on the device: random crop, small rotation, colour jitter; drawn per camera and per sample."""
+"""Augmentation on the device. Images: random crop, small rotation, colour jitter, drawn per camera and per sample; the
+state: Gaussian noise.
+"""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,26 @@ JITTER_PROBABILITY = 0.5  # openpi's augmax applies the jitter to half of the im
 def to_float(images: Mapping[str, UInt8[Array, "b h w 3"]]) -> dict[str, Float[Array, "b h w 3"]]:
     """uint8 0..255 -> float32 in [-1, 1], without augmentation."""
     return {camera: x.astype(jnp.float32) / 127.5 - 1.0 for camera, x in images.items()}
+
+
+def augment_observation(
+    key: Key[Array, ""], observation: Mapping[str, Any], *, images: bool, state_noise: float, state_dims: int
+) -> dict[str, Any]:
+    """`observation` (hvd.data.transforms.Observation) with augmented images and a noisy state.
+
+    Args:
+        images: whether to augment the images; they become float32 then.
+        state_noise: standard deviation of the noise, in the units of the normalised state.
+        state_dims: dims of the robot's state; the padding behind them stays 0.
+    """
+    out = dict(observation)
+    image_key, state_key = jax.random.split(key)
+    if images and out["images"]:
+        out["images"] = augment_images(image_key, out["images"])
+    if state_noise > 0:
+        noise = state_noise * jax.random.normal(state_key, out["state"].shape)
+        out["state"] = out["state"] + noise * (jnp.arange(noise.shape[-1]) < state_dims)[None]
+    return out
 
 
 def augment_images(

@@ -8,6 +8,8 @@
 
 import logging
 import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +33,19 @@ class _RaisedAnyway(logging.Filter):
 
 
 logging.getLogger("absl").addFilter(_RaisedAnyway())
+
+
+def _without_closed_loops(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """An unraisablehook that drops what TensorStore says, array by array, after a save has failed and was raised."""
+
+    def hook(unraisable: Any) -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            before(unraisable)
+
+    return hook
+
+
+sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
 
 
 class Checkpoints:

@@ -116,7 +116,15 @@ def run(job: Job) -> None:
         stack.enter_context(preemption.deferred())
         if devices.is_main:
             (epath.Path(job.folder) / runs.COMPLETE).unlink(missing_ok=True)  # a run that goes on is not complete
-        telemetry = Telemetry(job.cfg, job.stage, job.folder, start=start, carried=carried, is_main=devices.is_main)
+        telemetry = Telemetry(
+            job.cfg,
+            job.stage,
+            job.folder,
+            start=start,
+            carried=carried,
+            sizes=state.num_bytes(like),
+            is_main=devices.is_main,
+        )
         stack.callback(telemetry.close)
 
         # --- the steps

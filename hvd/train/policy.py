@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from hvd.configs import Experiment
+from hvd.data.augment import augment_observation
 from hvd.models.pi0 import Pi0, freeze_filter
 from hvd.rl import flow
 from hvd.train import (
@@ -26,7 +27,6 @@ from hvd.train import (
 from hvd.train import optimizer as optim
 from hvd.train import run_dir as runs
 from hvd.train.state import Graph, TrainState, Tree
-from hvd.train.value import augment
 
 
 def make_graph(cfg: Experiment) -> Graph:
@@ -72,6 +72,12 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     init = state.make_init(graph, optimizer, ema=own.ema_decay > 0, target=False)
     levels, names, real_dims = cfg.levels(), cfg.level_names(), inference.pad_mask(cfg)
 
+    augmentation = {
+        "images": own.augment_images,
+        "state_noise": own.state_noise,
+        "state_dims": data.transform.stats["state"].dim,
+    }
+
     # --- loss: L_RL over the suboptimal rows + lambda L_BC over the optimal rows of a batch
     def losses(trained: Tree, frozen: Tree, batch: loop.Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         noise_key, time_key = jax.random.split(key)
@@ -89,9 +95,8 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
 
     # --- one step
     def step(s: TrainState, batch: loop.Batch) -> tuple[TrainState, loop.Metrics]:
-        key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
-        if own.augment_images and cfg.model.cameras:
-            batch = augment(batch, "observation", image_key)
+        key, augment_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
+        batch = batch | {"observation": augment_observation(augment_key, batch["observation"], **augmentation)}
         grads, metrics = jax.grad(losses, has_aux=True)(s.trained, s.frozen, batch, key)
         new, norm = state.advance(s, grads, optimizer, own)
         return new, metrics | {"grad_norm": norm, "lr": schedule(s.step)}

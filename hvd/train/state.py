@@ -5,6 +5,7 @@ in two: what is trained (has gradients, optimiser state and averages) and what i
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -131,6 +132,15 @@ def abstract(init: Callable[[jax.Array], TrainState], devices: Devices) -> Train
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.parameter(x.shape, x.dtype)), shapes
     )
+
+
+def num_bytes(like: TrainState) -> dict[str, int]:
+    """Size of the abstract state: {"state_bytes": of the whole, "state_bytes_per_device": of one device's part}."""
+    whole = part = 0
+    for x in jax.tree.leaves(like):
+        whole += math.prod(x.shape) * x.dtype.itemsize
+        part += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return {"state_bytes": whole, "state_bytes_per_device": part}
 
 
 def shardings(tree: Any) -> Any:

@@ -86,6 +86,7 @@ class Telemetry:
     Args:
         start: steps done when this process began.
         carried: `state` of the checkpoint that was restored, or {}.
+        sizes: of the state in bytes, for the event "start".
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Telemetry:
         *,
         start: int,
         carried: Mapping[str, Any],
+        sizes: Mapping[str, int],
         is_main: bool,
     ):
         stage_cfg: StageConfig = getattr(cfg, stage)
@@ -133,7 +135,7 @@ class Telemetry:
                 mininterval=0.5 if sys.stderr.isatty() else 15.0,
             )
         )
-        self.event("start", step=start, devices=jax.device_count(), processes=jax.process_count())
+        self.event("start", step=start, devices=jax.device_count(), processes=jax.process_count(), **sizes)
 
     def _lines(self, path: epath.Path, keep: Callable[[dict[str, Any]], bool]) -> JsonLines:
         lines = JsonLines(path, keep)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hvd.configs import Experiment
-from hvd.data.augment import augment_images
+from hvd.data.augment import augment_observation
 from hvd.models.pi0 import freeze_filter
 from hvd.models.value import ValueModel
 from hvd.rl import objectives, weights
@@ -21,11 +21,6 @@ def make_graph(cfg: Experiment) -> Graph:
     auto = cfg.value.freeze_filter == "auto"
     frozen = freeze_filter(cfg.model, cfg.model.value_expert_variant) if auto else None
     return Graph(lambda rngs: ValueModel(cfg.model, cfg.levels(), rngs), frozen)
-
-
-def augment(batch: loop.Batch, name: str, key: jax.Array) -> loop.Batch:
-    """The batch with the images of its observation `name` augmented."""
-    return batch | {name: batch[name] | {"images": augment_images(key, batch[name]["images"])}}
 
 
 def main(cfg: Experiment, overwrite: bool = False) -> None:
@@ -54,6 +49,12 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     optimizer = optim.make_optimizer(own.optimizer, schedule)
     init = state.make_init(graph, optimizer, ema=own.ema_decay > 0, target=True)
 
+    augmentation = {
+        "images": own.augment_images,
+        "state_noise": own.state_noise,
+        "state_dims": data.transform.stats["state"].dim,
+    }
+
     # --- losses: y from the online V, L_Q over all levels, L_V against the target network's Q
     def losses(trained: Tree, s: TrainState, batch: loop.Batch) -> tuple[jax.Array, dict[str, Any]]:
         next_v = graph.module(jax.lax.stop_gradient(trained), s.frozen).state_value(batch["next_observation"])
@@ -81,9 +82,9 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
 
     # --- one step
     def step(s: TrainState, batch: loop.Batch) -> tuple[TrainState, loop.Metrics]:
-        if own.augment_images and cfg.model.cameras:
-            key, next_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
-            batch = augment(augment(batch, "observation", key), "next_observation", next_key)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
+        for key, name in zip(keys, ("observation", "next_observation"), strict=True):
+            batch = batch | {name: augment_observation(key, batch[name], **augmentation)}
         grads, metrics = jax.grad(losses, has_aux=True)(s.trained, s, batch)
         new, norm = state.advance(s, grads, optimizer, own, target_share=own.target_ema)
         return new, metrics | {"grad_norm": norm, "lr": schedule(s.step)}

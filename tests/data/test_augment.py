@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hvd.data import augment
-from hvd.data.augment import augment_images, to_float
+from hvd.data.augment import augment_images, augment_observation, to_float
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +75,22 @@ def test_crop_and_turn_move_little(images):
     assert np.abs(moved[:, 15, 20] - np.asarray(image)[15, 20]).max() < 0.06
     corners = moved[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (corners == 0).all(-1).mean() > 0.2  # rotation brings in black corners
+
+
+def test_noise_on_the_state_has_its_size_and_leaves_the_padding_and_all_else(images):
+    observation = {"state": jnp.full((4096, 6), 2.0), "images": {}, "prompt": jnp.arange(3)}
+    got = augment_observation(jax.random.key(0), observation, images=True, state_noise=0.5, state_dims=4)
+    noise = np.asarray(got["state"]) - 2.0
+    np.testing.assert_array_equal(noise[:, 4:], 0.0)
+    np.testing.assert_allclose(noise[:, :4].std(0), 0.5, rtol=0.05)
+    np.testing.assert_allclose(np.corrcoef(noise[:, :4].T), np.eye(4), atol=0.06)
+    assert got["prompt"] is observation["prompt"]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_an_observation_is_augmented_as_asked(images, wanted):
+    observation = {"state": jnp.ones((8, 6)), "images": {"base_0_rgb": images["base_0_rgb"]}}
+    got = augment_observation(jax.random.key(0), observation, images=wanted, state_noise=0.0, state_dims=4)
+    np.testing.assert_array_equal(got["state"], observation["state"])
+    assert (got["images"]["base_0_rgb"].dtype == jnp.float32) == wanted
+    assert (got["images"]["base_0_rgb"] is images["base_0_rgb"]) != wanted

@@ -4,7 +4,6 @@ import errno
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from hvd.data.convert_work import WorkFolder
 from hvd.errors import UserError
 from tests.data import joylo
 from tests.folders import ROOT
+from tests.small_disk import need_small_disk, run_on_small_disk
 
 
 def command(raw: Path, target: Path, *more: str) -> list[str]:
@@ -90,19 +90,10 @@ def check_no_room(done: subprocess.CompletedProcess, target: Path) -> None:
     assert not target.exists()
 
 
-def _small_disk_possible() -> bool:
-    argv = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tempfile.gettempdir()]
-    try:
-        return subprocess.run(argv, capture_output=True, timeout=20).returncode == 0
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize("share", [0.3, 1.2])
 def test_full_disk(tmp_path, share):
     """A real file system of too few bytes, full while encoding (small shares) or while joining; then it is enlarged."""
-    if not _small_disk_possible():
-        pytest.skip("no user namespaces here, so no small file system can be mounted")
+    need_small_disk()
     raw, disk = tmp_path / "raw", tmp_path / "disk"
     disk.mkdir()
     joylo.write_folder(raw, (60, 60), size=(64, 96))
@@ -112,15 +103,14 @@ def test_full_disk(tmp_path, share):
     target = disk / "set"
     line = " ".join(command(raw, target, "--workers", "1"))
     script = f"""
-        mount -t tmpfs -o size={int(used * share) // 4096 * 4}k tmpfs {disk}
         {line}; code=$?
         [ -e {target} ] && echo half
-        mount -o remount,size=100m {disk}
+        $enlarge
         {line} >&2 || echo again failed
         cp -r {target} {tmp_path}/copy
         exit $code
     """
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_on_small_disk(disk, int(used * share) // 4096 * 4, script, timeout=120)
     assert done.stdout == ""
     check_no_room(done, target)
     assert joylo.tree(tmp_path / "copy") == joylo.tree(tmp_path / "whole")

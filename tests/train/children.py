@@ -12,6 +12,8 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import jax
+
 from tests.train import factory
 
 PRELOAD = [
@@ -25,6 +27,7 @@ PRELOAD = [
 
 def _run(step: str, settings: factory.Settings, environment: dict[str, str], log: str) -> None:
     os.environ |= environment
+    jax.config.update("jax_disable_most_optimizations", False)  # off in tests/train/conftest.py, and in the server
     with open(log, "a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

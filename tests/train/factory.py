@@ -112,6 +112,7 @@ class Settings:
     changes: dict
     slow_s: float = 0.0  # sleep before each step, so that signals find the run in all of its phases
     overwrite: bool = False
+    split_from: int = 0  # bytes from which fsdp splits an array; 0 = as in production, which is more than any has here
 
 
 def main(argv: list[str]) -> int:
@@ -124,8 +125,11 @@ def run_step(step: str, cfg: Experiment, settings: Settings) -> int:
     """One step with the exit codes of the command line."""
     from hvd.cli import STEPS, stopped_by_signals
     from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, Failed, Stopped, UserError
-    from hvd.train import stage_data
+    from hvd.train import mesh, stage_data
 
+    if settings.split_from:
+        (dims, _, place), *rest = mesh.PARAMETER_RULES
+        mesh.PARAMETER_RULES = ((dims, settings.split_from, place), *rest)
     if settings.slow_s:
         slow(stage_data, settings.slow_s)
     import importlib

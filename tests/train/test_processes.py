@@ -64,7 +64,7 @@ def test_two_processes_train_what_one_does(data_folder, tmp_path):
     cfgs = {name: factory.experiment(data_folder, runs_dir=path, **CHANGES) for name, path in runs.items()}
 
     def settings(name: str, slow_s: float = 0.0) -> factory.Settings:
-        return factory.Settings(str(data_folder), {"runs_dir": runs[name], **CHANGES}, slow_s)
+        return factory.Settings(str(data_folder), {"runs_dir": runs[name], **CHANGES}, slow_s, split_from=1 << 10)
 
     for step in ("train-value", "train-policy"):
         end(start(children, step, settings("one"), 1), EXIT_COMPLETE)
@@ -74,6 +74,7 @@ def test_two_processes_train_what_one_does(data_folder, tmp_path):
         assert_close(two, one)
         started = lines(Path(two, "events.jsonl"))[0]
         assert (started["devices"], started["processes"]) == (4, 2)
+        assert started["state_bytes_per_device"] < 0.6 * started["state_bytes"], started  # fsdp really splits by 2
         complete.check_complete(two, stage=stage, cfg=cfgs["two"])
 
     # stopped in one shape, by a signal to the last process alone, and finished in the other

@@ -34,7 +34,7 @@ def test_json_lines_on_a_path_that_cannot_append(tmp_path, monkeypatch):
 
 
 def make(cfg, tmp_path, start=0, carried=None):
-    return Telemetry(cfg, "value", tmp_path / "run", start=start, carried=carried or {}, is_main=True)
+    return Telemetry(cfg, "value", tmp_path / "run", start=start, carried=carried or {}, sizes={}, is_main=True)
 
 
 def test_mean_over_the_interval_survives_a_restart(tmp_path):
@@ -74,7 +74,9 @@ def test_validation_after_the_restored_step_is_done_again(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path):
-    silent = Telemetry(factory.experiment(tmp_path), "value", tmp_path / "run", start=0, carried={}, is_main=False)
+    silent = Telemetry(
+        factory.experiment(tmp_path), "value", tmp_path / "run", start=0, carried={}, sizes={}, is_main=False
+    )
     silent.train(4, {"loss": 1.0}, 0.0)
     silent.validation(4, {"loss": 1.0})
     silent.event("stop")
