@@ -8,8 +8,8 @@ from numpy.testing import assert_allclose
 
 from hvd.configs import LrSchedule, Optimizer
 from hvd.train.optimizer import learning_rate, make_optimizer, moving_average, update
-from tests.models.golden import below, cases, flat, load
-from tests.models.golden_pi0 import pi0_case
+from tests.models.golden import cases, flat, load
+from tests.models.golden_pi0 import Pi0Case, pi0_case
 
 
 @cases("lr_schedules*.npz")
@@ -25,43 +25,67 @@ def test_schedules(case):
             assert_allclose(ours, a[name], rtol=1e-5, atol=1e-12)
 
 
+ROUNDING = 2.0**-24  # half a unit in the last place of float32
+
+
 def schedule_of(lr: np.ndarray) -> LrSchedule:
     """The cosine schedule that gave these rates, one per step."""
     peak = int(lr.argmax())
     return LrSchedule("cosine", peak, float(lr[peak]), int(np.flatnonzero(lr == lr[-1])[0]), float(lr[-1]))
 
 
-@cases("pi0*_optim.npz")
-def test_ten_steps(case):
-    a = load(case)
-    start = case.with_name(case.name.replace("_optim", "_tiny"))
-    if not start.is_file():
-        pytest.skip(f"HVD_GOLDEN: {case.name} starts from {start.name}, which is missing")
-    c = pi0_case(start)
-    lr = learning_rate(schedule_of(a["lr"]))
-    optimizer = make_optimizer(Optimizer(weight_decay=1e-2), lr)
+def train(c: Pi0Case, lr: np.ndarray, nudge: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+    """Steps at those rates on one fixed batch; losses, norms and parameters by the names of the golden file.
+
+    Each starting weight is first moved by a random share of `nudge` of itself.
+    """
+    optimizer = make_optimizer(Optimizer(weight_decay=1e-2), learning_rate(schedule_of(lr)))
     noise, time = jnp.asarray(c.a["noise"]), jnp.asarray(c.a["time"])
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda x: x * (1 + nudge * rng.uniform(-1, 1, x.shape).astype(np.float32)), c.trainable)
 
     @jax.jit
     def apply(grads, state, params, ema, ema_frozen):
         params, state, norm = update(optimizer, grads, state, params)
         return params, state, norm, moving_average(ema, params, 0.99), moving_average(ema_frozen, c.frozen, 0.99)
 
-    params, state, ema, ema_frozen = c.trainable, optimizer.init(c.trainable), c.trainable, c.frozen
-    for step in range(len(a["loss"])):
+    state, ema, ema_frozen = optimizer.init(params), params, c.frozen
+    losses, norms = [], []
+    for _ in lr:
         (loss, _), grads = c.loss_and_grad(params, noise, time)
-        assert_allclose(loss, a["loss"][step], rtol=1e-5, atol=1e-5)
-        assert_allclose(lr(step), a["lr"][step], rtol=1e-5)
         params, state, norm, ema, ema_frozen = apply(grads, state, params, ema, ema_frozen)
-        assert_allclose(norm, a["grad_norm"][step], rtol=1e-5, atol=1e-5)
+        losses.append(loss)
+        norms.append(norm)
+    final, averages = flat(params) | flat(c.frozen), flat(ema) | flat(ema_frozen)
+    return {
+        "loss": np.array(losses),
+        "grad_norm": np.array(norms),
+        **{f"final/{name}": x for name, x in final.items()},
+        **{f"ema/{name}": x for name, x in averages.items()},
+    }
 
-    first = flat(c.loss_and_grad(c.trainable, noise, time)[1])
-    for prefix, ours in (("final/", flat(params) | flat(c.frozen)), ("ema/", flat(ema) | flat(ema_frozen))):
-        golden = below(a, prefix)
-        assert set(golden) <= set(ours)
-        for name, expected in golden.items():
-            # Adam scales a gradient that is zero but for rounding (the keys' biases: softmax does not see them) up to a
-            # full step in a random direction; no two machines agree there.
-            size = np.abs(first[name]) if name in first else np.zeros(expected.shape)
-            sure = (size == 0) | (size > 1e-8)
-            assert_allclose(ours[name][sure], expected[sure], rtol=1e-5, atol=1e-5, err_msg=prefix + name)
+
+@cases("pi0*_optim.npz")
+def test_ten_steps(case):
+    """Within 1e-5, or within ten times what one rounding of the starting weights does to our own run.
+
+    Adam makes a full step of a gradient that is zero but for rounding (the keys' biases: softmax does not see them), so
+    no two machines agree there, and what depends on it drifts apart. That must stay the exception, else nothing is
+    compared.
+    """
+    a = load(case)
+    start = case.with_name(case.name.replace("_optim", "_tiny"))
+    if not start.is_file():
+        pytest.skip(f"HVD_GOLDEN: {case.name} starts from {start.name}, which is missing")
+    c = pi0_case(start)
+    rate = learning_rate(schedule_of(a["lr"]))
+    assert_allclose([rate(step) for step in range(len(a["lr"]))], a["lr"], rtol=1e-5)
+    ours = train(c, a["lr"])
+    nudged = [train(c, a["lr"], ROUNDING, seed) for seed in range(3)]
+    loose = []
+    for name in ["loss", "grad_norm", *(n for n in a if n.startswith(("final/", "ema/")))]:
+        noise = 10 * max(np.abs(other[name] - ours[name]).max() for other in nudged)
+        if noise > 1e-3:
+            loose.append(name)
+        assert_allclose(ours[name], a[name], rtol=1e-5, atol=1e-5 + noise, err_msg=name)
+    assert all("/key/bias" in name for name in loose), loose
