@@ -22,6 +22,7 @@ _AT_LEAST_1 = (lambda x: x >= 1, "must be at least 1")
 _NOT_NEGATIVE = (lambda x: x >= 0, "must not be negative")
 _POSITIVE = (lambda x: x > 0, "must be positive")
 _SHARE = (lambda x: 0 <= x <= 1, "must be from 0 to 1")
+_SIZE = (lambda x: 0 < x <= 1, "must be more than 0 and at most 1")
 _DECAY = (lambda x: 0 <= x < 1, "must be from 0 to less than 1")
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -39,6 +40,9 @@ _STAGE_RULES: dict[str, Rule] = {
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.clip_gradient_norm": _POSITIVE,
     "ema_decay": _DECAY,
+    "crop": _SIZE,
+    "rotation": _NOT_NEGATIVE,
+    "state_noise": _NOT_NEGATIVE,
     "log_interval": _AT_LEAST_1,
     "val_interval": _AT_LEAST_1,
     "val_batches": _NOT_NEGATIVE,
@@ -59,8 +63,8 @@ RULES: dict[str, Rule] = {
     "model.tau": (lambda x: 0 < x < 1, "must be between 0 and 1"),
     "norm.std_floor": _NOT_NEGATIVE,
     **{f"{stage}.{field}": rule for stage in ("value", "policy") for field, rule in _STAGE_RULES.items()},
-    "value.gamma": (lambda x: 0 < x <= 1, "must be more than 0 and at most 1"),
-    "value.target_ema": (lambda x: 0 < x <= 1, "must be more than 0 and at most 1"),
+    "value.gamma": _SIZE,
+    "value.target_ema": _SIZE,
     "value.exp_clip_log": _POSITIVE,
     "policy.beta": _POSITIVE,
     "policy.weight_clip": _POSITIVE,
@@ -71,6 +75,7 @@ RULES: dict[str, Rule] = {
     "evaluate.seed": _NOT_NEGATIVE,
     "evaluate.execute_steps": _AT_LEAST_1,
     "evaluate.workers": _AT_LEAST_1,
+    "evaluate.action_samples": _AT_LEAST_1,
     "evaluate.videos": _NOT_NEGATIVE,
     "evaluate.val_fraction": _DECAY,
     "optimal_data.max_episodes": _NOT_NEGATIVE,

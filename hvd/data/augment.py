@@ -2,6 +2,7 @@
 state: Gaussian noise.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
-CROP = 0.95  # side of the random crop
-ROTATION = 5.0  # degrees, either way
+from hvd.configs import StageConfig
+
 BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.4, 0.5
 JITTER_PROBABILITY = 0.5  # openpi's augmax applies the jitter to half of the images
 
@@ -21,33 +22,32 @@ def to_float(images: Mapping[str, UInt8[Array, "b h w 3"]]) -> dict[str, Float[A
 
 
 def augment_observation(
-    key: Key[Array, ""], observation: Mapping[str, Any], *, images: bool, state_noise: float, state_dims: int
+    key: Key[Array, ""], observation: Mapping[str, Any], own: StageConfig, state_dims: int
 ) -> dict[str, Any]:
-    """`observation` (hvd.data.transforms.Observation) with augmented images and a noisy state.
+    """`observation` (hvd.data.transforms.Observation) with augmented images (float32) and a noisy state.
 
     Args:
-        images: whether to augment the images; they become float32 then.
-        state_noise: standard deviation of the noise, in the units of the normalised state.
+        own: augment_images, crop, rotation, and state_noise in the units of the normalised state.
         state_dims: dims of the robot's state; the padding behind them stays 0.
     """
     out = dict(observation)
     image_key, state_key = jax.random.split(key)
-    if images and out["images"]:
-        out["images"] = augment_images(image_key, out["images"])
-    if state_noise > 0:
-        noise = state_noise * jax.random.normal(state_key, out["state"].shape)
+    if own.augment_images and out["images"]:
+        out["images"] = augment_images(image_key, out["images"], own.crop, own.rotation)
+    if own.state_noise > 0:
+        noise = own.state_noise * jax.random.normal(state_key, out["state"].shape)
         out["state"] = out["state"] + noise * (jnp.arange(noise.shape[-1]) < state_dims)[None]
     return out
 
 
 def augment_images(
-    key: Key[Array, ""], images: Mapping[str, UInt8[Array, "b h w 3"]]
+    key: Key[Array, ""], images: Mapping[str, UInt8[Array, "b h w 3"]], crop: float = 0.95, rotation: float = 5.0
 ) -> dict[str, Float[Array, "b h w 3"]]:
     """Augmented float32 images in [-1, 1]; all cameras have the same size.
 
     Cameras whose name holds "wrist" keep their geometry: their view is fixed to the hand. The others get a random crop
-    of 95% of each side, scaled back, and a rotation within 5 degrees (outside is black). All get colour jitter, half of
-    the time.
+    of `crop` of each side, scaled back, and a rotation of at most `rotation` degrees either way (outside is black). All
+    get colour jitter, half of the time.
     """
     cameras = sorted(images)
     out: dict[str, Array] = {}
@@ -59,27 +59,30 @@ def augment_images(
         batch = images[group[0]].shape[0]
         draws = [jax.random.uniform(jax.random.fold_in(key, cameras.index(c)), (batch, 7)) for c in group]
         pictures = jnp.concatenate([images[c] for c in group]).astype(jnp.float32) / 255.0
-        done = jax.vmap(_jitter if wrist else _augment)(jnp.concatenate(draws), pictures) * 2.0 - 1.0
+        augment = _jitter if wrist else functools.partial(_augment, crop=crop, rotation=rotation)
+        done = jax.vmap(augment)(jnp.concatenate(draws), pictures) * 2.0 - 1.0
         out |= dict(zip(group, jnp.split(done, len(group)), strict=True))
     return {camera: out[camera] for camera in images}
 
 
-def _augment(u: Float[Array, "7"], image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
-    return _jitter(u, _crop_and_rotate(u[4:], image))
+def _augment(u: Float[Array, "7"], image: Float[Array, "h w 3"], *, crop: float, rotation: float):
+    return _jitter(u, _crop_and_rotate(u[4:], image, crop, rotation))
 
 
-def _crop_and_rotate(u: Float[Array, "3"], image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
+def _crop_and_rotate(
+    u: Float[Array, "3"], image: Float[Array, "h w 3"], crop: float, rotation: float
+) -> Float[Array, "h w 3"]:
     """Crop, scaling and rotation as one bilinear sampling; `u` uniform in [0, 1): the crop's corner and the angle."""
     h, w, _ = image.shape
-    top, left = u[0] * (1.0 - CROP) * h, u[1] * (1.0 - CROP) * w
-    angle = jnp.deg2rad(ROTATION) * (2.0 * u[2] - 1.0)
+    top, left = u[0] * (1.0 - crop) * h, u[1] * (1.0 - crop) * w
+    angle = jnp.deg2rad(rotation) * (2.0 * u[2] - 1.0)
     y = jnp.arange(h, dtype=jnp.float32)[:, None] - (h - 1) / 2
     x = jnp.arange(w, dtype=jnp.float32)[None, :] - (w - 1) / 2
     turned_y = jnp.cos(angle) * y - jnp.sin(angle) * x
     turned_x = jnp.sin(angle) * y + jnp.cos(angle) * x
     inside = (jnp.abs(turned_y) <= h / 2) & (jnp.abs(turned_x) <= w / 2)
-    at_y = top + (turned_y + h / 2) * CROP - 0.5
-    at_x = left + (turned_x + w / 2) * CROP - 0.5
+    at_y = top + (turned_y + h / 2) * crop - 0.5
+    at_x = left + (turned_x + w / 2) * crop - 0.5
     return jnp.where(inside[..., None], _bilinear(image, at_y, at_x), 0.0)
 
 

@@ -71,12 +71,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     optimizer = optim.make_optimizer(own.optimizer, schedule)
     init = state.make_init(graph, optimizer, ema=own.ema_decay > 0, target=False)
     levels, names, real_dims = cfg.levels(), cfg.level_names(), inference.pad_mask(cfg)
-
-    augmentation = {
-        "images": own.augment_images,
-        "state_noise": own.state_noise,
-        "state_dims": data.transform.stats["state"].dim,
-    }
+    state_dims = data.transform.stats["state"].dim
 
     # --- loss: L_RL over the suboptimal rows + lambda L_BC over the optimal rows of a batch
     def losses(trained: Tree, frozen: Tree, batch: loop.Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
@@ -96,7 +91,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     # --- one step
     def step(s: TrainState, batch: loop.Batch) -> tuple[TrainState, loop.Metrics]:
         key, augment_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
-        batch = batch | {"observation": augment_observation(augment_key, batch["observation"], **augmentation)}
+        batch = batch | {"observation": augment_observation(augment_key, batch["observation"], own, state_dims)}
         grads, metrics = jax.grad(losses, has_aux=True)(s.trained, s.frozen, batch, key)
         new, norm = state.advance(s, grads, optimizer, own)
         return new, metrics | {"grad_norm": norm, "lr": schedule(s.step)}

@@ -49,11 +49,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     optimizer = optim.make_optimizer(own.optimizer, schedule)
     init = state.make_init(graph, optimizer, ema=own.ema_decay > 0, target=True)
 
-    augmentation = {
-        "images": own.augment_images,
-        "state_noise": own.state_noise,
-        "state_dims": data.transform.stats["state"].dim,
-    }
+    state_dims = data.transform.stats["state"].dim
 
     # --- losses: y from the online V, L_Q over all levels, L_V against the target network's Q
     def losses(trained: Tree, s: TrainState, batch: loop.Batch) -> tuple[jax.Array, dict[str, Any]]:
@@ -84,7 +80,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     def step(s: TrainState, batch: loop.Batch) -> tuple[TrainState, loop.Metrics]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
         for key, name in zip(keys, ("observation", "next_observation"), strict=True):
-            batch = batch | {name: augment_observation(key, batch[name], **augmentation)}
+            batch = batch | {name: augment_observation(key, batch[name], own, state_dims)}
         grads, metrics = jax.grad(losses, has_aux=True)(s.trained, s, batch)
         new, norm = state.advance(s, grads, optimizer, own, target_share=own.target_ema)
         return new, metrics | {"grad_norm": norm, "lr": schedule(s.step)}

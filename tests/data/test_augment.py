@@ -1,10 +1,13 @@
 """Augmentation on the device: range, own randomness per camera and sample, and no geometry for wrist cameras."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hvd.configs import PolicyConfig
 from hvd.data import augment
 from hvd.data.augment import augment_images, augment_observation, to_float
 
@@ -59,11 +62,9 @@ def test_wrist_cameras_keep_their_geometry(images):
     assert 16 < unchanged.sum() < 48
 
 
-def test_no_crop_and_no_turn_is_the_identity(images, monkeypatch):
-    monkeypatch.setattr(augment, "CROP", 1.0)
-    monkeypatch.setattr(augment, "ROTATION", 0.0)
+def test_no_crop_and_no_turn_is_the_identity(images):
     image = images["base_0_rgb"][7].astype(jnp.float32) / 255
-    same = jax.jit(augment._crop_and_rotate)(jnp.asarray([0.3, 0.7, 0.9]), image)
+    same = jax.jit(partial(augment._crop_and_rotate, crop=1.0, rotation=0.0))(jnp.asarray([0.3, 0.7, 0.9]), image)
     np.testing.assert_allclose(same, image, atol=1e-5)
 
 
@@ -71,15 +72,23 @@ def test_crop_and_turn_move_little(images):
     """At the centre a smooth picture moves by at most the crop's 2.5% of a side."""
     image = images["base_0_rgb"][0].astype(jnp.float32) / 255
     u = jax.random.uniform(jax.random.key(0), (32, 3))
-    moved = np.asarray(jax.jit(jax.vmap(augment._crop_and_rotate, (0, None)))(u, image))
+    crop_and_rotate = partial(augment._crop_and_rotate, crop=0.95, rotation=5.0)
+    moved = np.asarray(jax.jit(jax.vmap(crop_and_rotate, (0, None)))(u, image))
     assert np.abs(moved[:, 15, 20] - np.asarray(image)[15, 20]).max() < 0.06
     corners = moved[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (corners == 0).all(-1).mean() > 0.2  # rotation brings in black corners
 
 
+def test_the_crop_has_its_size(images):
+    """A ramp from left to right, cropped to half and scaled back, rises half as much."""
+    ramp = jnp.tile(jnp.linspace(0, 1, 40)[None, :, None], (30, 1, 3))
+    half = np.asarray(augment._crop_and_rotate(jnp.asarray([0.5, 0.5, 0.5]), ramp, 0.5, 30.0))
+    np.testing.assert_allclose(np.ptp(half[15, 2:-2, 0]), 0.5 * np.ptp(np.asarray(ramp)[15, 2:-2, 0]), rtol=0.02)
+
+
 def test_noise_on_the_state_has_its_size_and_leaves_the_padding_and_all_else(images):
     observation = {"state": jnp.full((4096, 6), 2.0), "images": {}, "prompt": jnp.arange(3)}
-    got = augment_observation(jax.random.key(0), observation, images=True, state_noise=0.5, state_dims=4)
+    got = augment_observation(jax.random.key(0), observation, PolicyConfig(state_noise=0.5), state_dims=4)
     noise = np.asarray(got["state"]) - 2.0
     np.testing.assert_array_equal(noise[:, 4:], 0.0)
     np.testing.assert_allclose(noise[:, :4].std(0), 0.5, rtol=0.05)
@@ -90,7 +99,7 @@ def test_noise_on_the_state_has_its_size_and_leaves_the_padding_and_all_else(ima
 @pytest.mark.parametrize("wanted", [True, False])
 def test_an_observation_is_augmented_as_asked(images, wanted):
     observation = {"state": jnp.ones((8, 6)), "images": {"base_0_rgb": images["base_0_rgb"]}}
-    got = augment_observation(jax.random.key(0), observation, images=wanted, state_noise=0.0, state_dims=4)
+    got = augment_observation(jax.random.key(0), observation, PolicyConfig(augment_images=wanted), state_dims=4)
     np.testing.assert_array_equal(got["state"], observation["state"])
     assert (got["images"]["base_0_rgb"].dtype == jnp.float32) == wanted
     assert (got["images"]["base_0_rgb"] is images["base_0_rgb"]) != wanted
