@@ -335,7 +335,6 @@ def g1() -> Experiment:
     keys = KeyMap(images={"base_0_rgb": "observation.images.cam_high"})
     data = DataConfig(repo_id="g1_bottle", keys=keys, reward="success_at_end")
     value_steps, policy_steps = 1_000, 2_500
-    augmentation = {"crop": 0.75, "rotation": 10.0}
     return Experiment(
         name="g1",
         robot="g1",
@@ -357,7 +356,8 @@ def g1() -> Experiment:
             gamma=0.9967,  # per second what 0.99 is at 10 Hz
             target_ema=0.02,
             state_noise=0.3,
-            **augmentation,
+            crop=0.75,
+            rotation=10.0,
         ),
         policy=PolicyConfig(
             num_train_steps=policy_steps,
@@ -369,7 +369,8 @@ def g1() -> Experiment:
             save_interval=500,
             keep_period=0,
             state_noise=0.7,
-            **augmentation,
+            crop=0.75,
+            rotation=10.0,
         ),
         evaluate=EvaluateConfig(val_fraction=0.2),
     )

@@ -1,6 +1,6 @@
 """Cost of the advantages pass against the policy's training step, per frame, on one device in one run.
 
-    python tests/benchmarks/bench_advantages.py [--config demo] [--steps 30]
+    python -m tests.benchmarks.bench_advantages [--config demo] [--steps 30]
 
 needs the complete value run of the experiment (`submit.py --stage value`). Both work on the same batches: the pass is
 one forward of the value model, the step is forward, backward and update of pi0. The last line says what computing the

@@ -1,6 +1,6 @@
 """hvd convert against lerobot's own writer, on the same recordings and cores.
 
-    python tests/benchmarks/bench_convert.py [--episodes 6] [--frames 150] [--size 224]
+    python -m tests.benchmarks.bench_convert [--episodes 6] [--frames 150] [--size 224]
 
 needs the `lerobot` extra. The frames are those of the real humanoid's videos (HVD_G1_DATA, or ../shared/data/g1_bottle)
 where they are there, else generated. Every row writes a whole dataset of 3 cameras from JoyLo files: reading, checking,

@@ -1,6 +1,6 @@
 """Samples per second of the loader against LeRobot's own reader, on the same dataset, cores and number of workers.
 
-    python tests/benchmarks/bench_loader.py [--cameras 3] [--workers 2] [--seconds 15] [--folder DIR]
+    python -m tests.benchmarks.bench_loader [--cameras 3] [--workers 2] [--seconds 15] [--folder DIR]
 
 needs the extra `lerobot`. A sample is the state, a chunk of 20 actions and the current image of each camera at 224x224.
 LeRobot writes the datasets, as it does by default (PNG in parquet; AV1, a keyframe in two frames) and with the codec of

@@ -1,6 +1,6 @@
 """Time of `hvd norm-stats` against passes over the same data that decode images, as openpi's script does.
 
-    python tests/benchmarks/bench_norm_stats.py [--folder DIR] [--workers 2]
+    python -m tests.benchmarks.bench_norm_stats [--folder DIR] [--workers 2]
 
 needs the extra `lerobot`. Rows: hvd on a dataset seen for the first time (it reads and hashes the data files) and again
 (memory-mapped columns); LeRobot's reader with its DataLoader feeding the same statistics, on the dataset that

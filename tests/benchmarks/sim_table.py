@@ -1,7 +1,7 @@
 """How hard are the simulated tasks? Success of the scripted teleoperator by quality, of each structured mistake, and of
 controls that must fail. Prints the tables; takes about 10 CPU-minutes with n = 100.
 
-    python tests/benchmarks/sim_table.py [--n 100] [--tasks tote pick] [--workers 2]
+    python -m tests.benchmarks.sim_table [--n 100] [--tasks tote pick] [--workers 2]
 """
 
 import argparse
