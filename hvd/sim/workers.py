@@ -1,13 +1,19 @@
 """Independent jobs in parallel processes, each kept to one thread: the processes are the parallelism."""
 
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+from hvd.errors import Failed
+
+MAX_DEATHS = 3  # of workers in one run_jobs
 
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -24,25 +30,46 @@ def run_jobs(function: Callable[..., Any], jobs: Sequence[tuple], workers: int) 
     """Yields (number of the job, function(*job)) as jobs finish, in any order.
 
     With workers <= 1, or a single job, they run in this process; otherwise in spawned ones, and `function` and its
-    arguments are pickled. The first error stops what has not begun and is raised.
+    arguments are pickled. The first error stops what has not begun and is raised. When a worker dies (a crash in a
+    native library, such as a graphics driver's), the jobs without a result are done again in new ones, so a job must
+    give the same when it is done twice.
+
+    Raises:
+        Failed: workers died more than MAX_DEATHS times.
     """
     workers = min(workers, len(jobs))
     if workers <= 1:
         for i, job in enumerate(jobs):
             yield i, function(*job)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _prepare, (os.getpid(),))
+    left, deaths = dict(enumerate(jobs)), 0
+    while left:
+        for i, result in _run_in_pool(function, left, min(workers, len(left))):
+            del left[i]
+            yield i, result
+        if left:
+            deaths += 1
+            why = "a worker process died (a crash in a native library, or no memory left)"
+            if deaths > MAX_DEATHS:
+                raise Failed(f"{why}, {deaths} times; {len(left)} of {len(jobs)} jobs are not done")
+            print(f"{why}; what it had begun is done again, {len(left)} jobs left", file=sys.stderr, flush=True)
+
+
+def _run_in_pool(function: Callable[..., Any], jobs: dict[int, tuple], workers: int) -> Iterator[tuple[int, Any]]:
+    """The results of the jobs that finish before a worker dies, or of all."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare, (os.getpid(),))
     try:
-        futures = {pool.submit(function, *job): i for i, job in enumerate(jobs)}
+        futures = {pool.submit(function, *job): i for i, job in jobs.items()}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            if not isinstance(future.exception(), BrokenProcessPool):
+                yield futures[future], future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _prepare(parent: int) -> None:
-    """In a fresh worker: one thread, Ctrl-C left to the parent, and no life after the parent's."""
+    """In a fresh worker: one thread, Ctrl-C left to the parent, a stack for every crash, no life after the parent's."""
+    faulthandler.enable()
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ.update(_ONE_THREAD)
     os.environ["XLA_FLAGS"] = f"{flags} {_ONE_THREAD['XLA_FLAGS']}".strip()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hvd.errors import UserError
+from hvd.errors import Failed, UserError
+from hvd.sim import workers
 from hvd.sim.workers import run_jobs
 
 
@@ -21,6 +22,21 @@ def refuse(x: int) -> int:
     if x == 1:
         raise UserError(f"job {x} cannot be done")
     return x
+
+
+def crash_once(folder: str, i: int) -> int:
+    """Job 2 takes its process down the first time that anybody does it."""
+    mark = Path(folder) / "crashed"
+    if i == 2 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return i * i
+
+
+def crash(i: int) -> int:
+    if i == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return i
 
 
 def environment(_: int) -> tuple[str, str]:
@@ -43,6 +59,18 @@ def test_an_error_in_a_worker_is_the_callers():
         list(run_jobs(refuse, [(i,) for i in range(4)], 2))
 
 
+def test_a_worker_that_dies_is_replaced_and_its_jobs_are_done_again(tmp_path, capfd):
+    found = list(run_jobs(crash_once, [(str(tmp_path), i) for i in range(8)], 2))
+    assert sorted(found) == [(i, i * i) for i in range(8)]
+    printed = capfd.readouterr().err
+    assert "a worker process died" in printed and "in crash_once" in printed  # faulthandler's stack
+
+
+def test_workers_that_die_again_and_again_are_an_error():
+    with pytest.raises(Failed, match=f"died .*, {workers.MAX_DEATHS + 1} times; [1-4] of 4 jobs are not done"):
+        list(run_jobs(crash, [(i,) for i in range(4)], 2))
+
+
 def test_workers_use_one_thread_and_keep_the_users_flags(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     for _, (threads, flags) in run_jobs(environment, [(0,), (1,)], 2):
@@ -63,11 +91,11 @@ if __name__ == "__main__":
     parent = subprocess.Popen([sys.executable, str(script)])
     try:
         wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
-        workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
+        pids = [int(path.stem) for path in tmp_path.glob("*.pid")]
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    wait_until(lambda: not any(alive(pid) for pid in workers))
+    wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
 def wait_here(folder: str, i: int) -> None:
