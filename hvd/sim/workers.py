@@ -20,7 +20,6 @@ _ONE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "NPROC": "1",  # XLA's pool of threads on the CPU
-    "LP_NUM_THREADS": "1",  # Mesa's rasteriser
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes may share a GPU
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
 }

@@ -105,3 +105,21 @@ with render.Cameras(env.model, 24, 24) as cameras:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["rays", "True"]
+
+
+def test_software_opengl_draws_without_threads_of_its_own():
+    if render.available_backend() != "opengl":
+        pytest.skip("no OpenGL on this machine")
+    program = """
+from pathlib import Path
+from hvd.sim import render
+from hvd.sim.env import Env
+env = Env("pick"); env.reset(0)
+with render.Cameras(env.model, 24, 24, "opengl") as cameras:
+    cameras.image(env.data, "head")
+    print([path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "LP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "python" in done.stdout and "llvmpipe" not in done.stdout
