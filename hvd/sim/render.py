@@ -18,8 +18,8 @@ _AMBIENT, _HEADLIGHT_DIFFUSE = 0.1, 0.4  # MuJoCo's default headlight
 _FAR = 50.0
 _SKY = np.zeros(3)
 
-# Mesa's software OpenGL draws in the calling thread: with a thread of its own it was seen to wait for ever (both threads
-# on a futex below glReadPixels) and to crash, once in some thousands of episodes. Read when a context is made.
+# Mesa's software OpenGL is to draw in the calling thread: with a thread of its own it was seen to wait for ever (both
+# threads on a futex below glReadPixels) and to crash, once in some thousands of episodes. Read when a context is made.
 os.environ.setdefault("LP_NUM_THREADS", "0")
 
 
