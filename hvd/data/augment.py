@@ -41,7 +41,10 @@ def augment_observation(
 
 
 def augment_images(
-    key: Key[Array, ""], images: Mapping[str, UInt8[Array, "b h w 3"]], crop: float = 0.95, rotation: float = 5.0
+    key: Key[Array, ""],
+    images: Mapping[str, UInt8[Array, "b h w 3"]],
+    crop: float = StageConfig.crop,
+    rotation: float = StageConfig.rotation,
 ) -> dict[str, Float[Array, "b h w 3"]]:
     """Augmented float32 images in [-1, 1]; all cameras have the same size.
 
@@ -65,7 +68,9 @@ def augment_images(
     return {camera: out[camera] for camera in images}
 
 
-def _augment(u: Float[Array, "7"], image: Float[Array, "h w 3"], *, crop: float, rotation: float):
+def _augment(
+    u: Float[Array, "7"], image: Float[Array, "h w 3"], *, crop: float, rotation: float
+) -> Float[Array, "h w 3"]:
     return _jitter(u, _crop_and_rotate(u[4:], image, crop, rotation))
 
 

@@ -1,5 +1,6 @@
 """Independent jobs in parallel processes, each kept to one thread: the processes are the parallelism."""
 
+import contextlib
 import ctypes
 import faulthandler
 import multiprocessing
@@ -58,7 +59,10 @@ def _run_in_pool(function: Callable[..., Any], jobs: dict[int, tuple], workers: 
     """The results of the jobs that finish before a worker dies, or of all."""
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare, (os.getpid(),))
     try:
-        futures = {pool.submit(function, *job): i for i, job in jobs.items()}
+        futures = {}
+        with contextlib.suppress(BrokenProcessPool):  # a worker died while jobs were still being handed out
+            for i, job in jobs.items():
+                futures[pool.submit(function, *job)] = i
         for future in as_completed(futures):
             if not isinstance(future.exception(), BrokenProcessPool):
                 yield futures[future], future.result()

@@ -66,6 +66,21 @@ def test_a_worker_that_dies_is_replaced_and_its_jobs_are_done_again(tmp_path, ca
     assert "a worker process died" in printed and "in crash_once" in printed  # faulthandler's stack
 
 
+def test_a_worker_may_die_while_jobs_are_handed_out(monkeypatch, capfd):
+    submit, calls = workers.ProcessPoolExecutor.submit, []
+
+    def refuse_the_third(self, *job):
+        calls.append(job)
+        if len(calls) == 3:
+            raise workers.BrokenProcessPool("a worker died")
+        return submit(self, *job)
+
+    monkeypatch.setattr(workers.ProcessPoolExecutor, "submit", refuse_the_third)
+    found = {i: value for i, (value, _) in run_jobs(square, [(i,) for i in range(5)], 2)}
+    assert found == {i: i * i for i in range(5)} and len(calls) == 6
+    assert "3 jobs left" in capfd.readouterr().err
+
+
 def test_workers_that_die_again_and_again_are_an_error():
     with pytest.raises(Failed, match=f"died .*, {workers.MAX_DEATHS + 1} times; [1-4] of 4 jobs are not done"):
         list(run_jobs(crash, [(i,) for i in range(4)], 2))

@@ -60,6 +60,8 @@ def test_start_is_sharded_and_deterministic(graph):
         "first" in str(path) for path, _ in jax.tree.leaves_with_path(one.opt_state)
     )
     assert jax.tree.map(lambda x: x.sharding, one) == state.shardings(like)
+    whole = sum(x.nbytes for x in jax.tree.leaves(one))
+    assert state.num_bytes(like) == {"state_bytes": whole, "state_bytes_per_device": whole}
 
 
 def test_one_update(graph):
