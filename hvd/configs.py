@@ -45,6 +45,8 @@ class ModelConfig:
     alpha: float = 1.0  # temperature of "exponential"; a frame of advantage 0 weighs alpha^2 (see policy.bc_lambda)
     tau: float = 0.7  # asymmetry of "expectile" and "quantile"
     action_patch: int = 1  # value model: consecutive actions of a level per token; divides action_horizon
+    value_paligemma_variant: str = ""  # the value model's trunk; "" = paligemma_variant
+    attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: what was measured to be fastest on the platform
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,11 @@ class StageConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
     ema_decay: float = 0.0  # EMA of the trained parameters for inference; 0 = none
     weight_loader: str = ""  # an openpi checkpoint's `params` (local path or URL); "" = random
-    freeze_filter: Literal["auto", "none"] = "auto"  # auto: with a LoRA variant the expert's own weights are frozen
+    # auto: with a LoRA variant that expert's own weights are frozen; trunk: all of PaliGemma (image tower and first
+    # expert) is frozen and only the second expert and the heads train; none: everything trains
+    freeze_filter: Literal["auto", "trunk", "none"] = "auto"
+    grad_accum_steps: int = 1  # micro-batches that one step scans over; divides batch_size
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but matrix products, all
     augment_images: bool = True
     crop: float = 0.95  # augmentation: side of the random crop, of the image's; wrist cameras are not cropped or turned
     rotation: float = 5.0  # augmentation: degrees at most, either way
@@ -200,7 +206,8 @@ class Experiment:
     runs_dir: str = "runs"
     assets_dir: str = "assets"
     seed: int = 0
-    fsdp_devices: int = 1
+    fsdp_devices: int = 1  # devices that share one copy of the parameters; 0 = those of a node
+    deterministic: bool = False  # bit-equal results on a GPU too, at some cost of speed
     num_workers: int = 4  # decoding threads of a process
     image_cache: bool = False  # decode each video once into a memory-mapped file of model-sized frames
     wandb: bool = False

@@ -47,11 +47,16 @@ _LOOSE_STAGE = {
     "trace_samples",
     "run_name",
     "num_flow_steps",
+    "grad_accum_steps",
+    "remat",
 }
 # Where a dataset lies may change; what it holds is compared by digest.
 _LOOSE_DATA = {"root", "labels_dir"}
 # Fields of the model that only the other stage reads.
-_OTHERS_MODEL = {"value": {"action_expert_variant"}, "policy": {"value_expert_variant", "action_patch"}}
+_OTHERS_MODEL = {
+    "value": {"action_expert_variant", "attention"},
+    "policy": {"value_expert_variant", "value_paligemma_variant", "action_patch", "attention"},
+}
 
 
 # ---------------------------------------------------------------------------------------------------- config <-> yaml
