@@ -74,12 +74,9 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     state_dims = data.transform.stats["state"].dim
 
     # --- loss: L_RL over the suboptimal rows + lambda L_BC over the optimal rows of a batch
-    def losses(trained: Tree, frozen: Tree, batch: loop.Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        noise_key, time_key = jax.random.split(key)
-        noise = jax.random.normal(noise_key, batch["actions"].shape) * real_dims[None, None]
-        time = flow.sample_time(time_key, batch["actions"].shape[0])
-        x_t, u = flow.interpolate(noise, batch["actions"], time)
-        velocity = graph.module(trained, frozen).velocity(batch["observation"], x_t, time)
+    def losses(trained: Tree, frozen: Tree, batch: loop.Batch) -> tuple[jax.Array, dict[str, Any]]:
+        x_t, u = flow.interpolate(batch["noise"], batch["actions"], batch["time"])
+        velocity = graph.module(trained, frozen).velocity(batch["observation"], x_t, batch["time"])
         errors = flow.level_errors(velocity, u, batch["action_mask"], levels)
         loss, metrics = flow.policy_loss(errors, batch["weights"], batch["source"], own.bc_lambda)
         metrics = metrics | {"loss": loss, "flow_error": errors.sum(axis=-1).mean()}
@@ -88,16 +85,22 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
             metrics[f"weight/{name}"] = batch["weights"][:, i].mean()
         return loss, metrics
 
+    def drawn(batch: loop.Batch, key: jax.Array) -> loop.Batch:
+        """The batch with the flow's noise and times."""
+        noise_key, time_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, batch["actions"].shape) * real_dims[None, None]
+        return batch | {"noise": noise, "time": flow.sample_time(time_key, batch["actions"].shape[0])}
+
     # --- one step
     def step(s: TrainState, batch: loop.Batch) -> tuple[TrainState, loop.Metrics]:
         key, augment_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
         batch = batch | {"observation": augment_observation(augment_key, batch["observation"], own, state_dims)}
-        grads, metrics = jax.grad(losses, has_aux=True)(s.trained, s.frozen, batch, key)
+        grads, metrics = jax.grad(losses, has_aux=True)(s.trained, s.frozen, drawn(batch, key))
         new, norm = state.advance(s, grads, optimizer, own)
         return new, metrics | {"grad_norm": norm, "lr": schedule(s.step)}
 
     def evaluate(s: TrainState, batch: loop.Batch, key: jax.Array) -> loop.Metrics:
-        return losses(s.ema or s.trained, s.frozen, batch, key)[1]
+        return losses(s.ema or s.trained, s.frozen, drawn(batch, key))[1]
 
     # --- the run's folder, and the loop
     loop.claim(data, folder, devices, inputs, overwrite=overwrite)
