@@ -40,6 +40,7 @@ _STAGE_RULES: dict[str, Rule] = {
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.clip_gradient_norm": _POSITIVE,
     "ema_decay": _DECAY,
+    "grad_accum_steps": _AT_LEAST_1,
     "crop": _SIZE,
     "rotation": _NOT_NEGATIVE,
     "state_noise": _NOT_NEGATIVE,
@@ -51,7 +52,7 @@ _STAGE_RULES: dict[str, Rule] = {
 }
 RULES: dict[str, Rule] = {
     "seed": _NOT_NEGATIVE,
-    "fsdp_devices": _AT_LEAST_1,
+    "fsdp_devices": _NOT_NEGATIVE,
     "num_workers": _NOT_NEGATIVE,
     "model.action_dim": _AT_LEAST_1,
     "model.action_horizon": _AT_LEAST_1,
@@ -106,7 +107,7 @@ def check_devices(cfg: Experiment, devices: int, processes: int = 1) -> None:
     """Raise UserError where a batch cannot be divided over `devices` (of all processes) or the fsdp axis over them."""
     if devices % processes:
         raise UserError(f"{devices} devices cannot be divided over {processes} processes")
-    if devices % cfg.fsdp_devices:
+    if cfg.fsdp_devices and devices % cfg.fsdp_devices:
         raise UserError(f"fsdp_devices {cfg.fsdp_devices} does not divide the {devices} device(s) of this run")
     for name in ("value.batch_size", "policy.batch_size"):
         size = getattr(cfg, name.split(".")[0]).batch_size
@@ -181,7 +182,7 @@ def _check_model(cfg: Experiment) -> None:
 def _check_run(cfg: Experiment) -> None:
     for stage in ("value", "policy"):
         batch_size = getattr(cfg, stage).batch_size
-        if batch_size % cfg.fsdp_devices:
+        if cfg.fsdp_devices and batch_size % cfg.fsdp_devices:
             raise UserError(f"{stage}.batch_size {batch_size} is not divisible by fsdp_devices {cfg.fsdp_devices}")
     for name, value in (("exp_name", cfg.exp_name or cfg.name), ("policy.run_name", cfg.policy.run_name)):
         parts = Path(value).parts

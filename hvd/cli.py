@@ -23,8 +23,9 @@ from typing import NoReturn
 
 from hvd import overrides
 from hvd.checks import check_config
-from hvd.configs import CONFIGS, Experiment
+from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, Failed, Stopped, UserError, nearest
+from hvd.experiments import CONFIGS
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -1,5 +1,6 @@
-"""Named experiments: one name -> one complete tree of frozen dataclasses. Every field can be overridden on the
-command line by its dotted name (`--model.method expectile --value.batch_size 64`). Imports no jax: login nodes read it.
+"""The fields of an experiment: one tree of frozen dataclasses, named ones in hvd/experiments.py. Every field can be
+overridden on the command line by its dotted name (`--model.method expectile --value.batch_size 64`). Imports no jax:
+login nodes read it.
 
 Field names follow the original code base and openpi where they have one (method, network_type, hierarchical_actions,
 action_horizon, optimal_data, suboptimal_data, weight_loader, freeze_filter, fsdp_devices, batch_size, num_workers).
@@ -7,12 +8,10 @@ action_horizon, optimal_data, suboptimal_data, weight_loader, freeze_filter, fsd
 
 import dataclasses
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hvd.errors import UserError, nearest
 from hvd.robots import get_robot
 
 Method = Literal["exponential", "expectile", "quantile"]
@@ -132,7 +131,9 @@ class StageConfig:
     # expert) is frozen and only the second expert and the heads train; none: everything trains
     freeze_filter: Literal["auto", "trunk", "none"] = "auto"
     grad_accum_steps: int = 1  # micro-batches that one step scans over; divides batch_size
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but matrix products, all
+    remat: Literal["none", "dots", "full"] = (
+        "none"  # what the backward pass recomputes: nothing, all but matrix products, all
+    )
     augment_images: bool = True
     crop: float = 0.95  # augmentation: side of the random crop, of the image's; wrist cameras are not cropped or turned
     rotation: float = 5.0  # augmentation: degrees at most, either way
@@ -267,127 +268,3 @@ class Experiment:
         if self.levels() == robot.level_dims:
             return robot.level_names
         return tuple(f"level_{i}" for i in range(len(self.levels())))
-
-
-_TINY = ModelConfig(
-    max_token_len=8,
-    vocab_size=512,
-    tokenizer="words",
-    dtype="float32",
-    paligemma_variant="tiny_trunk",
-    action_expert_variant="tiny",
-    value_expert_variant="tiny",
-    siglip_variant="tiny",
-    cameras=(),
-    image_size=56,
-    action_patch=5,
-)
-
-
-def _small_lr(steps: int, peak: float) -> LrSchedule:
-    return LrSchedule(warmup_steps=min(100, steps // 10), peak_lr=peak, decay_steps=steps, decay_lr=peak / 20)
-
-
-def demo() -> Experiment:
-    """Simulated R1, state and object pose, tiny models: the whole way on 2 CPU cores.
-
-    Command: python launch/submit.py --stage all
-    Expected: a table of success rates and runs/demo/report.html.
-    """
-    state = KeyMap(state=("observation.state", "observation.environment_state"))
-    value_steps, policy_steps = 1_500, 3_000
-    return Experiment(
-        name="demo",
-        sim=SimConfig(task="tote"),
-        model=_TINY,
-        norm=NormConfig(std_floor=0.02),
-        optimal_data=DataConfig(repo_id="demo/optimal", keys=state),
-        suboptimal_data=DataConfig(repo_id="demo/mixed", keys=state),
-        num_workers=1,
-        value=ValueConfig(
-            num_train_steps=value_steps,
-            batch_size=64,
-            lr_schedule=_small_lr(value_steps, 5e-4),
-            data="both",
-            log_interval=50,
-            val_interval=250,
-            save_interval=500,
-            keep_period=0,
-        ),
-        policy=PolicyConfig(
-            num_train_steps=policy_steps,
-            batch_size=32,
-            lr_schedule=_small_lr(policy_steps, 1e-3),
-            ema_decay=0.99,
-            suboptimal_share=0.5,
-            bc_lambda=16.0,  # with 1 the mixed set's mistakes are copied more often (BENCHMARKS.md)
-            log_interval=50,
-            val_interval=250,
-            save_interval=500,
-            keep_period=0,
-        ),
-        evaluate=EvaluateConfig(baselines=True),
-    )
-
-
-def g1() -> Experiment:
-    """A real Unitree G1 with Inspire hands (26 joints, one camera), ten episodes of one task, tiny models.
-
-    Eight training episodes are soon learnt by heart, so both stages train with much noise on the state and strong crops
-    (BENCHMARKS.md has the figures without).
-
-    Command: python launch/submit.py --stage all --config g1 --data PATH
-    Expected: on held-out episodes an action error well below "hold the current pose"; V rises along an episode.
-    """
-    keys = KeyMap(images={"base_0_rgb": "observation.images.cam_high"})
-    data = DataConfig(repo_id="g1_bottle", keys=keys, reward="success_at_end")
-    value_steps, policy_steps = 1_000, 2_500
-    return Experiment(
-        name="g1",
-        robot="g1",
-        # 60 actions are 2 s at 30 Hz, as 20 are for the R1 at 10 Hz
-        model=dataclasses.replace(_TINY, cameras=("base_0_rgb",), action_horizon=60),
-        norm=NormConfig(std_floor=0.01, delta_actions=True),
-        optimal_data=data,
-        suboptimal_data=data,
-        num_workers=2,
-        image_cache=True,
-        value=ValueConfig(
-            num_train_steps=value_steps,
-            batch_size=32,
-            lr_schedule=_small_lr(value_steps, 5e-4),
-            log_interval=50,
-            val_interval=250,
-            save_interval=500,
-            keep_period=0,
-            gamma=0.9967,  # per second what 0.99 is at 10 Hz
-            target_ema=0.02,
-            state_noise=0.3,
-            crop=0.75,
-            rotation=10.0,
-        ),
-        policy=PolicyConfig(
-            num_train_steps=policy_steps,
-            batch_size=32,
-            lr_schedule=_small_lr(policy_steps, 1e-3),
-            ema_decay=0.99,
-            log_interval=50,
-            val_interval=250,
-            save_interval=500,
-            keep_period=0,
-            state_noise=0.7,
-            crop=0.75,
-            rotation=10.0,
-        ),
-        evaluate=EvaluateConfig(val_fraction=0.2),
-    )
-
-
-CONFIGS: dict[str, Callable[[], Experiment]] = {"demo": demo, "g1": g1}
-
-
-def get_config(name: str) -> Experiment:
-    """The experiment called `name`, before overrides; a UserError that offers the nearest names otherwise."""
-    if name not in CONFIGS:
-        raise UserError(f"unknown config {name!r}{nearest(name, CONFIGS)}")
-    return CONFIGS[name]()

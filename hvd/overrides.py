@@ -22,8 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hvd.configs import Experiment, get_config
+from hvd.configs import Experiment
 from hvd.errors import UserError, nearest
+from hvd.experiments import get_config
 
 _BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 

@@ -12,8 +12,9 @@ import types
 import pytest
 
 from hvd import cli
-from hvd.configs import CONFIGS, Experiment
+from hvd.configs import Experiment
 from hvd.errors import Failed, Stopped, UserError
+from hvd.experiments import CONFIGS
 
 
 @pytest.fixture

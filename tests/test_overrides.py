@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from hvd import overrides
-from hvd.configs import CONFIGS, Experiment, get_config
+from hvd.configs import Experiment
 from hvd.errors import UserError
+from hvd.experiments import CONFIGS, get_config
 
 
 def parse(text: str, config: str = "demo") -> Experiment:

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-import hvd.configs as configs
+import hvd.experiments as experiments
 from hvd import cli, overrides
 from hvd.checks import check_config
 from hvd.configs import Experiment
@@ -34,9 +34,9 @@ def place(tmp_path, monkeypatch):
     source = re.search(r"^    def my_task\(\).*?^        \)\n", README, re.MULTILINE | re.DOTALL)
     assert source, "the README shows a config"
     code = "\n".join(line.removeprefix("    ") for line in source.group().splitlines())
-    namespace = dict(vars(configs))
+    namespace = dict(vars(experiments))
     exec(code, namespace)
-    monkeypatch.setitem(configs.CONFIGS, "my_task", namespace["my_task"])
+    monkeypatch.setitem(experiments.CONFIGS, "my_task", namespace["my_task"])
 
 
 def test_the_readme_begins_with_the_two_lines():

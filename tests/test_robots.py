@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hvd.configs import CONFIGS, get_config
 from hvd.errors import UserError
+from hvd.experiments import CONFIGS, get_config
 from hvd.robots import ROBOTS, Level, Robot, get_robot
 
 

@@ -107,10 +107,13 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 def identity(cfg: Experiment, stage: Stage) -> dict[str, Any]:
     """Dotted name -> value of every field that makes a run what it is; two runs that agree here compute the same."""
     stage_cfg = getattr(cfg, stage)
+    model = {k: v for k, v in to_dict(cfg.model).items() if k not in _OTHERS_MODEL[stage]}
+    if stage == "value":
+        model["paligemma_variant"] = model.pop("value_paligemma_variant") or model["paligemma_variant"]
     parts: dict[str, Any] = {
         "robot": cfg.robot,
         "seed": cfg.seed,
-        "model": {k: v for k, v in to_dict(cfg.model).items() if k not in _OTHERS_MODEL[stage]},
+        "model": model,
         "norm": to_dict(cfg.norm),
         "evaluate.val_fraction": cfg.evaluate.val_fraction,
         stage: {k: v for k, v in to_dict(stage_cfg).items() if k not in _LOOSE_STAGE},

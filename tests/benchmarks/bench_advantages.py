@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from hvd.configs import get_config
+from hvd.experiments import get_config
 from hvd.rl import flow
 from hvd.train import inference, mesh, policy, stage_data, state
 from hvd.train import optimizer as optim

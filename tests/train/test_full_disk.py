@@ -16,10 +16,10 @@ from tests.train.compare import assert_same_run
 _HVD = """
 import sys
 from pathlib import Path
-from hvd import cli, configs
+from hvd import cli, experiments
 from tests.train import factory
 folder = sys.argv.pop(1)
-configs.CONFIGS["tiny"] = lambda: factory.experiment(Path(folder))
+experiments.CONFIGS["tiny"] = lambda: factory.experiment(Path(folder))
 cli.command()
 """
 

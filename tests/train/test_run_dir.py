@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hvd.configs import CONFIGS, get_config
 from hvd.errors import UserError
+from hvd.experiments import CONFIGS, get_config
 from hvd.train import run_dir as runs
 from tests.train import factory
 

@@ -1,0 +1,262 @@
+"""Named experiments: one name -> one complete `Experiment`. Imports no jax: login nodes read it.
+
+A docstring says the command, what it needs and what it gives; the memory figures are those of `hvd plan`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from hvd.configs import (
+    DataConfig,
+    EvaluateConfig,
+    Experiment,
+    KeyMap,
+    LrSchedule,
+    ModelConfig,
+    NormConfig,
+    PolicyConfig,
+    SimConfig,
+    ValueConfig,
+)
+from hvd.errors import UserError, nearest
+
+_TINY = ModelConfig(
+    max_token_len=8,
+    vocab_size=512,
+    tokenizer="words",
+    dtype="float32",
+    paligemma_variant="tiny_trunk",
+    action_expert_variant="tiny",
+    value_expert_variant="tiny",
+    siglip_variant="tiny",
+    cameras=(),
+    image_size=56,
+    action_patch=5,
+)
+
+
+def _small_lr(steps: int, peak: float) -> LrSchedule:
+    return LrSchedule(warmup_steps=min(100, steps // 10), peak_lr=peak, decay_steps=steps, decay_lr=peak / 20)
+
+
+def demo() -> Experiment:
+    """Simulated R1, state and object pose, tiny models: the whole way on 2 CPU cores.
+
+    Command: python launch/submit.py --stage all
+    Expected: a table of success rates and runs/demo/report.html.
+    """
+    state = KeyMap(state=("observation.state", "observation.environment_state"))
+    value_steps, policy_steps = 1_500, 3_000
+    return Experiment(
+        name="demo",
+        sim=SimConfig(task="tote"),
+        model=_TINY,
+        norm=NormConfig(std_floor=0.02),
+        optimal_data=DataConfig(repo_id="demo/optimal", keys=state),
+        suboptimal_data=DataConfig(repo_id="demo/mixed", keys=state),
+        num_workers=1,
+        value=ValueConfig(
+            num_train_steps=value_steps,
+            batch_size=64,
+            lr_schedule=_small_lr(value_steps, 5e-4),
+            data="both",
+            log_interval=50,
+            val_interval=250,
+            save_interval=500,
+            keep_period=0,
+        ),
+        policy=PolicyConfig(
+            num_train_steps=policy_steps,
+            batch_size=32,
+            lr_schedule=_small_lr(policy_steps, 1e-3),
+            ema_decay=0.99,
+            suboptimal_share=0.5,
+            bc_lambda=16.0,  # with 1 the mixed set's mistakes are copied more often (BENCHMARKS.md)
+            log_interval=50,
+            val_interval=250,
+            save_interval=500,
+            keep_period=0,
+        ),
+        evaluate=EvaluateConfig(baselines=True),
+    )
+
+
+def g1() -> Experiment:
+    """A real Unitree G1 with Inspire hands (26 joints, one camera), ten episodes of one task, tiny models.
+
+    Eight training episodes are soon learnt by heart, so both stages train with much noise on the state and strong crops
+    (BENCHMARKS.md has the figures without).
+
+    Command: python launch/submit.py --stage all --config g1 --data PATH
+    Expected: on held-out episodes an action error well below "hold the current pose"; V rises along an episode.
+    """
+    keys = KeyMap(images={"base_0_rgb": "observation.images.cam_high"})
+    data = DataConfig(repo_id="g1_bottle", keys=keys, reward="success_at_end")
+    value_steps, policy_steps = 1_000, 2_500
+    return Experiment(
+        name="g1",
+        robot="g1",
+        # 60 actions are 2 s at 30 Hz, as 20 are for the R1 at 10 Hz
+        model=dataclasses.replace(_TINY, cameras=("base_0_rgb",), action_horizon=60),
+        norm=NormConfig(std_floor=0.01, delta_actions=True),
+        optimal_data=data,
+        suboptimal_data=data,
+        num_workers=2,
+        image_cache=True,
+        value=ValueConfig(
+            num_train_steps=value_steps,
+            batch_size=32,
+            lr_schedule=_small_lr(value_steps, 5e-4),
+            log_interval=50,
+            val_interval=250,
+            save_interval=500,
+            keep_period=0,
+            gamma=0.9967,  # per second what 0.99 is at 10 Hz
+            target_ema=0.02,
+            state_noise=0.3,
+            crop=0.75,
+            rotation=10.0,
+        ),
+        policy=PolicyConfig(
+            num_train_steps=policy_steps,
+            batch_size=32,
+            lr_schedule=_small_lr(policy_steps, 1e-3),
+            ema_decay=0.99,
+            log_interval=50,
+            val_interval=250,
+            save_interval=500,
+            keep_period=0,
+            state_noise=0.7,
+            crop=0.75,
+            rotation=10.0,
+        ),
+        evaluate=EvaluateConfig(val_fraction=0.2),
+    )
+
+
+PI0_BASE = "gs://openpi-assets/checkpoints/pi0_base/params"  # public, 13 GB in float32
+
+
+def _r1(name: str, experiment: str, *, lora: bool = True, fsdp: int = 0, **policy) -> Experiment:
+    """The Galaxea R1 at real size. Configs of one `experiment` share its value run: all but the policy is the same."""
+    flat = experiment.endswith("_flat")
+    model = ModelConfig(
+        paligemma_variant="gemma_2b_lora" if lora else "gemma_2b",
+        action_expert_variant="gemma_300m_lora" if lora else "gemma_300m",
+        value_paligemma_variant="gemma_2b",
+        network_type="q" if flat else "hierarchical_q",
+    )
+    steps = 30_000
+    return Experiment(
+        name=name,
+        exp_name=experiment,
+        fsdp_devices=fsdp,
+        num_workers=8,
+        model=model,
+        optimal_data=DataConfig(repo_id="r1/optimal"),
+        suboptimal_data=DataConfig(repo_id="r1/mixed"),
+        value=ValueConfig(
+            num_train_steps=steps + 1,
+            batch_size=16,
+            lr_schedule=LrSchedule(peak_lr=1e-4, decay_steps=steps, decay_lr=1e-5),  # the value expert starts fresh
+            weight_loader=PI0_BASE,
+            freeze_filter="trunk",
+            val_interval=5_000,
+        ),
+        policy=PolicyConfig(
+            num_train_steps=steps,
+            batch_size=16,
+            weight_loader=PI0_BASE,
+            ema_decay=0.0 if lora else 0.99,
+            remat="full",
+            run_name=name,
+            val_interval=5_000,
+            **policy,
+        ),
+    )
+
+
+def value_r1() -> Experiment:
+    """R1, the value stage: Q per level, exponential, on pi0_base's frozen trunk with a value expert of 300M.
+
+    Command: python launch/submit.py --stage value --config value_r1 --data DATASETS
+    """
+    return _r1("value_r1", "r1")
+
+
+def value_r1_flat() -> Experiment:
+    """R1, the value stage with one flat Q: the ablation of the hierarchy.
+
+    Command: python launch/submit.py --stage value --config value_r1_flat --data DATASETS
+    """
+    return _r1("value_r1_flat", "r1_flat")
+
+
+def pi0_r1() -> Experiment:
+    """R1, all of pi0 (3.2 B) trained from pi0_base, each level weighted by its advantage.
+
+    Command: python launch/submit.py --stage policy --config pi0_r1 --data DATASETS (after value_r1)
+    """
+    return _r1("pi0_r1", "r1", lora=False)
+
+
+def pi0_r1_flat() -> Experiment:
+    """As pi0_r1, one weight per chunk by the flat Q of value_r1_flat.
+
+    Command: python launch/submit.py --stage policy --config pi0_r1_flat --data DATASETS (after value_r1_flat)
+    """
+    return _r1("pi0_r1_flat", "r1_flat", lora=False)
+
+
+def pi0_r1_imitation() -> Experiment:
+    """As pi0_r1, plain imitation of the optimal set: the baseline.
+
+    Command: python launch/submit.py --stage policy --config pi0_r1_imitation --data DATASETS
+    """
+    return _r1("pi0_r1_imitation", "r1", lora=False, weighting="none", suboptimal_share=0.0)
+
+
+def pi0_r1_lora() -> Experiment:
+    """R1, pi0 with LoRA on both experts (468 M trained) from pi0_base: the published setting.
+
+    Command: python launch/submit.py --stage policy --config pi0_r1_lora --data DATASETS (after value_r1)
+    """
+    return _r1("pi0_r1_lora", "r1", fsdp=2)
+
+
+def pi0_r1_lora_flat() -> Experiment:
+    """As pi0_r1_lora, one weight per chunk by the flat Q of value_r1_flat.
+
+    Command: python launch/submit.py --stage policy --config pi0_r1_lora_flat --data DATASETS (after value_r1_flat)
+    """
+    return _r1("pi0_r1_lora_flat", "r1_flat", fsdp=2)
+
+
+def pi0_r1_lora_imitation() -> Experiment:
+    """As pi0_r1_lora, plain imitation of the optimal set: the baseline.
+
+    Command: python launch/submit.py --stage policy --config pi0_r1_lora_imitation --data DATASETS
+    """
+    return _r1("pi0_r1_lora_imitation", "r1", fsdp=2, weighting="none", suboptimal_share=0.0)
+
+
+_ALL = (
+    demo,
+    g1,
+    value_r1,
+    value_r1_flat,
+    pi0_r1,
+    pi0_r1_flat,
+    pi0_r1_imitation,
+    pi0_r1_lora,
+    pi0_r1_lora_flat,
+    pi0_r1_lora_imitation,
+)
+CONFIGS: dict[str, Callable[[], Experiment]] = {build.__name__: build for build in _ALL}
+
+
+def get_config(name: str) -> Experiment:
+    """The experiment called `name`, before overrides; a UserError that offers the nearest names otherwise."""
+    if name not in CONFIGS:
+        raise UserError(f"unknown config {name!r}{nearest(name, CONFIGS)}")
+    return CONFIGS[name]()
