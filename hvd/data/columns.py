@@ -65,7 +65,7 @@ def _resolve(layout: Layout, cfg: DataConfig) -> _Names:
     """Find the columns that `cfg` means, or say which one is missing and what is like it."""
     schema, keys = read_schema(layout.data_paths[0]), cfg.keys
     for column in (*keys.state, *keys.actions):
-        name = _parse(column)[0]
+        name = parse_column(column)[0]
         if name not in schema.names:
             raise UserError(f"{layout.root}: column {name!r} is not in the dataset{nearest(name, _numeric(schema))}")
     rewards = terminal = ""
@@ -74,7 +74,7 @@ def _resolve(layout: Layout, cfg: DataConfig) -> _Names:
         terminal = _first(layout, schema, keys.terminal, "terminal", ("terminal", "next.terminal", "next.done"))
     success = next((k for k in ("success", "next.success") if k in schema.names), "")
     names = {"timestamp", "task_index", "episode_index", rewards, terminal, success}
-    names |= {_parse(c)[0] for c in (*keys.state, *keys.actions)}
+    names |= {parse_column(c)[0] for c in (*keys.state, *keys.actions)}
     return _Names(rewards, terminal, success, [n for n in schema.names if n in names])
 
 
@@ -189,7 +189,7 @@ def _rewards(layout: Layout, cfg: DataConfig, success: np.ndarray, starts: np.nd
     return rewards, terminal
 
 
-def _parse(column: str) -> tuple[str, list[int] | None]:
+def parse_column(column: str) -> tuple[str, list[int] | None]:
     """ "key[0,1,5]" or "key[0:3]" selects dims of a column; "key" takes all."""
     match = _SELECTION.match(column)
     if match is None:
@@ -207,7 +207,7 @@ def _parse(column: str) -> tuple[str, list[int] | None]:
 def _concatenated(table: pa.Table, columns: tuple[str, ...], path: Path) -> np.ndarray:
     parts = []
     for column in columns:
-        name, dims = _parse(column)
+        name, dims = parse_column(column)
         values = _matrix(table, name, path).astype(np.float32, copy=False)
         if dims is not None and max(dims) >= values.shape[1]:
             raise UserError(f"{path}: column {column!r} asks for dim {max(dims)} of {values.shape[1]}")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from hvd.configs import Experiment
 from hvd.data import normalize
@@ -33,19 +33,28 @@ class Policy:
     Attributes:
         cfg: the config the run was trained with.
         transform: raw numbers <-> the model's.
+        params: the model's parameters, on its devices.
+        denoise: (params, observation, noise [b,K,action_dim], flow steps) -> normalised actions [b,K,action_dim]; pure,
+            for callers that compile it themselves (hvd.serve_sampler).
     """
 
     def __init__(self, cfg: Experiment, transform: InputTransform, graph: Graph, params: Tree):
         self.cfg, self.transform = cfg, transform
-        self._params = params
+        self.params = params
+
+        def denoise(
+            params: Tree, observation: Observation, noise: Float[Array, "b k a"], num_steps: int | Int[Array, ""]
+        ) -> Float[Array, "b k a"]:
+            # Padded dims are never trained: they were 0 in training and stay 0 here
+            noise = noise * pad_mask(cfg)[None, None]
+            return graph.module(params).sample_actions(observation, noise, num_steps)
 
         def sample(params: Tree, observation: Observation, key: jax.Array) -> Float[Array, "b k a"]:
             b = observation["state"].shape[0]
             noise = jax.random.normal(key, (b, cfg.model.action_horizon, cfg.model.action_dim))
-            # Padded dims are never trained: they were 0 in training and stay 0 here
-            noise = noise * pad_mask(cfg)[None, None]
-            return graph.module(params).sample_actions(observation, noise, cfg.policy.num_flow_steps)
+            return denoise(params, observation, noise, cfg.policy.num_flow_steps)
 
+        self.denoise = denoise
         self._sample = jax.jit(sample)
 
     def act(
@@ -63,7 +72,7 @@ class Policy:
             key: of the initial noise; the same key gives the same actions.
         """
         observation = self.transform.observation(state, images, prompts)
-        actions = jax.device_get(self._sample(self._params, observation, key))
+        actions = jax.device_get(self._sample(self.params, observation, key))
         return self.transform.actions_out(actions, state)
 
 

@@ -34,7 +34,7 @@ def test_policy_acts_in_raw_units(policy):
 
 def test_padded_dims_do_nothing(policy):
     """Whatever the initial noise of padded dims were, they stay 0 and have no velocity."""
-    head = policy._params["action_out_proj"]
+    head = policy.params["action_out_proj"]
     assert not np.any(head["kernel"][:, 21:]) and not np.any(head["bias"][21:])
     assert np.any(head["kernel"][:, :21])
     assert inference.pad_mask(policy.cfg).tolist() == [1.0] * 21 + [0.0] * 11
@@ -43,7 +43,7 @@ def test_padded_dims_do_nothing(policy):
 def test_policy_uses_the_averaged_parameters(trained, policy):
     stored = arrays(trained.policy_dir, 12)
     name = "state_proj/kernel"
-    np.testing.assert_array_equal(policy._params["state_proj"]["kernel"], stored[f"params/params/{name}"])
+    np.testing.assert_array_equal(policy.params["state_proj"]["kernel"], stored[f"params/params/{name}"])
     assert not np.array_equal(stored[f"params/params/{name}"], stored[f"train_state/trained/{name}"])
 
 
