@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hvd.configs import DataConfig, Experiment
+from hvd.configs import DataConfig, Experiment, StageConfig
 from hvd.errors import UserError, nearest
 from hvd.robots import get_robot
 
@@ -109,10 +109,18 @@ def check_devices(cfg: Experiment, devices: int, processes: int = 1) -> None:
         raise UserError(f"{devices} devices cannot be divided over {processes} processes")
     if cfg.fsdp_devices and devices % cfg.fsdp_devices:
         raise UserError(f"fsdp_devices {cfg.fsdp_devices} does not divide the {devices} device(s) of this run")
-    for name in ("value.batch_size", "policy.batch_size"):
-        size = getattr(cfg, name.split(".")[0]).batch_size
-        if size % devices:
-            raise UserError(f"{name} {size} is not divisible by the {devices} devices of this run")
+    for stage in ("value", "policy"):
+        own: StageConfig = getattr(cfg, stage)
+        if own.batch_size % devices:
+            raise UserError(
+                f"{stage}.batch_size {own.batch_size} is not divisible by the {devices} devices of this run"
+            )
+        micro = own.batch_size // own.grad_accum_steps
+        if micro % devices:
+            raise UserError(
+                f"{stage}.grad_accum_steps {own.grad_accum_steps} leaves micro-batches of {micro} rows, which are not "
+                f"divisible by the {devices} devices of this run"
+            )
 
 
 def check_datasets(cfg: Experiment) -> None:
@@ -181,9 +189,13 @@ def _check_model(cfg: Experiment) -> None:
 
 def _check_run(cfg: Experiment) -> None:
     for stage in ("value", "policy"):
-        batch_size = getattr(cfg, stage).batch_size
-        if cfg.fsdp_devices and batch_size % cfg.fsdp_devices:
-            raise UserError(f"{stage}.batch_size {batch_size} is not divisible by fsdp_devices {cfg.fsdp_devices}")
+        own: StageConfig = getattr(cfg, stage)
+        if own.batch_size % own.grad_accum_steps:
+            raise UserError(
+                f"{stage}.grad_accum_steps {own.grad_accum_steps} does not divide {stage}.batch_size {own.batch_size}"
+            )
+        if cfg.fsdp_devices and own.batch_size % cfg.fsdp_devices:
+            raise UserError(f"{stage}.batch_size {own.batch_size} is not divisible by fsdp_devices {cfg.fsdp_devices}")
     for name, value in (("exp_name", cfg.exp_name or cfg.name), ("policy.run_name", cfg.policy.run_name)):
         parts = Path(value).parts
         if not parts or Path(value).is_absolute() or ".." in parts or (name != "exp_name" and len(parts) > 1):

@@ -45,6 +45,9 @@ def test_every_number_has_a_rule():
         ("--model.hierarchical_actions [[0,1],[2]]", "model.hierarchical_actions: robot r1's action(s) [3, 4, 5"),
         ("--model.cameras base_0_rbg", "model.cameras: 'base_0_rbg' is in no dataset's keys.images; nearest: base_0"),
         ("--fsdp_devices 3", "value.batch_size 64 is not divisible by fsdp_devices 3"),
+        ("--fsdp_devices -1", "fsdp_devices -1 must not be negative"),
+        ("--value.grad_accum_steps 0", "value.grad_accum_steps 0 must be at least 1"),
+        ("--policy.grad_accum_steps 3", "policy.grad_accum_steps 3 does not divide policy.batch_size 32"),
         ("--policy.run_name value", "policy.run_name 'value' is taken by another part"),
         ("--policy.run_name a/b", "policy.run_name 'a/b' is no name of a folder"),
         ("--exp_name ../up", "exp_name '../up' is no name of a folder"),
@@ -64,6 +67,7 @@ def test_a_contradiction_is_one_line(text, line):
         ("--value.batch_size 60", 8, 1, "value.batch_size 60 is not divisible by the 8 devices"),
         ("--policy.batch_size 66", 4, 2, "policy.batch_size 66 is not divisible by the 4 devices"),
         ("--fsdp_devices 4", 2, 1, "fsdp_devices 4 does not divide the 2 device(s)"),
+        ("--policy.grad_accum_steps 8", 8, 1, "policy.grad_accum_steps 8 leaves micro-batches of 4 rows"),
         ("", 3, 2, "3 devices cannot be divided over 2 processes"),
     ],
 )

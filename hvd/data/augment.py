@@ -1,5 +1,7 @@
 """Augmentation on the device. Images: random crop, small rotation, colour jitter, drawn per camera and per sample; the
 state: Gaussian noise.
+
+The random numbers are drawn for a whole batch, before it is split into micro-batches; the images stay uint8 until then.
 """
 
 import functools
@@ -21,36 +23,51 @@ def to_float(images: Mapping[str, UInt8[Array, "b h w 3"]]) -> dict[str, Float[A
     return {camera: x.astype(jnp.float32) / 127.5 - 1.0 for camera, x in images.items()}
 
 
-def augment_observation(
+def draw(
     key: Key[Array, ""], observation: Mapping[str, Any], own: StageConfig, state_dims: int
-) -> dict[str, Any]:
-    """`observation` (hvd.data.transforms.Observation) with augmented images (float32) and a noisy state.
+) -> dict[str, Float[Array, "b _"]]:
+    """The random numbers of `augment`, one row per sample: seven uniform ones per camera, and the state's noise.
 
     Args:
-        own: augment_images, crop, rotation, and state_noise in the units of the normalised state.
-        state_dims: dims of the robot's state; the padding behind them stays 0.
+        own: augment_images, and state_noise in the units of the normalised state.
+        state_dims: dims of the robot's state; the padding behind them gets no noise.
+    """
+    drawn: dict[str, Array] = {}
+    image_key, state_key = jax.random.split(key)
+    rows = observation["state"].shape[0]
+    if own.augment_images:
+        for i, camera in enumerate(sorted(observation["images"])):
+            drawn[camera] = jax.random.uniform(jax.random.fold_in(image_key, i), (rows, 7))
+    if own.state_noise > 0:
+        noise = own.state_noise * jax.random.normal(state_key, observation["state"].shape)
+        drawn["state"] = noise * (jnp.arange(noise.shape[-1]) < state_dims)[None]
+    return drawn
+
+
+def augment(
+    observation: Mapping[str, Any], drawn: Mapping[str, Float[Array, "b _"]], own: StageConfig
+) -> dict[str, Any]:
+    """`observation` (hvd.data.transforms.Observation) with augmented images (float32) and a noisy state, as `drawn`;
+    where nothing was drawn it is left as it is.
     """
     out = dict(observation)
-    image_key, state_key = jax.random.split(key)
-    if own.augment_images and out["images"]:
-        out["images"] = augment_images(image_key, out["images"], own.crop, own.rotation)
-    if own.state_noise > 0:
-        noise = own.state_noise * jax.random.normal(state_key, out["state"].shape)
-        out["state"] = out["state"] + noise * (jnp.arange(noise.shape[-1]) < state_dims)[None]
+    cameras = [camera for camera in out["images"] if camera in drawn]
+    if cameras:
+        images = {camera: out["images"][camera] for camera in cameras}
+        out["images"] = dict(out["images"]) | augment_images({c: drawn[c] for c in cameras}, images, own)
+    if "state" in drawn:
+        out["state"] = out["state"] + drawn["state"]
     return out
 
 
 def augment_images(
-    key: Key[Array, ""],
-    images: Mapping[str, UInt8[Array, "b h w 3"]],
-    crop: float = StageConfig.crop,
-    rotation: float = StageConfig.rotation,
+    drawn: Mapping[str, Float[Array, "b 7"]], images: Mapping[str, UInt8[Array, "b h w 3"]], own: StageConfig
 ) -> dict[str, Float[Array, "b h w 3"]]:
-    """Augmented float32 images in [-1, 1]; all cameras have the same size.
+    """Augmented float32 images in [-1, 1]; all cameras have the same size. `drawn`: uniform numbers by camera.
 
     Cameras whose name holds "wrist" keep their geometry: their view is fixed to the hand. The others get a random crop
-    of `crop` of each side, scaled back, and a rotation of at most `rotation` degrees either way (outside is black). All
-    get colour jitter, half of the time.
+    of `own.crop` of each side, scaled back, and a rotation of at most `own.rotation` degrees either way (outside is
+    black). All get colour jitter, half of the time.
     """
     cameras = sorted(images)
     out: dict[str, Array] = {}
@@ -58,12 +75,10 @@ def augment_images(
         group = [camera for camera in cameras if ("wrist" in camera) == wrist]
         if not group:
             continue
-        # seven uniform numbers per image, camera by camera, and one vectorised function for all cameras of the group
-        batch = images[group[0]].shape[0]
-        draws = [jax.random.uniform(jax.random.fold_in(key, cameras.index(c)), (batch, 7)) for c in group]
+        # one vectorised function for all cameras of the group
         pictures = jnp.concatenate([images[c] for c in group]).astype(jnp.float32) / 255.0
-        augment = _jitter if wrist else functools.partial(_augment, crop=crop, rotation=rotation)
-        done = jax.vmap(augment)(jnp.concatenate(draws), pictures) * 2.0 - 1.0
+        change = _jitter if wrist else functools.partial(_augment, crop=own.crop, rotation=own.rotation)
+        done = jax.vmap(change)(jnp.concatenate([drawn[c] for c in group]), pictures) * 2.0 - 1.0
         out |= dict(zip(group, jnp.split(done, len(group)), strict=True))
     return {camera: out[camera] for camera in images}
 

@@ -37,8 +37,22 @@ def level_errors(
     return jnp.sum(per_level * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1.0)
 
 
+def shares(source: Int[Array, "b"]) -> Float[Array, "b"]:
+    """What each row counts: rows of the batch / rows of its own set, so that a mean over the rows of a set, summed over
+    the sets, is the mean over the batch of share * row. A part of a batch keeps the shares of the whole.
+    """
+    from_suboptimal = (source != 0).astype(jnp.float32)
+    suboptimal = jnp.sum(from_suboptimal)
+    rows = jnp.where(source == 0, source.shape[0] - suboptimal, suboptimal)
+    return source.shape[0] / rows
+
+
 def policy_loss(
-    errors: Float[Array, "b l"], weights: Float[Array, "b l"], source: Int[Array, "b"], bc_lambda: float
+    errors: Float[Array, "b l"],
+    weights: Float[Array, "b l"],
+    source: Int[Array, "b"],
+    bc_lambda: float,
+    share: Float[Array, "b"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """L_pi = L_RL(suboptimal) + lambda L_BC(optimal); each a mean over the rows of its own set in the batch.
 
@@ -46,10 +60,11 @@ def policy_loss(
         errors: of `level_errors`.
         weights: omega_i of each row; they carry no gradient, and rows of the optimal set ignore them (imitation).
         source: 0 = optimal set, 1 = suboptimal set.
+        share: `shares` of the batch that these rows are a part of; default: they are the batch.
     """
+    share = shares(source) if share is None else share
     from_optimal = (source == 0).astype(errors.dtype)
-    from_suboptimal = 1.0 - from_optimal
     weighted = jnp.sum(jax.lax.stop_gradient(weights) * errors, axis=-1)
-    rl = jnp.sum(weighted * from_suboptimal) / jnp.maximum(jnp.sum(from_suboptimal), 1.0)
-    bc = jnp.sum(jnp.sum(errors, axis=-1) * from_optimal) / jnp.maximum(jnp.sum(from_optimal), 1.0)
+    rl = jnp.mean(weighted * share * (1.0 - from_optimal))
+    bc = jnp.mean(jnp.sum(errors, axis=-1) * share * from_optimal)
     return rl + bc_lambda * bc, {"loss_rl": rl, "loss_bc": bc}

@@ -186,7 +186,7 @@ def _ahead(
     devices: Devices, batcher: Batcher, rows: np.ndarray, size: int, pool: concurrent.futures.Executor, depth: int = 3
 ) -> Iterator[tuple[slice, concurrent.futures.Future]]:
     """(place in the shard, placed batch to come), `depth` batches under way; the last is filled up by repetition."""
-    index, count = jax.process_index(), jax.process_count()
+    index, count = devices.place_of_process
     ours = slice(size // count * index, size // count * (index + 1))
 
     def load(start: int) -> Any:

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float
 
 from hvd.configs import Experiment, StageConfig
 from hvd.data import normalize
@@ -27,12 +26,10 @@ from hvd.train import complete, preemption, state
 from hvd.train import run_dir as runs
 from hvd.train.checkpoints import Checkpoints
 from hvd.train.mesh import Devices
+from hvd.train.program import Batch, Metrics, Program
 from hvd.train.stage_data import StageData
-from hvd.train.state import Graph, TrainState
+from hvd.train.state import TrainState
 from hvd.train.telemetry import Telemetry
-
-type Batch = dict[str, Any]
-type Metrics = dict[str, Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +38,8 @@ class Job:
 
     Attributes:
         inputs: digests of what it is trained on, for config.yaml and complete.json.
-        init: key -> the state before the first step.
+        program: the model, the first state, the step and the evaluation.
         prepare: what to do with a fresh state (load pretrained weights).
-        step: (state, batch) -> (next state, metrics). Pure; randomness comes from state.step alone.
-        evaluate: (state, batch, key) -> metrics of a validation batch; the i-th batch always gets the i-th key.
         loader: start step -> batches from that step on.
         validation: the placed validation batches, the same in every run; () = no validation.
     """
@@ -54,11 +49,8 @@ class Job:
     folder: str
     devices: Devices
     inputs: dict[str, str]
-    graph: Graph
-    init: Callable[[jax.Array], TrainState]
+    program: Program
     prepare: Callable[[TrainState], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    evaluate: Callable[[TrainState, Batch, jax.Array], Metrics]
     loader: Callable[[int], Loader]
     validation: Callable[[], list[Batch]]
 
@@ -99,7 +91,7 @@ def run(job: Job) -> None:
     devices, stage_cfg = job.devices, getattr(job.cfg, job.stage)
     steps: int = stage_cfg.num_train_steps
     with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(job.folder, job.graph, stage_cfg.keep_period)
+        checkpoints = Checkpoints(job.folder, job.program.graph, stage_cfg.keep_period)
         stack.callback(checkpoints.close)
         start = int(devices.from_main(np.asarray(checkpoints.latest() or 0)))
         if start > steps:
@@ -107,11 +99,11 @@ def run(job: Job) -> None:
         loader = stack.enter_context(contextlib.closing(job.loader(start))) if start < steps else None
 
         # --- the state, fresh or restored; a signal ends the run at once until there is something to save
-        like = state.abstract(job.init, devices)
+        like = state.abstract(job.program.init, devices)
         if start:
             train_state, carried = checkpoints.restore(start, like)
         else:
-            train_state, carried = job.prepare(state.create(job.init, job.cfg.seed, like)), {}
+            train_state, carried = job.prepare(state.create(job.program.init, job.cfg.seed, like)), {}
         devices.poll("before the first step")
         stack.enter_context(preemption.deferred())
         if devices.is_main:
@@ -169,12 +161,12 @@ class _Trainer:
         replicated = job.devices.replicated
         self._names: list[str] = []
         self._step = jax.jit(
-            _packed(job.step, self._names, stage_cfg.trace_samples),
+            _packed(job.program.step, self._names, stage_cfg.trace_samples),
             donate_argnums=0,
             out_shardings=(state.shardings(like), replicated),
         )
         self._val_names: list[str] = []
-        self._evaluate = jax.jit(_packed_evaluation(job.evaluate, self._val_names), out_shardings=replicated)
+        self._evaluate = jax.jit(_packed_evaluation(job.program.evaluate, self._val_names), out_shardings=replicated)
         self._validation: list[tuple[Batch, jax.Array]] | None = None
         _ = job.devices.flags  # placed now: the loop itself transfers nothing implicitly
 

@@ -1,15 +1,19 @@
 """Processes, devices, and where every array lies.
 
 A run is one program on all its processes. The mesh has two axes: "data" (batches are split over it) and "fsdp"
-(batches are split over it too, and large parameters as well). Devices are laid out process by process, so that an fsdp
-group stays inside a node wherever it fits, and a process's rows of a batch are one contiguous slice.
+(batches are split over it too, and large parameters as well). Devices are laid out node by node, in a node process by
+process, whatever numbers the processes have: an fsdp group stays inside a node wherever it fits, gradients alone are
+summed across nodes, and a process's rows of a batch are one contiguous slice.
 """
 
+import collections
 import dataclasses
 import functools
-import math
+import hashlib
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,16 +25,11 @@ from jaxtyping import Array, Int
 
 from hvd.configs import Experiment
 from hvd.errors import UserError
-from hvd.train import preemption
+from hvd.train import parameter_rules, preemption
 
 ENVIRONMENT = ("HVD_COORDINATOR", "HVD_NUM_PROCESSES", "HVD_PROCESS_ID")
 
-# The rule for parameters (and everything shaped like them), first match counts: (dims at least, bytes at least, place).
-# "largest": split over fsdp along the largest axis that it divides, of equal ones the later; "copy": on every device.
-PARAMETER_RULES = (
-    (2, 4 << 20, "largest"),
-    (0, 0, "copy"),
-)
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def initialize() -> None:
@@ -92,14 +91,7 @@ class Devices:
 
     def parameter(self, shape: tuple[int, ...], dtype: Any) -> NamedSharding:
         """Where an array of this shape lies, by PARAMETER_RULES."""
-        size = math.prod(shape) * jnp.dtype(dtype).itemsize
-        place = next(place for dims, least, place in PARAMETER_RULES if len(shape) >= dims and size >= least)
-        parts = self.mesh.shape["fsdp"]
-        divisible = [axis for axis, length in enumerate(shape) if length % parts == 0]
-        if place == "copy" or parts == 1 or not divisible:
-            return self.replicated
-        axis = max(divisible, key=lambda a: (shape[a], a))
-        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "fsdp"))
+        return NamedSharding(self.mesh, parameter_rules.partition(shape, dtype, self.mesh.shape["fsdp"]))
 
     def parameters(self, tree: Any) -> Any:
         """`parameter` for each array (or its shape) of a tree; also fits optimiser states and averages."""
@@ -111,10 +103,24 @@ class Devices:
             return jax.device_put(batch, self.batch)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch, x), batch)
 
-    def check_batch(self, rows: int, field: str) -> None:
-        """UserError unless `rows` of a global batch (config field `field`) split evenly over all devices."""
-        if rows <= 0 or rows % self.count:
-            raise UserError(f"{field} {rows} is not a multiple of the {self.count} devices: choose a multiple")
+    def check_batch(self, rows: int, parts: int, stage: str) -> None:
+        """UserError unless the stage's `rows` of a global batch split evenly over micro-batches and all devices."""
+        if rows <= 0 or rows % (self.count * parts):
+            micro = f" in {parts} micro-batches (grad_accum_steps)" if parts > 1 else ""
+            raise UserError(
+                f"{stage}.batch_size {rows} cannot be divided over the {self.count} devices{micro}: choose a multiple "
+                f"of {self.count * parts}"
+            )
+
+    @functools.cached_property
+    def place_of_process(self) -> tuple[int, int]:
+        """(i, n): this process loads the i-th of n equal slices of each batch."""
+        order = list(dict.fromkeys(d.process_index for d in self._ordered))
+        return order.index(jax.process_index()), len(order)
+
+    @property
+    def _ordered(self) -> list[Any]:
+        return list(self.mesh.devices.flat) if isinstance(self.mesh, Mesh) else []
 
     @functools.cached_property
     def flags(self) -> tuple[Int[Array, "d"], Int[Array, "d"]]:
@@ -153,17 +159,85 @@ def start(cfg: Experiment, *, fsdp: int | None = None) -> Devices:
     """Processes joined, compilation cache set, mesh of all devices made.
 
     Raises:
-        UserError: the devices cannot be split into groups of `fsdp_devices`.
+        UserError: the devices cannot be split into groups of `fsdp_devices`, or the processes have not equally many.
     """
+    if cfg.deterministic:
+        be_deterministic()
     initialize()
     use_compilation_cache(cfg.runs_dir)
-    return make_devices(cfg.fsdp_devices if fsdp is None else fsdp)
+    return make_devices(cfg.fsdp_devices if fsdp is None else fsdp, nodes=_nodes())
 
 
-def make_devices(fsdp: int, devices: Sequence[Any] | None = None) -> Devices:
-    """The mesh (data, fsdp) of `devices`, all there are unless given."""
-    ordered = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+def be_deterministic() -> None:
+    """Bit-equal results of equal runs on a GPU: sums in a fixed order, kernels not chosen by timing them.
+
+    Has to come before the first use of a device. A CPU needs none of it.
+    """
+    if jax.config.jax_platforms != "cpu" and _DETERMINISTIC not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
+
+
+def make_devices(
+    fsdp: int, devices: Sequence[Any] | None = None, *, nodes: Mapping[int, Hashable] | None = None
+) -> Devices:
+    """The mesh (data, fsdp) of `devices`, all there are unless given.
+
+    Args:
+        fsdp: devices of a group that shares one copy of the parameters; 0 = those of a node.
+        nodes: the node that each process runs on; default: each is a node of its own.
+
+    Raises:
+        UserError: the devices cannot be split so.
+    """
+    given = list(jax.devices() if devices is None else devices)
+    groups = [list(group) for group in _by_node(given, nodes).values()]
+    ordered = [device for group in groups for device in group]
+    _check_even(ordered)
+    if fsdp == 0:
+        fsdp = len(groups[0])
+        if any(len(group) != fsdp for group in groups):
+            sizes = ", ".join(str(len(group)) for group in groups)
+            raise UserError(f"fsdp_devices 0 needs nodes of equally many devices, these have {sizes}: set a number")
     if fsdp < 1 or len(ordered) % fsdp:
         raise UserError(f"fsdp_devices {fsdp} does not divide the {len(ordered)} devices: choose a divisor")
-    shape = (len(ordered) // fsdp, fsdp)
-    return Devices(Mesh(np.array(ordered).reshape(shape), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2))
+    if any(len(group) % fsdp for group in groups) and jax.process_index() == 0:
+        print(
+            f"fsdp_devices {fsdp}: groups reach across nodes of {len(groups[0])} devices, so every layer's parameters "
+            "go through the network; 0 keeps each group in a node",
+            flush=True,
+        )
+    mesh = np.array(ordered, dtype=object).reshape(-1, fsdp)
+    return Devices(Mesh(mesh, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2))
+
+
+def _by_node(devices: Sequence[Any], nodes: Mapping[int, Hashable] | None) -> dict[Hashable, list[Any]]:
+    """Node -> its devices, process by process; nodes in the order of their first process."""
+    found: dict[Hashable, list[Any]] = {}
+    for device in sorted(devices, key=lambda d: (d.process_index, d.id)):
+        node = device.process_index if nodes is None else nodes[device.process_index]
+        found.setdefault(node, []).append(device)
+    return found
+
+
+def _check_even(devices: Sequence[Any]) -> None:
+    counts = collections.Counter(d.process_index for d in devices)
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{count} on process {index}" for index, count in sorted(counts.items()))
+        raise UserError(f"all processes need equally many devices, there are {listed}")
+
+
+def _nodes() -> dict[int, Hashable]:
+    """The node of each process, as all of them tell."""
+    if jax.process_count() == 1:
+        return {0: 0}
+    told = multihost_utils.process_allgather(np.frombuffer(_node_digest(), np.uint32))
+    return {index: tuple(row) for index, row in enumerate(np.asarray(told).tolist())}
+
+
+def _node_digest() -> bytes:
+    """16 bytes that are the same in all processes of a machine, containers of it included, and on no other machine."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        name = socket.gethostname()
+    return hashlib.sha256(name.encode()).digest()[:16]

@@ -2,20 +2,19 @@
 `hvd train-policy`. With policy.weighting "none" the same code is imitation and needs no value run.
 """
 
-from typing import Any
-
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from hvd.configs import Experiment
-from hvd.data.augment import augment_observation
+from hvd.data.augment import augment, draw
 from hvd.models.pi0 import Pi0, freeze_filter
 from hvd.rl import flow
 from hvd.train import (
     advantage_table,
     advantages,
     complete,
+    gradients,
     inference,
     loop,
     mesh,
@@ -26,6 +25,8 @@ from hvd.train import (
 )
 from hvd.train import optimizer as optim
 from hvd.train import run_dir as runs
+from hvd.train.mesh import Devices
+from hvd.train.program import Batch, Metrics, Program
 from hvd.train.state import Graph, TrainState, Tree
 
 
@@ -33,6 +34,60 @@ def make_graph(cfg: Experiment) -> Graph:
     """pi0 and which of its parameters are trained."""
     frozen = freeze_filter(cfg.model) if cfg.policy.freeze_filter == "auto" else None
     return Graph(lambda rngs: Pi0(cfg.model, rngs), frozen)
+
+
+def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
+    """The stage's step on a mesh. `state_dims`: dims of the robot's state, before padding."""
+    own = cfg.policy
+    graph = make_graph(cfg)
+    schedule = optim.learning_rate(own.lr_schedule)
+    optimizer = optim.make_optimizer(own.optimizer, schedule)
+    init = state.make_init(graph, optimizer, ema=own.ema_decay > 0, target=False)
+    levels, real_dims = cfg.levels(), inference.pad_mask(cfg)
+
+    # --- loss: L_RL over the suboptimal rows + lambda L_BC over the optimal rows of a batch
+    def losses(trained: Tree, frozen: Tree, batch: Batch) -> tuple[jax.Array, gradients.Rows]:
+        observation = augment(batch["observation"], batch.get("drawn", {}), own)
+        x_t, u = flow.interpolate(batch["noise"], batch["actions"], batch["time"])
+        velocity = graph.module(trained, frozen).velocity(observation, x_t, batch["time"])
+        errors = flow.level_errors(velocity, u, batch["action_mask"], levels)
+        loss, _ = flow.policy_loss(errors, batch["weights"], batch["source"], own.bc_lambda, batch["share"])
+        return loss, {"errors": errors}
+
+    def measured(batch: Batch, errors: Float[jax.Array, "b l"]) -> Metrics:
+        """The metrics of a batch from its rows' errors."""
+        loss, metrics = flow.policy_loss(errors, batch["weights"], batch["source"], own.bc_lambda, batch["share"])
+        metrics = metrics | {"loss": loss, "flow_error": errors.sum(axis=-1).mean()}
+        for i, name in enumerate(cfg.level_names()):
+            metrics[f"flow_error/{name}"] = errors[:, i].mean()
+            metrics[f"weight/{name}"] = batch["weights"][:, i].mean()
+        return metrics
+
+    def whole(batch: Batch, key: jax.Array) -> Batch:
+        """The batch with the flow's noise and times, and what its rows count."""
+        noise_key, time_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, batch["actions"].shape) * real_dims[None, None]
+        time = flow.sample_time(time_key, batch["actions"].shape[0])
+        return batch | {"noise": noise, "time": time, "share": flow.shares(batch["source"])}
+
+    # --- one step
+    def step(s: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key, augment_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
+        batch = whole(batch, key) | {"drawn": draw(augment_key, batch["observation"], own, state_dims)}
+        grads, rows = gradients.accumulate(
+            lambda trained, part: losses(trained, s.frozen, part), s.trained, batch, own.grad_accum_steps, devices
+        )
+        new, norm = state.advance(s, grads, optimizer, own)
+        return new, measured(batch, rows["errors"]) | {"grad_norm": norm, "lr": schedule(s.step)}
+
+    def evaluate(s: TrainState, batch: Batch, key: jax.Array) -> Metrics:
+        batch, averaged = whole(batch, key), s.ema or s.trained
+        rows = gradients.evaluate(
+            lambda trained, part: losses(trained, s.frozen, part), averaged, batch, own.grad_accum_steps, devices
+        )
+        return measured(batch, rows["errors"])
+
+    return Program(graph, init, step, evaluate)
 
 
 def main(cfg: Experiment, overwrite: bool = False) -> None:
@@ -52,7 +107,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     if not overwrite and loop.already_complete(folder, cfg, "policy"):
         return
     devices = mesh.start(cfg)
-    devices.check_batch(own.batch_size, "policy.batch_size")
+    devices.check_batch(own.batch_size, own.grad_accum_steps, "policy")
 
     # --- data, and the weights of its rows
     data = stage_data.open_data(cfg, "policy")
@@ -65,44 +120,8 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
         advantages.ensure(cfg, devices, value, datasets)
         weights = advantage_table.read_weights(cfg.advantages_dir, datasets)
 
-    # --- model and optimiser
-    graph = make_graph(cfg)
-    schedule = optim.learning_rate(own.lr_schedule)
-    optimizer = optim.make_optimizer(own.optimizer, schedule)
-    init = state.make_init(graph, optimizer, ema=own.ema_decay > 0, target=False)
-    levels, names, real_dims = cfg.levels(), cfg.level_names(), inference.pad_mask(cfg)
-    state_dims = data.transform.stats["state"].dim
-
-    # --- loss: L_RL over the suboptimal rows + lambda L_BC over the optimal rows of a batch
-    def losses(trained: Tree, frozen: Tree, batch: loop.Batch) -> tuple[jax.Array, dict[str, Any]]:
-        x_t, u = flow.interpolate(batch["noise"], batch["actions"], batch["time"])
-        velocity = graph.module(trained, frozen).velocity(batch["observation"], x_t, batch["time"])
-        errors = flow.level_errors(velocity, u, batch["action_mask"], levels)
-        loss, metrics = flow.policy_loss(errors, batch["weights"], batch["source"], own.bc_lambda)
-        metrics = metrics | {"loss": loss, "flow_error": errors.sum(axis=-1).mean()}
-        for i, name in enumerate(names):
-            metrics[f"flow_error/{name}"] = errors[:, i].mean()
-            metrics[f"weight/{name}"] = batch["weights"][:, i].mean()
-        return loss, metrics
-
-    def drawn(batch: loop.Batch, key: jax.Array) -> loop.Batch:
-        """The batch with the flow's noise and times."""
-        noise_key, time_key = jax.random.split(key)
-        noise = jax.random.normal(noise_key, batch["actions"].shape) * real_dims[None, None]
-        return batch | {"noise": noise, "time": flow.sample_time(time_key, batch["actions"].shape[0])}
-
-    # --- one step
-    def step(s: TrainState, batch: loop.Batch) -> tuple[TrainState, loop.Metrics]:
-        key, augment_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
-        batch = batch | {"observation": augment_observation(augment_key, batch["observation"], own, state_dims)}
-        grads, metrics = jax.grad(losses, has_aux=True)(s.trained, s.frozen, drawn(batch, key))
-        new, norm = state.advance(s, grads, optimizer, own)
-        return new, metrics | {"grad_norm": norm, "lr": schedule(s.step)}
-
-    def evaluate(s: TrainState, batch: loop.Batch, key: jax.Array) -> loop.Metrics:
-        return losses(s.ema or s.trained, s.frozen, drawn(batch, key))[1]
-
     # --- the run's folder, and the loop
+    program = make_program(cfg, devices, data.transform.stats["state"].dim)
     loop.claim(data, folder, devices, inputs, overwrite=overwrite)
     loop.run(
         loop.Job(
@@ -111,11 +130,8 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
             folder=folder,
             devices=devices,
             inputs=inputs,
-            graph=graph,
-            init=init,
-            prepare=lambda s: pretrained.load(s, own.weight_loader, graph),
-            step=step,
-            evaluate=evaluate,
+            program=program,
+            prepare=lambda s: pretrained.load(s, own.weight_loader, program.graph),
             loader=lambda start: data.loader(start, devices, weights),
             validation=lambda: data.validation(devices, weights),
         )

@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 from jaxtyping import Float32, Int64
 
@@ -54,14 +53,15 @@ class StageData:
 
     def loader(self, start: int, devices: Devices, weights: Weights) -> Loader:
         """The stream of training batches from step `start` on."""
+        index, count = devices.place_of_process
         return Loader(
             _sources(self.datasets, self.train, self.shares, weights),
             self.spec,
             self.stage_cfg.batch_size,
             self.cfg.seed,
             num_workers=self.cfg.num_workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=index,
+            process_count=count,
             start_step=start,
             place=devices.place_batch,
         )
@@ -75,8 +75,8 @@ class StageData:
         sources = _sources(self.datasets, self.val, shares, weights)
         order = Order([source.rows for source in sources], [source.share for source in sources], self.cfg.seed)
         batcher = Batcher(sources, self.spec)
-        place = (jax.process_index(), jax.process_count())
-        return [devices.place_batch(batcher.batch(*order.slice(i, *place))) for i in range(self.stage_cfg.val_batches)]
+        parts = [order.slice(i, *devices.place_of_process) for i in range(self.stage_cfg.val_batches)]
+        return [devices.place_batch(batcher.batch(*part)) for part in parts]
 
 
 def open_data(cfg: Experiment, stage: runs.Stage) -> StageData:

@@ -1,18 +1,18 @@
 """The value stage: V(s) and one Q per kinematic level (METHOD, "Value stage"). `hvd train-value`."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from hvd.configs import Experiment
-from hvd.data.augment import augment_observation
+from hvd.data.augment import augment, draw
 from hvd.models.pi0 import freeze_filter
 from hvd.models.value import ValueModel
 from hvd.rl import objectives, weights
-from hvd.train import loop, mesh, preemption, pretrained, stage_data, state
+from hvd.train import gradients, loop, mesh, preemption, pretrained, stage_data, state
 from hvd.train import optimizer as optim
 from hvd.train import run_dir as runs
+from hvd.train.mesh import Devices
+from hvd.train.program import Batch, Metrics, Program
 from hvd.train.state import Graph, TrainState, Tree
 
 
@@ -21,6 +21,72 @@ def make_graph(cfg: Experiment) -> Graph:
     auto = cfg.value.freeze_filter == "auto"
     frozen = freeze_filter(cfg.model, cfg.model.value_expert_variant) if auto else None
     return Graph(lambda rngs: ValueModel(cfg.model, cfg.levels(), rngs), frozen)
+
+
+def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
+    """The stage's step on a mesh. `state_dims`: dims of the robot's state, before padding."""
+    own = cfg.value
+    graph = make_graph(cfg)
+    schedule = optim.learning_rate(own.lr_schedule)
+    optimizer = optim.make_optimizer(own.optimizer, schedule)
+    init = state.make_init(graph, optimizer, ema=own.ema_decay > 0, target=True)
+    method = {"alpha": cfg.model.alpha, "tau": cfg.model.tau, "exp_clip_log": own.exp_clip_log}
+
+    # --- losses: y from the online V, L_Q over all levels, L_V against the target network's Q
+    def losses(trained: Tree, s: TrainState, batch: Batch) -> tuple[jax.Array, gradients.Rows]:
+        batch = batch | {name: augment(batch[name], drawn, own) for name, drawn in batch.get("drawn", {}).items()}
+        next_v = graph.module(jax.lax.stop_gradient(trained), s.frozen).state_value(batch["next_observation"])
+        y = objectives.td_target(batch["reward"], batch["discount"], next_v)
+        inputs = batch["observation"], batch["actions"], batch["action_mask"]
+        v, q = graph.module(trained, s.frozen)(*inputs)
+        _, target_q = graph.module(s.target, s.frozen)(*inputs)
+        loss = objectives.q_loss(q, y) + objectives.v_loss(v, target_q, cfg.model.method, **method)
+        return loss, {"v": v, "q": q, "y": y, "target_q": target_q}
+
+    def measured(rows: gradients.Rows) -> Metrics:
+        """The metrics of a batch from its rows' numbers."""
+        v, q, y = rows["v"], rows["q"], rows["y"]
+        loss_q = objectives.q_loss(q, y)
+        loss_v = objectives.v_loss(v, rows["target_q"], cfg.model.method, **method)
+        advantages = weights.advantages(v, q)
+        metrics = {
+            "loss": loss_q + loss_v,
+            "loss_q": loss_q,
+            "loss_v": loss_v,
+            "v_mean": jnp.mean(v),
+            "v_std": jnp.std(v),
+            "td_target": jnp.mean(y),
+        }
+        for i, name in enumerate(cfg.level_names()):
+            metrics[f"q/{name}"] = jnp.mean(q[:, i])
+            metrics[f"advantage/{name}"] = jnp.mean(advantages[:, i])
+            metrics[f"advantage_std/{name}"] = jnp.std(advantages[:, i])
+        return metrics
+
+    # --- one step
+    def step(s: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
+        names = ("observation", "next_observation")
+        drawn = {name: draw(key, batch[name], own, state_dims) for key, name in zip(keys, names, strict=True)}
+        grads, rows = gradients.accumulate(
+            lambda trained, part: losses(trained, s, part),
+            s.trained,
+            batch | {"drawn": drawn},
+            own.grad_accum_steps,
+            devices,
+        )
+        new, norm = state.advance(s, grads, optimizer, own, target_share=own.target_ema)
+        return new, measured(rows) | {"grad_norm": norm, "lr": schedule(s.step)}
+
+    def evaluate(s: TrainState, batch: Batch, key: jax.Array) -> Metrics:
+        averaged = s.ema or s.trained
+        return measured(
+            gradients.evaluate(
+                lambda trained, part: losses(trained, s, part), averaged, batch, own.grad_accum_steps, devices
+            )
+        )
+
+    return Program(graph, init, step, evaluate)
 
 
 def main(cfg: Experiment, overwrite: bool = False) -> None:
@@ -37,58 +103,14 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     if not overwrite and loop.already_complete(folder, cfg, "value"):
         return
     devices = mesh.start(cfg)
-    devices.check_batch(own.batch_size, "value.batch_size")
+    devices.check_batch(own.batch_size, own.grad_accum_steps, "value")
 
     # --- data
     data = stage_data.open_data(cfg, "value")
     devices.poll("before the first step")
 
-    # --- model and optimiser
-    graph = make_graph(cfg)
-    schedule = optim.learning_rate(own.lr_schedule)
-    optimizer = optim.make_optimizer(own.optimizer, schedule)
-    init = state.make_init(graph, optimizer, ema=own.ema_decay > 0, target=True)
-
-    state_dims = data.transform.stats["state"].dim
-
-    # --- losses: y from the online V, L_Q over all levels, L_V against the target network's Q
-    def losses(trained: Tree, s: TrainState, batch: loop.Batch) -> tuple[jax.Array, dict[str, Any]]:
-        next_v = graph.module(jax.lax.stop_gradient(trained), s.frozen).state_value(batch["next_observation"])
-        y = objectives.td_target(batch["reward"], batch["discount"], next_v)
-        inputs = batch["observation"], batch["actions"], batch["action_mask"]
-        v, q = graph.module(trained, s.frozen)(*inputs)
-        _, target_q = graph.module(s.target, s.frozen)(*inputs)
-        loss_q = objectives.q_loss(q, y)
-        method = {"alpha": cfg.model.alpha, "tau": cfg.model.tau, "exp_clip_log": own.exp_clip_log}
-        loss_v = objectives.v_loss(v, target_q, cfg.model.method, **method)
-        advantages = weights.advantages(v, q)
-        metrics = {
-            "loss": loss_q + loss_v,
-            "loss_q": loss_q,
-            "loss_v": loss_v,
-            "v_mean": jnp.mean(v),
-            "v_std": jnp.std(v),
-            "td_target": jnp.mean(y),
-        }
-        for i, name in enumerate(cfg.level_names()):
-            metrics[f"q/{name}"] = jnp.mean(q[:, i])
-            metrics[f"advantage/{name}"] = jnp.mean(advantages[:, i])
-            metrics[f"advantage_std/{name}"] = jnp.std(advantages[:, i])
-        return loss_q + loss_v, metrics
-
-    # --- one step
-    def step(s: TrainState, batch: loop.Batch) -> tuple[TrainState, loop.Metrics]:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
-        for key, name in zip(keys, ("observation", "next_observation"), strict=True):
-            batch = batch | {name: augment_observation(key, batch[name], own, state_dims)}
-        grads, metrics = jax.grad(losses, has_aux=True)(s.trained, s, batch)
-        new, norm = state.advance(s, grads, optimizer, own, target_share=own.target_ema)
-        return new, metrics | {"grad_norm": norm, "lr": schedule(s.step)}
-
-    def evaluate(s: TrainState, batch: loop.Batch, key: jax.Array) -> loop.Metrics:
-        return losses(s.ema or s.trained, s, batch)[1]
-
     # --- the run's folder, and the loop
+    program = make_program(cfg, devices, data.transform.stats["state"].dim)
     loop.claim(data, folder, devices, data.inputs, overwrite=overwrite)
     loop.run(
         loop.Job(
@@ -97,11 +119,8 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
             folder=folder,
             devices=devices,
             inputs=data.inputs,
-            graph=graph,
-            init=init,
-            prepare=lambda s: pretrained.load(s, own.weight_loader, graph),
-            step=step,
-            evaluate=evaluate,
+            program=program,
+            prepare=lambda s: pretrained.load(s, own.weight_loader, program.graph),
             loader=lambda start: data.loader(start, devices, {}),
             validation=lambda: data.validation(devices, {}),
         )

@@ -9,7 +9,7 @@ import pytest
 
 from hvd.configs import PolicyConfig
 from hvd.data import augment
-from hvd.data.augment import augment_images, augment_observation, to_float
+from hvd.data.augment import to_float
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,21 @@ def images():
     return {name: jnp.asarray(batch) for name in ("base_0_rgb", "base_1_rgb", "left_wrist_0_rgb")}
 
 
+@jax.jit
+def augment_images(key, images):
+    """Images alone, with the stage's usual settings."""
+    observation = {"state": jnp.zeros((len(next(iter(images.values()))), 1)), "images": images}
+    return augment_observation(key, observation, PolicyConfig(), 1)["images"]
+
+
+def augment_observation(key, observation, own, state_dims):
+    return augment.augment(observation, augment.draw(key, observation, own, state_dims), own)
+
+
 @pytest.fixture(scope="module")
 def augmented(images):
     with jax.numpy_dtype_promotion("strict"):
-        return jax.jit(augment_images)(jax.random.key(0), images)
+        return augment_images(jax.random.key(0), images)
 
 
 def test_shape_type_and_range(images, augmented):
@@ -48,7 +59,7 @@ def test_each_sample_and_camera_has_its_own_randomness(augmented):
 
 
 def test_same_key_same_images(images, augmented):
-    again, other = (jax.jit(augment_images)(jax.random.key(seed), images) for seed in (0, 1))
+    again, other = (augment_images(jax.random.key(seed), images) for seed in (0, 1))
     for camera in images:
         np.testing.assert_array_equal(again[camera], augmented[camera])
         assert float(jnp.abs(other[camera] - augmented[camera]).max()) > 0.01
@@ -57,7 +68,7 @@ def test_same_key_same_images(images, augmented):
 def test_wrist_cameras_keep_their_geometry(images):
     """Colour jitter is a map of colours; where it is not applied, nothing changes."""
     many = jnp.tile(images["left_wrist_0_rgb"][:1], (64, 1, 1, 1))
-    got = jax.jit(augment_images)(jax.random.key(0), {"left_wrist_0_rgb": many})["left_wrist_0_rgb"]
+    got = augment_images(jax.random.key(0), {"left_wrist_0_rgb": many})["left_wrist_0_rgb"]
     unchanged = np.abs(np.asarray(got) - np.asarray(to_float({"x": many})["x"])).max((1, 2, 3)) < 1e-5
     assert 16 < unchanged.sum() < 48
 
@@ -103,3 +114,13 @@ def test_an_observation_is_augmented_as_asked(images, wanted):
     np.testing.assert_array_equal(got["state"], observation["state"])
     assert (got["images"]["base_0_rgb"].dtype == jnp.float32) == wanted
     assert (got["images"]["base_0_rgb"] is images["base_0_rgb"]) != wanted
+
+
+def test_a_part_of_a_batch_is_augmented_as_in_the_whole(images):
+    observation = {"state": jnp.ones((8, 6)), "images": images}
+    own = PolicyConfig(state_noise=0.5)
+    drawn = augment.draw(jax.random.key(0), observation, own, 4)
+    whole = augment.augment(observation, drawn, own)
+    observation, drawn = jax.tree.map(lambda x: x[2:5], (observation, drawn))
+    part = augment.augment(observation, drawn, own)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[2:5], atol=1e-6), part, whole)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hvd.rl.flow import interpolate, level_errors, policy_loss, sample_time
+from hvd.rl.flow import interpolate, level_errors, policy_loss, sample_time, shares
 
 LEVELS = ((2, 3), (0,), (1, 4))  # 5 robot dims in a 7-dim padded action
 
@@ -77,3 +77,16 @@ def test_flat_weights_are_the_plain_flow_loss():
     np.testing.assert_allclose(
         flat[:, 0], np.square(np.asarray(velocity - target))[..., :5].mean(axis=(1, 2)), rtol=1e-5
     )
+
+
+def test_parts_of_a_batch_average_to_its_loss():
+    """Whatever the sets' shares of a part are; one of these parts has rows of one set only."""
+    errors, weights = jnp.square(_random(6, 3)), jnp.square(_random(6, 4))[:, :3]
+    source = jnp.array([0, 0, 0, 1, 0, 1])
+    share = shares(source)
+    np.testing.assert_allclose(share, [1.5, 1.5, 1.5, 3.0, 1.5, 3.0])
+    whole, names = policy_loss(errors, weights, source, 0.5)
+    parts = [policy_loss(errors[at], weights[at], source[at], 0.5, share[at]) for at in (slice(0, 3), slice(3, 6))]
+    np.testing.assert_allclose(np.mean([loss for loss, _ in parts]), whole, rtol=1e-6)
+    for name, value in names.items():
+        np.testing.assert_allclose(np.mean([found[name] for _, found in parts]), value, rtol=1e-6)

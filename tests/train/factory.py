@@ -125,11 +125,11 @@ def run_step(step: str, cfg: Experiment, settings: Settings) -> int:
     """One step with the exit codes of the command line."""
     from hvd.cli import STEPS, stopped_by_signals
     from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, Failed, Stopped, UserError
-    from hvd.train import mesh, stage_data
+    from hvd.train import parameter_rules, stage_data
 
     if settings.split_from:
-        (dims, _, place), *rest = mesh.PARAMETER_RULES
-        mesh.PARAMETER_RULES = ((dims, settings.split_from, place), *rest)
+        (dims, _, place), *rest = parameter_rules.PARAMETER_RULES
+        parameter_rules.PARAMETER_RULES = ((dims, settings.split_from, place), *rest)
     if settings.slow_s:
         slow(stage_data, settings.slow_s)
     import importlib

@@ -60,10 +60,12 @@ def test_mesh_of_this_process():
 
 def test_mistakes():
     devices = Devices(AbstractMesh((2, 2), ("data", "fsdp")))  # pyright: ignore[reportArgumentType]
-    devices.check_batch(8, "value.batch_size")
+    devices.check_batch(8, 2, "value")
     for rows in (0, 6):
-        with pytest.raises(UserError, match=rf"value\.batch_size {rows} is not a multiple of the 4 devices"):
-            devices.check_batch(rows, "value.batch_size")
+        with pytest.raises(UserError, match=rf"value\.batch_size {rows} cannot be divided over the 4 devices: "):
+            devices.check_batch(rows, 1, "value")
+    with pytest.raises(UserError, match=r"over the 4 devices in 2 micro-batches .*: choose a multiple of 8"):
+        devices.check_batch(12, 2, "value")
     with pytest.raises(UserError, match="fsdp_devices 3 does not divide the 1 devices"):
         mesh.make_devices(3, jax.devices()[:1])
 
