@@ -15,37 +15,49 @@ class Accelerator:
 
     Attributes:
         kind: a pattern of what jax calls it (device_kind), lower case.
-        memory: bytes that the device has.
+        memory: bytes that the device has by its name.
+        usable: bytes that CUDA reports as its total; error correction and the driver take the rest.
         flops: dense peak of bfloat16 matrix products with float32 accumulation, FLOP/s (no sparsity).
         bandwidth: of its memory, bytes/s.
         cores: streaming multiprocessors.
         capability: CUDA compute capability.
+        l2: bytes of its level-2 cache.
+        clock: highest clock of the multiprocessors, GHz.
     """
 
     kind: str
     memory: int
+    usable: int
     flops: float
     bandwidth: float
     cores: int
     capability: tuple[int, int]
+    l2: int
+    clock: float
 
 
 _GB = 1 << 30
+_MB = 1 << 20
+
+
+def _gib(x: float) -> int:
+    return int(x * _GB)
+
 
 ACCELERATORS: dict[str, Accelerator] = {
-    "h100-80gb": Accelerator(r"h100(?!.*pcie)", 80 * _GB, 989.4e12, 3.35e12, 132, (9, 0)),
-    "h100-pcie-80gb": Accelerator(r"h100.*pcie", 80 * _GB, 756e12, 2.0e12, 114, (9, 0)),
-    "h200-141gb": Accelerator(r"h200", 141 * _GB, 989.4e12, 4.8e12, 132, (9, 0)),
-    "gh200-96gb": Accelerator(r"gh200", 96 * _GB, 989.4e12, 4.0e12, 132, (9, 0)),
-    "b200-180gb": Accelerator(r"b200", 180 * _GB, 2250e12, 8.0e12, 148, (10, 0)),
-    "a100-40gb": Accelerator(r"a100.*40gb", 40 * _GB, 312e12, 1.555e12, 108, (8, 0)),
-    "a100-80gb": Accelerator(r"a100.*80gb", 80 * _GB, 312e12, 2.039e12, 108, (8, 0)),
-    "l40s-48gb": Accelerator(r"l40s", 48 * _GB, 362e12, 0.864e12, 142, (8, 9)),
-    "a6000-48gb": Accelerator(r"rtx a6000", 48 * _GB, 154.8e12, 0.768e12, 84, (8, 6)),
-    "rtx4090-24gb": Accelerator(r"rtx 4090", 24 * _GB, 165.2e12, 1.008e12, 128, (8, 9)),
-    "rtx3090-24gb": Accelerator(r"rtx 3090", 24 * _GB, 71e12, 0.936e12, 82, (8, 6)),
-    "a10-24gb": Accelerator(r"a10(?!0)", 24 * _GB, 125e12, 0.6e12, 72, (8, 6)),
-    "l4-24gb": Accelerator(r"\bl4\b", 24 * _GB, 121e12, 0.3e12, 58, (8, 9)),
+    "h100-80gb": Accelerator(r"h100(?!.*pcie)", 80 * _GB, _gib(79.1), 989.4e12, 3.35e12, 132, (9, 0), 50 * _MB, 1.98),
+    "h100-pcie-80gb": Accelerator(r"h100.*pcie", 80 * _GB, _gib(79.1), 756e12, 2.0e12, 114, (9, 0), 50 * _MB, 1.755),
+    "h200-141gb": Accelerator(r"h200", 141 * _GB, _gib(139.7), 989.4e12, 4.8e12, 132, (9, 0), 50 * _MB, 1.98),
+    "gh200-96gb": Accelerator(r"gh200", 96 * _GB, _gib(94.5), 989.4e12, 4.0e12, 132, (9, 0), 50 * _MB, 1.98),
+    "b200-180gb": Accelerator(r"b200", 180 * _GB, _gib(178.3), 2250e12, 8.0e12, 148, (10, 0), 126 * _MB, 1.965),
+    "a100-40gb": Accelerator(r"a100.*40gb", 40 * _GB, _gib(39.39), 312e12, 1.555e12, 108, (8, 0), 40 * _MB, 1.41),
+    "a100-80gb": Accelerator(r"a100.*80gb", 80 * _GB, _gib(79.15), 312e12, 2.039e12, 108, (8, 0), 40 * _MB, 1.41),
+    "l40s-48gb": Accelerator(r"l40s", 48 * _GB, _gib(44.3), 362e12, 0.864e12, 142, (8, 9), 96 * _MB, 2.52),
+    "a6000-48gb": Accelerator(r"rtx a6000", 48 * _GB, _gib(47.4), 154.8e12, 0.768e12, 84, (8, 6), 6 * _MB, 1.8),
+    "rtx4090-24gb": Accelerator(r"rtx 4090", 24 * _GB, _gib(23.64), 165.2e12, 1.008e12, 128, (8, 9), 72 * _MB, 2.52),
+    "rtx3090-24gb": Accelerator(r"rtx 3090", 24 * _GB, _gib(23.68), 71e12, 0.936e12, 82, (8, 6), 6 * _MB, 1.695),
+    "a10-24gb": Accelerator(r"a10(?!0)", 24 * _GB, _gib(22.0), 125e12, 0.6e12, 72, (8, 6), 6 * _MB, 1.695),
+    "l4-24gb": Accelerator(r"\bl4\b", 24 * _GB, _gib(22.0), 121e12, 0.3e12, 58, (8, 9), 48 * _MB, 2.04),
 }
 
 
