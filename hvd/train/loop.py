@@ -159,12 +159,7 @@ class _Trainer:
         self._done = self._saved = start
         self._pending: tuple[int, Any, float] | None = None
         replicated = job.devices.replicated
-        self._names: list[str] = []
-        self._step = jax.jit(
-            _packed(job.program.step, self._names, stage_cfg.trace_samples),
-            donate_argnums=0,
-            out_shardings=(state.shardings(like), replicated),
-        )
+        self._step, self._names = compiled_step(job.program, stage_cfg, job.devices, like)
         self._val_names: list[str] = []
         self._evaluate = jax.jit(_packed_evaluation(job.program.evaluate, self._val_names), out_shardings=replicated)
         self._validation: list[tuple[Batch, jax.Array]] | None = None
@@ -250,6 +245,22 @@ class _Trainer:
 
 
 _VALIDATION_SEED = 0x7A11D
+
+
+def compiled_step(
+    program: Program, stage_cfg: StageConfig, devices: Devices, like: TrainState
+) -> tuple[Any, list[str]]:
+    """The step under jit, (state, batch, flags) -> (next state, (metrics and flag, samples)), and its metrics' names.
+
+    The names are there once it has been traced. The state's buffers are donated. `hvd plan` compiles this one too.
+    """
+    names: list[str] = []
+    step = jax.jit(
+        _packed(program.step, names, stage_cfg.trace_samples),
+        donate_argnums=0,
+        out_shardings=(state.shardings(like), devices.replicated),
+    )
+    return step, names
 
 
 def _packed(step: Callable, names: list[str], trace: bool) -> Callable:
