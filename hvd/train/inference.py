@@ -19,6 +19,7 @@ from hvd.configs import Experiment
 from hvd.data import normalize
 from hvd.data.transforms import InputTransform, Observation
 from hvd.errors import UserError
+from hvd.models import precision
 from hvd.models.pi0 import Pi0
 from hvd.models.value import ValueModel
 from hvd.train import checkpoints, complete, mesh, state
@@ -87,7 +88,7 @@ class ValueFunction:
             v, q = graph.module(params)(batch["observation"], batch["actions"], batch["action_mask"])
             return v, q, jnp.max(flags)
 
-        self._evaluate = jax.jit(evaluate, out_shardings=devices.replicated)
+        self._evaluate = jax.jit(devices.ambient(evaluate), out_shardings=devices.replicated)
 
     def evaluate(
         self, batch: Mapping[str, Any], flags: Array
@@ -107,7 +108,7 @@ class ValueFunction:
 def load_policy(run: Experiment | os.PathLike | str, *, devices: Devices | None = None) -> Policy:
     """The policy of a run folder, or of an experiment (its policy_dir). UserError unless the run is complete."""
     cfg, transform, step, folder = _open(run, "policy")
-    graph = Graph(lambda rngs: Pi0(cfg.model, rngs))
+    graph = Graph(lambda rngs: Pi0(cfg.model, rngs), dtype_of=precision.inference(cfg.model.dtype))
     params = _params(graph, folder, step, devices or _local(cfg))
     # The velocity of padded dims has no meaning: without it they keep the noise they start from, which is 0
     keep = pad_mask(cfg)
@@ -121,7 +122,8 @@ def load_policy(run: Experiment | os.PathLike | str, *, devices: Devices | None 
 def load_value(run: Experiment | os.PathLike | str, *, devices: Devices | None = None) -> ValueFunction:
     """The value function of a run folder, or of an experiment (its value_dir). UserError unless the run is complete."""
     cfg, transform, step, folder = _open(run, "value")
-    graph = Graph(lambda rngs: ValueModel(cfg.model, cfg.levels(), rngs))
+    dtype_of = precision.inference(cfg.model.dtype)
+    graph = Graph(lambda rngs: ValueModel(cfg.model, cfg.levels(), rngs), dtype_of=dtype_of)
     devices = devices or _local(cfg)
     return ValueFunction(cfg, transform, graph, _params(graph, folder, step, devices), devices)
 

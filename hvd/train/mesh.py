@@ -12,7 +12,7 @@ import functools
 import hashlib
 import os
 import socket
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,17 @@ class Devices:
         if jax.process_count() == 1:
             return jax.device_put(batch, self.batch)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch, x), batch)
+
+    def ambient[**P, T](self, function: Callable[P, T]) -> Callable[P, T]:
+        """`function`, which under jit sees this mesh as the ambient one (hvd.models.sharding follows it)."""
+        abstract = self.mesh if isinstance(self.mesh, AbstractMesh) else self.mesh.abstract_mesh
+
+        @functools.wraps(function)
+        def on_mesh(*args: P.args, **kwargs: P.kwargs) -> T:
+            with jax.sharding.use_abstract_mesh(abstract):
+                return function(*args, **kwargs)
+
+        return on_mesh
 
     def check_batch(self, rows: int, parts: int, stage: str) -> None:
         """UserError unless the stage's `rows` of a global batch split evenly over micro-batches and all devices."""

@@ -8,6 +8,7 @@ from jaxtyping import Float, Float32
 
 from hvd.configs import Experiment
 from hvd.data.augment import augment, draw
+from hvd.models import precision
 from hvd.models.pi0 import Pi0, freeze_filter
 from hvd.rl import flow
 from hvd.train import (
@@ -33,7 +34,7 @@ from hvd.train.state import Graph, TrainState, Tree
 def make_graph(cfg: Experiment) -> Graph:
     """pi0 and which of its parameters are trained."""
     frozen = freeze_filter(cfg.model) if cfg.policy.freeze_filter == "auto" else None
-    return Graph(lambda rngs: Pi0(cfg.model, rngs), frozen)
+    return Graph(lambda rngs: Pi0(cfg.model, rngs), frozen, precision.training(cfg.model.dtype))
 
 
 def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
@@ -87,7 +88,7 @@ def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
         )
         return measured(batch, rows["errors"])
 
-    return Program(graph, init, step, evaluate)
+    return Program(graph, init, devices.ambient(step), devices.ambient(evaluate))
 
 
 def main(cfg: Experiment, overwrite: bool = False) -> None:

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from hvd.configs import StageConfig
+from hvd.models.precision import DtypeOf
 from hvd.train import optimizer as optim
 from hvd.train.mesh import Devices
 
@@ -50,16 +51,27 @@ class Graph:
     Args:
         make: builds the nnx module from its random streams.
         is_frozen: on a parameter's path; default: nothing is frozen.
+        dtype_of: how a parameter is kept (hvd.models.precision); default: as the module makes it.
     """
 
-    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], is_frozen: IsFrozen | None = None):
+    def __init__(
+        self,
+        make: Callable[[nnx.Rngs], nnx.Module],
+        is_frozen: IsFrozen | None = None,
+        dtype_of: DtypeOf | None = None,
+    ):
         self._make = make
         self._graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
         paths = dict(_leaves(nnx.to_pure_dict(state)))
         self._paths = {tuple(map(str, path)): path for path in paths}
-        self.shapes: Tree = nest({tuple(map(str, path)): leaf for path, leaf in paths.items()})
         frozen = is_frozen or (lambda path: False)
         self._frozen = {name for name, path in self._paths.items() if frozen(path)}
+        shapes = {tuple(map(str, path)): leaf for path, leaf in paths.items()}
+        if dtype_of is not None:
+            shapes = {
+                name: jax.ShapeDtypeStruct(x.shape, dtype_of(name, name in self._frozen)) for name, x in shapes.items()
+            }
+        self.shapes: Tree = nest(shapes)
 
     def split(self, params: Tree) -> tuple[Tree, Tree]:
         """(trained, frozen) parts of a whole tree."""
@@ -75,7 +87,8 @@ class Graph:
     def init(self, key: jax.Array) -> Tree:
         """Fresh parameters; run it under jit with sharded outputs, so that none is whole on one device."""
         pure = nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(key))))
-        return nest({tuple(map(str, path)): leaf for path, leaf in _leaves(pure)})
+        params = nest({tuple(map(str, path)): leaf for path, leaf in _leaves(pure)})
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), params, self.shapes)
 
 
 def _leaves(tree: Mapping, prefix: tuple = ()) -> Iterator[tuple[tuple, Any]]:

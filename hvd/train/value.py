@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from hvd.configs import Experiment
 from hvd.data.augment import augment, draw
+from hvd.models import precision
 from hvd.models.pi0 import freeze_filter
 from hvd.models.value import ValueModel
 from hvd.rl import objectives, weights
@@ -20,7 +21,7 @@ def make_graph(cfg: Experiment) -> Graph:
     """The value model and which of its parameters are trained."""
     auto = cfg.value.freeze_filter == "auto"
     frozen = freeze_filter(cfg.model, cfg.model.value_expert_variant) if auto else None
-    return Graph(lambda rngs: ValueModel(cfg.model, cfg.levels(), rngs), frozen)
+    return Graph(lambda rngs: ValueModel(cfg.model, cfg.levels(), rngs), frozen, precision.training(cfg.model.dtype))
 
 
 def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
@@ -86,7 +87,7 @@ def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
             )
         )
 
-    return Program(graph, init, step, evaluate)
+    return Program(graph, init, devices.ambient(step), devices.ambient(evaluate))
 
 
 def main(cfg: Experiment, overwrite: bool = False) -> None:

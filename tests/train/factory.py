@@ -15,8 +15,12 @@ import numpy as np
 
 from hvd.configs import DataConfig, Experiment, LrSchedule, ModelConfig, NormConfig, PolicyConfig, ValueConfig
 from hvd.data.lerobot_writer import Feature, LeRobotWriter
+from hvd.models import gemma
+from hvd.models.lora import LoraConfig
 
 STATE, ACTIONS = 4, 21
+
+gemma.VARIANTS["dummy_lora"] = dataclasses.replace(gemma.VARIANTS["dummy"], lora=LoraConfig(rank=4, alpha=4.0))
 
 
 def write_dataset(root: Path, *, episodes: int, length: int, seed: int) -> None:

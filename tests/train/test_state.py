@@ -10,8 +10,11 @@ import pytest
 from flax import nnx
 
 from hvd.configs import StageConfig
-from hvd.train import mesh, state
+from hvd.models import precision
+from hvd.models.pi0 import Pi0
+from hvd.train import mesh, policy, state
 from hvd.train.state import Graph
+from tests.train import factory
 
 
 class Small(nnx.Module):
@@ -83,3 +86,45 @@ def test_all_finite(bad):
     tree = {"a": jnp.ones((2, 2)), "n": jnp.arange(3), "b": jnp.ones(4, jnp.bfloat16)}
     assert state.all_finite(tree) == 1.0
     assert state.all_finite(tree | {"b": tree["b"].at[1].set(bad)}) == 0.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frozen_parameters_are_narrow_and_have_nothing_else(tmp_path, dtype):
+    model = factory.model(dtype=dtype, paligemma_variant="dummy_lora", action_expert_variant="dummy_lora")
+    cfg = factory.experiment(tmp_path, model=model, policy={"ema_decay": 0.9})
+    devices = mesh.make_devices(1)
+    program = policy.make_program(cfg, devices, 4)
+    like = state.abstract(program.init, devices)
+    frozen, trained = state.named(like.frozen), state.named(like.trained)
+    prefix = "PaliGemma/llm"
+    narrow = {name for name, x in frozen.items() if x.dtype == "bfloat16"}
+    assert narrow == ({n for n in frozen if "norm" not in n} if dtype == "bfloat16" else set())
+    assert {f"{prefix}/embedder/input_embedding", f"{prefix}/layers/mlp_1/linear"} <= frozen.keys() - trained.keys()
+    assert {x.dtype for x in trained.values()} == {jnp.dtype("float32")} and "state_proj/kernel" in trained
+    count = len(trained)
+    assert [len(jax.tree.leaves(tree)) for tree in (like.opt_state, like.ema)] == [2 * count + 2, count]
+    assert {str(x.dtype) for x in jax.tree.leaves((like.opt_state, like.ema))} == {"float32", "int32"}
+    fresh = state.create(program.init, 0, like)
+    assert jax.tree.map(lambda x: x.dtype, fresh) == jax.tree.map(lambda x: x.dtype, like)
+
+
+def test_parameters_cast_at_use_change_nothing_when_narrow(tmp_path):
+    """A bfloat16 model gives the same numbers from the narrow parameters of inference."""
+    model = factory.model(dtype="bfloat16", action_expert_variant="dummy_lora", cameras=("base_0_rgb",))
+    model = dataclasses.replace(model, siglip_variant="tiny", image_size=28)
+    graphs = [Graph(lambda rngs: Pi0(model, rngs), dtype_of=of) for of in (None, precision.inference("bfloat16"))]
+    wide = jax.tree.map(lambda x: x + 0.01, graphs[0].init(jax.random.key(0)))  # nothing is zero
+    narrow = jax.tree.map(lambda x, like: x.astype(like.dtype), wide, graphs[1].shapes)
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (wide, narrow)]
+    assert sizes[1] < 0.6 * sizes[0]
+    rng = np.random.default_rng(0)
+    observation = {
+        "state": rng.normal(size=(2, 32)).astype(np.float32),
+        "images": {"base_0_rgb": rng.integers(0, 256, (2, 28, 28, 3), np.uint8)},
+        "image_masks": {"base_0_rgb": np.ones(2, bool)},
+        "tokenized_prompt": np.ones((2, 4), np.int32),
+        "tokenized_prompt_mask": np.ones((2, 4), bool),
+    }
+    observation, noise = jax.tree.map(jnp.asarray, (observation, rng.normal(size=(2, 4, 32)).astype(np.float32)))
+    sample = jax.jit(lambda params: graphs[0].module(params).sample_actions(observation, noise, 2))
+    np.testing.assert_array_equal(sample(wide), sample(narrow))
