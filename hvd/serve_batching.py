@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -19,6 +19,7 @@ from hvd.serve_observation import Refused, Request
 _BROKEN_AFTER = 3  # batches that failed one after another
 
 
+@runtime_checkable
 class Sample(Protocol):
     """hvd.serve_sampler.Sampler, or a stand-in of it."""
 
