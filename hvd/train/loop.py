@@ -41,6 +41,7 @@ class Job:
         program: the model, the first state, the step and the evaluation.
         prepare: what to do with a fresh state (load pretrained weights).
         loader: start step -> batches from that step on.
+        model_flops: of one step, over all devices.
         validation: the placed validation batches, the same in every run; () = no validation.
     """
 
@@ -52,6 +53,7 @@ class Job:
     program: Program
     prepare: Callable[[TrainState], TrainState]
     loader: Callable[[int], Loader]
+    model_flops: int
     validation: Callable[[], list[Batch]]
 
 
@@ -116,6 +118,7 @@ def run(job: Job) -> None:
             carried=carried,
             sizes=state.num_bytes(like),
             is_main=devices.is_main,
+            model_flops=job.model_flops,
         )
         stack.callback(telemetry.close)
 

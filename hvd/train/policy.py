@@ -15,6 +15,7 @@ from hvd.train import (
     advantage_table,
     advantages,
     complete,
+    flops,
     gradients,
     inference,
     loop,
@@ -33,8 +34,10 @@ from hvd.train.state import Graph, TrainState, Tree
 
 def make_graph(cfg: Experiment) -> Graph:
     """pi0 and which of its parameters are trained."""
-    frozen = freeze_filter(cfg.model) if cfg.policy.freeze_filter == "auto" else None
-    return Graph(lambda rngs: Pi0(cfg.model, rngs), frozen, precision.training(cfg.model.dtype))
+    own = cfg.policy
+    frozen = None if own.freeze_filter == "none" else freeze_filter(cfg.model, kind=own.freeze_filter)
+    options = {"remat": own.remat, "frozen_trunk": own.freeze_filter == "trunk"}
+    return Graph(lambda rngs: Pi0(cfg.model, rngs, **options), frozen, precision.training(cfg.model.dtype))
 
 
 def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
@@ -133,6 +136,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
             inputs=inputs,
             program=program,
             prepare=lambda s: pretrained.load(s, own.weight_loader, program.graph),
+            model_flops=flops.of_step(make_program, cfg, "policy", devices),
             loader=lambda start: data.loader(start, devices, weights),
             validation=lambda: data.validation(devices, weights),
         )

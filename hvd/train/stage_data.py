@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from jaxtyping import Float32, Int64
 
@@ -77,6 +78,35 @@ class StageData:
         batcher = Batcher(sources, self.spec)
         parts = [order.slice(i, *devices.place_of_process) for i in range(self.stage_cfg.val_batches)]
         return [devices.place_batch(batcher.batch(*part)) for part in parts]
+
+
+def abstract_batch(cfg: Experiment, stage: runs.Stage, devices: Devices) -> dict:
+    """Shapes, dtypes and places of a training batch, from the config alone: what the loader's batches are, placed."""
+    model, rows = cfg.model, getattr(cfg, stage).batch_size
+    side = model.image_size
+    observation = {
+        "state": ((model.action_dim,), "float32"),
+        "tokenized_prompt": ((model.max_token_len,), "int32"),
+        "tokenized_prompt_mask": ((model.max_token_len,), "bool"),
+        "images": dict.fromkeys(model.cameras, ((side, side, 3), "uint8")),
+        "image_masks": dict.fromkeys(model.cameras, ((), "bool")),
+    }
+    batch = {
+        "observation": observation,
+        "actions": ((model.action_horizon, model.action_dim), "float32"),
+        "action_mask": ((model.action_horizon,), "bool"),
+        "weights": ((len(cfg.levels()),), "float32"),
+        "source": ((), "int32"),
+        "index": ((), "int32"),
+    }
+    if stage == "value":
+        batch |= {"reward": ((), "float32"), "discount": ((), "float32"), "next_observation": observation}
+
+    def shaped(entry: tuple[tuple[int, ...], str]) -> jax.ShapeDtypeStruct:
+        shape, dtype = entry
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=devices.batch)
+
+    return jax.tree.map(shaped, batch, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def open_data(cfg: Experiment, stage: runs.Stage) -> StageData:

@@ -24,6 +24,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from hvd import accelerators
 from hvd.configs import Experiment, StageConfig
 from hvd.errors import UserError
 from hvd.train import run_dir as runs
@@ -87,6 +88,7 @@ class Telemetry:
         start: steps done when this process began.
         carried: `state` of the checkpoint that was restored, or {}.
         sizes: of the state in bytes, for the event "start".
+        model_flops: of one step, over all devices (hvd.train.flops); 0 = not counted.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Telemetry:
         carried: Mapping[str, Any],
         sizes: Mapping[str, int],
         is_main: bool,
+        model_flops: int = 0,
     ):
         stage_cfg: StageConfig = getattr(cfg, stage)
         self._log_interval, self._total, self._rows = (
@@ -110,6 +113,9 @@ class Telemetry:
         self._count = int(carried.get("count", 0))
         self._busy_before = float(carried.get("busy_s", 0.0))
         self._main = is_main
+        self._flops_per_device = model_flops / jax.device_count()
+        known = accelerators.of_kind(jax.devices()[0].device_kind)
+        self._peak_flops = known.flops if known else 0.0
         self._began = self._last = time.perf_counter()
         self._steps, self._wait = 0, 0.0
         self._stack = contextlib.ExitStack()
@@ -135,7 +141,16 @@ class Telemetry:
                 mininterval=0.5 if sys.stderr.isatty() else 15.0,
             )
         )
-        self.event("start", step=start, devices=jax.device_count(), processes=jax.process_count(), **sizes)
+        self.event(
+            "start",
+            step=start,
+            devices=jax.device_count(),
+            device_kind=jax.devices()[0].device_kind,
+            processes=jax.process_count(),
+            deterministic=cfg.deterministic,
+            model_flops=model_flops,
+            **sizes,
+        )
 
     def _lines(self, path: epath.Path, keep: Callable[[dict[str, Any]], bool]) -> JsonLines:
         lines = JsonLines(path, keep)
@@ -169,12 +184,21 @@ class Telemetry:
             "time/data_wait_s": self._wait / self._steps,
             "time/busy_s": self._busy_before + now - self._began,
             "time/restarts": self.restarts,
+            **self._rates(step_s),
             **_memory(),
         }
         if self._main:
             self._bar.set_postfix(loss=f"{line.get('loss', float('nan')):.4g}", wait=f"{self._wait / self._steps:.3f}s")
         self._write(done, "train", line)
         self._sums, self._count, self._steps, self._wait, self._last = {}, 0, 0, 0.0, now
+
+    def _rates(self, step_s: float) -> dict[str, float]:
+        """Model TFLOP/s of a device, and their share of its bfloat16 peak where that is known (the MFU)."""
+        if not self._flops_per_device:
+            return {}
+        rate = self._flops_per_device / step_s
+        found = {"time/tflops_per_device": rate / 1e12}
+        return found | ({"time/mfu": rate / self._peak_flops} if self._peak_flops else {})
 
     def validation(self, done: int, metrics: Mapping[str, float]) -> None:
         self._write(done, "val", metrics)

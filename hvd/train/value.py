@@ -7,9 +7,9 @@ from hvd.configs import Experiment
 from hvd.data.augment import augment, draw
 from hvd.models import precision
 from hvd.models.pi0 import freeze_filter
-from hvd.models.value import ValueModel
+from hvd.models.value import ValueModel, trunk_variant
 from hvd.rl import objectives, weights
-from hvd.train import gradients, loop, mesh, preemption, pretrained, stage_data, state
+from hvd.train import flops, gradients, loop, mesh, preemption, pretrained, stage_data, state
 from hvd.train import optimizer as optim
 from hvd.train import run_dir as runs
 from hvd.train.mesh import Devices
@@ -19,9 +19,10 @@ from hvd.train.state import Graph, TrainState, Tree
 
 def make_graph(cfg: Experiment) -> Graph:
     """The value model and which of its parameters are trained."""
-    auto = cfg.value.freeze_filter == "auto"
-    frozen = freeze_filter(cfg.model, cfg.model.value_expert_variant) if auto else None
-    return Graph(lambda rngs: ValueModel(cfg.model, cfg.levels(), rngs), frozen, precision.training(cfg.model.dtype))
+    own, model = cfg.value, cfg.model
+    variants = {"expert_variant": model.value_expert_variant, "trunk_variant": trunk_variant(model)}
+    frozen = None if own.freeze_filter == "none" else freeze_filter(model, kind=own.freeze_filter, **variants)
+    return Graph(lambda rngs: ValueModel(model, cfg.levels(), rngs, own.remat), frozen, precision.training(model.dtype))
 
 
 def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
@@ -36,11 +37,15 @@ def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
     # --- losses: y from the online V, L_Q over all levels, L_V against the target network's Q
     def losses(trained: Tree, s: TrainState, batch: Batch) -> tuple[jax.Array, gradients.Rows]:
         batch = batch | {name: augment(batch[name], drawn, own) for name, drawn in batch.get("drawn", {}).items()}
-        next_v = graph.module(jax.lax.stop_gradient(trained), s.frozen).state_value(batch["next_observation"])
-        y = objectives.td_target(batch["reward"], batch["discount"], next_v)
-        inputs = batch["observation"], batch["actions"], batch["action_mask"]
-        v, q = graph.module(trained, s.frozen)(*inputs)
-        _, target_q = graph.module(s.target, s.frozen)(*inputs)
+        online, still, target = (
+            graph.module(params, s.frozen) for params in (trained, jax.lax.stop_gradient(trained), s.target)
+        )
+        now, after = batch["observation"], batch["next_observation"]
+        # A frozen trunk is the same in all three: images and prompts go through it once, outside of the gradient
+        prefixes = still.encode(now, after) if own.freeze_filter == "trunk" else (None, None)
+        y = objectives.td_target(batch["reward"], batch["discount"], still.state_value(after, prefixes[1]))
+        v, q = online(now, batch["actions"], batch["action_mask"], prefixes[0])
+        _, target_q = target(now, batch["actions"], batch["action_mask"], prefixes[0])
         loss = objectives.q_loss(q, y) + objectives.v_loss(v, target_q, cfg.model.method, **method)
         return loss, {"v": v, "q": q, "y": y, "target_q": target_q}
 
@@ -122,6 +127,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
             inputs=data.inputs,
             program=program,
             prepare=lambda s: pretrained.load(s, own.weight_loader, program.graph),
+            model_flops=flops.of_step(make_program, cfg, "value", devices),
             loader=lambda start: data.loader(start, devices, {}),
             validation=lambda: data.validation(devices, {}),
         )

@@ -63,6 +63,7 @@ def test_what_a_run_leaves(trained, stage):
     record = runs.read(root)
     assert record is not None and record.stage == stage and record.config == trained
     timed = lines(root / "metrics.jsonl")[0]
+    assert timed["time/tflops_per_device"] > 0
     assert timed["time/samples_per_s"] > 0 and timed["time/data_wait_s"] >= 0 and timed["memory/rss_mb"] > 50
     assert [line["event"] for line in lines(root / "events.jsonl")] == ["start", "first_step", "complete"]
 

@@ -2,8 +2,10 @@
 
 import json
 
+import jax
 import pytest
 
+from hvd import accelerators
 from hvd.errors import UserError
 from hvd.train import telemetry
 from hvd.train.telemetry import JsonLines, Telemetry
@@ -71,6 +73,27 @@ def test_validation_after_the_restored_step_is_done_again(tmp_path):
     first.close()
     make(cfg, tmp_path, start=6).close()
     assert [(line["step"], line["split"]) for line in metrics(tmp_path / "run")] == [(4, "train"), (4, "val")]
+
+
+def test_rates(tmp_path, monkeypatch):
+    cfg = factory.experiment(tmp_path)
+    counted = {"start": 0, "carried": {}, "sizes": {}, "is_main": True, "model_flops": 8 * 10**9}
+
+    def line(folder):
+        run = Telemetry(cfg, "value", folder, **counted)
+        for step in range(1, 5):
+            run.train(step, {"loss": 1.0}, 0.0)
+        run.close()
+        started = lines(folder / "events.jsonl")[0]
+        assert started["model_flops"] == 8 * 10**9 and started["deterministic"] is False
+        return lines(folder / "metrics.jsonl")[0]
+
+    found = line(tmp_path / "a")
+    rate = 8e9 / jax.device_count() / found["time/step_s"]
+    assert found["time/tflops_per_device"] == pytest.approx(rate / 1e12) and "time/mfu" not in found
+    monkeypatch.setattr(telemetry.accelerators, "of_kind", lambda kind: accelerators.get("h100-80gb"))
+    found = line(tmp_path / "b")
+    assert found["time/mfu"] == pytest.approx(found["time/tflops_per_device"] / 989.4)
 
 
 def test_other_processes_write_nothing(tmp_path):
