@@ -1,12 +1,14 @@
 """A mixture of Gemma experts that attend jointly (PaliGemma trunk + action or value expert), as in openpi.
 
 Each expert has its own width, norms and projections; heads, head size and depth are shared, so that queries, keys and
-values of all experts are concatenated along the sequence. Layers are stacked along a leading axis and run by lax.scan.
+values of all experts are concatenated along the sequence. Layers are stacked along a leading axis (hvd.models.stack).
 Parameter names, shapes and arithmetic equal openpi's: expert i > 0 has the suffix _i.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from hvd.errors import UserError, nearest
+from hvd.models import attention, sharding, stack
 from hvd.models.lora import Einsum, FeedForward, LoraConfig, param
 
-MASKED_LOGIT = -2.3819763e38  # finite, so that a row without any valid key gives finite numbers
 KVCache = tuple[Array, Array]  # keys and values of all layers, each [layers, b, tokens, kv_heads, head_dim]
 
 
@@ -43,6 +45,8 @@ VARIANTS: dict[str, Config] = {
     "gemma_2b_lora": replace(_2B, lora=LoraConfig(rank=16, alpha=16.0)),
     "gemma_300m": _300M,
     "gemma_300m_lora": replace(_300M, lora=LoraConfig(rank=32, alpha=32.0)),
+    # a value expert beside gemma_2b: a third of gemma_300m's size
+    "gemma_100m": replace(_300M, width=512, mlp_dim=2048),
     "dummy": Config(width=64, depth=4, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
     # trains on two CPU cores; trunk and expert share depth and heads
     "tiny": Config(width=128, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
@@ -73,38 +77,6 @@ def rotate(x: Float[Array, "b t n h"], sin: Float[Array, "b t 1 h2"], cos: Float
     """Rotary embedding, split-half form, computed in float32; returns x's shape and dtype."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def attend(
-    q: Float[Array, "b t n h"],
-    k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
-    mask: Bool[Array, "b t p_s"],
-    cache: tuple[Float[Array, "b p k h"], Float[Array, "b p k h"]] | None = None,
-) -> Float[Array, "b t n h"]:
-    """Grouped-query attention of already scaled queries; softmax in float32, masked logits MASKED_LOGIT.
-
-    `cache` holds keys and values that come before k and v; they are not concatenated with them, only their logits are
-    (n_steps of denoising read one cache).
-    """
-    b, t, n, h = q.shape
-    heads, group = k.shape[2], n // k.shape[2]
-    # Queries that share a key head become rows of one matrix: twice as fast on a CPU as a five-dimensional einsum.
-    q = q.reshape(b, t, heads, group, h).swapaxes(1, 2).reshape(b, heads, t * group, h)
-
-    def logits(keys: Array) -> Array:
-        return jnp.einsum("bkrh,bskh->bkrs", q, keys, preferred_element_type=jnp.float32)
-
-    scores = logits(k) if cache is None else jnp.concatenate([logits(cache[0]), logits(k)], axis=-1)
-    scores = jnp.where(jnp.repeat(mask, group, axis=1)[:, None], scores, MASKED_LOGIT)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    if cache is None:
-        out = jnp.einsum("bkrs,bskh->bkrh", probs, v)
-    else:
-        p = cache[0].shape[1]
-        out = jnp.einsum("bkrs,bskh->bkrh", probs[..., :p], cache[1])
-        out = out + jnp.einsum("bkrs,bskh->bkrh", probs[..., p:], v)
-    return out.reshape(b, heads, t, group, h).swapaxes(1, 2).reshape(b, t, n, h)
 
 
 class RMSNorm(nnx.Module):
@@ -141,11 +113,20 @@ def expert_name(name: str, i: int) -> str:
     return name if i == 0 else f"{name}_{i}"
 
 
-class Attention(nnx.Module):
-    """Joint attention of all experts."""
+def expert_of(path: Sequence[Any]) -> int:
+    """The expert that a parameter of the language model belongs to; the embedder is the first's."""
+    found = re.search(r"_([1-9]\d*)(?:/|$)", "/".join(map(str, path)))
+    return int(found.group(1)) if found else 0
 
-    def __init__(self, configs: Sequence[Config], rngs: nnx.Rngs, depth: int | None = None):
+
+class Attention(nnx.Module):
+    """Joint attention of all experts; `kind` is ModelConfig.attention."""
+
+    def __init__(
+        self, configs: Sequence[Config], rngs: nnx.Rngs, depth: int | None = None, kind: attention.Kind = "auto"
+    ):
         self.configs = tuple(configs)
+        self.kind: attention.Kind = kind
         self.query_scale = configs[0].head_dim ** -0.5
         for i, c in enumerate(configs):
             if c.num_kv_heads == c.num_heads:
@@ -160,31 +141,48 @@ class Attention(nnx.Module):
             out = Einsum(shape, c.num_heads * c.head_dim, c.lora, rngs, depth)
             setattr(self, expert_name("attn_vec_einsum", i), out)
 
-    def __call__(self, xs, angles, mask, cache=None):
-        """xs: one [b t_i d_i] per expert or None. Returns the same, and the (k, v) of these tokens, k rotated."""
-        parts = []
+    def __call__(self, xs, angles, mask, cache=None, wanted=None):
+        """xs: one [b t_i d_i] per expert or None. Returns the same, and the (k, v) of these tokens, k rotated.
+
+        `wanted`: per expert whether its output is (else None comes back); mask has the rows of the wanted tokens only.
+        """
+        wanted = wanted or [x is not None for x in xs]
+        queries, keys, values, sin, cos = [], [], [], [], []
+        start = 0
         for i, (x, c) in enumerate(zip(xs, self.configs, strict=True)):
             if x is None:
                 continue
+            own = slice(start, start + x.shape[1])
+            start = own.stop
             if c.num_kv_heads == c.num_heads:
-                parts.append(getattr(self, expert_name("qkv_einsum", i))("btd,cndh->cbtnh", x))
+                q, k, v = getattr(self, expert_name("qkv_einsum", i))("btd,cndh->cbtnh", x)
             else:
-                q = getattr(self, expert_name("q_einsum", i))("btd,ndh->btnh", x)
                 k, v = getattr(self, expert_name("kv_einsum", i))("btd,ckdh->cbtkh", x)
-                parts.append((q, k, v))
-        q, k, v = (jnp.concatenate([part[i] for part in parts], axis=1) for i in range(3))
-        q = rotate(q, *angles) * self.query_scale
-        k = rotate(k, *angles)
-        encoded = attend(q, k, v, mask, cache)
-        outs, start = [], 0
+                q = getattr(self, expert_name("q_einsum", i))("btd,ndh->btnh", x) if wanted[i] else None
+            keys.append(k)
+            values.append(v)
+            if wanted[i]:
+                queries.append(q)
+                sin.append(angles[0][:, own])
+                cos.append(angles[1][:, own])
+        k, v = rotate(_joined(keys), *angles), _joined(values)
+        outs: list[Array | None] = [None] * len(xs)
+        if not queries:
+            return outs, (k, v)
+        q = rotate(_joined(queries), _joined(sin), _joined(cos)) * self.query_scale
+        kind = attention.choose(self.kind, "language", q.dtype, q.shape[-1])
+        encoded = (attention.attend if kind == "xla" else attention.attend_cudnn)(q, k, v, mask, cache)
+        start = 0
         for i, x in enumerate(xs):
-            if x is None:
-                outs.append(None)
-                continue
-            part = encoded[:, start : start + x.shape[1]]
-            outs.append(getattr(self, expert_name("attn_vec_einsum", i))("btnh,nhd->btd", part))
-            start += x.shape[1]
+            if x is not None and wanted[i]:
+                part = encoded[:, start : start + x.shape[1]]
+                outs[i] = getattr(self, expert_name("attn_vec_einsum", i))("btnh,nhd->btd", part)
+                start += x.shape[1]
         return outs, (k, v)
+
+
+def _joined(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def _residual(x, y, gate):
@@ -194,15 +192,19 @@ def _residual(x, y, gate):
 class Block(nnx.Module):
     """One layer of all experts: norm, joint attention, norm, feed-forward, each with a residual."""
 
-    def __init__(self, configs: Sequence[Config], rngs: nnx.Rngs, depth: int | None = None):
-        self.attn = Attention(configs, rngs, depth)
+    def __init__(
+        self, configs: Sequence[Config], rngs: nnx.Rngs, depth: int | None = None, kind: attention.Kind = "auto"
+    ):
+        self.attn = Attention(configs, rngs, depth, kind)
         for i, c in enumerate(configs):
             setattr(self, expert_name("pre_attention_norm", i), RMSNorm(c.width, rngs, depth, c.cond_width))
             setattr(self, expert_name("pre_ffw_norm", i), RMSNorm(c.width, rngs, depth, c.cond_width))
             setattr(self, expert_name("mlp", i), FeedForward(c.width, c.mlp_dim, c.lora, rngs, depth))
 
-    def __call__(self, xs, angles, mask, conds, cache=None):
-        def norms(name):
+    def __call__(self, xs, angles, mask, conds, cache=None, wanted=None):
+        """Tokens per expert after the layer, None where an expert's are not `wanted`; and the (k, v) of all of them."""
+
+        def norms(name, xs):
             normed, gates = [], []
             for i, (x, cond) in enumerate(zip(xs, conds, strict=True)):
                 y, gate = (None, None) if x is None else getattr(self, expert_name(name, i))(x, cond)
@@ -210,12 +212,12 @@ class Block(nnx.Module):
                 gates.append(gate)
             return normed, gates
 
-        normed, gates = norms("pre_attention_norm")
-        attended, kv = self.attn(normed, angles, mask, cache)
-        xs = [None if x is None else _residual(x, y, g) for x, y, g in zip(xs, attended, gates, strict=True)]
-        normed, gates = norms("pre_ffw_norm")
+        normed, gates = norms("pre_attention_norm", xs)
+        attended, kv = self.attn(normed, angles, mask, cache, wanted)
+        xs = [None if y is None else _residual(x, y, g) for x, y, g in zip(xs, attended, gates, strict=True)]
+        normed, gates = norms("pre_ffw_norm", xs)
         xs = [
-            None if x is None else _residual(x, getattr(self, expert_name("mlp", i))(y), g)
+            None if x is None else sharding.rows(_residual(x, getattr(self, expert_name("mlp", i))(y), g))
             for i, (x, y, g) in enumerate(zip(xs, normed, gates, strict=True))
         ]
         return xs, kv
@@ -239,9 +241,19 @@ class Gemma(nnx.Module):
         configs: one per expert; depth, num_heads, num_kv_heads and head_dim must agree.
         vocab_size: rows of the embedding table.
         dtype: of the computation; parameters are float32.
+        remat: what the backward pass computes again (StageConfig.remat).
+        kind: form of the attention (ModelConfig.attention).
     """
 
-    def __init__(self, configs: Sequence[Config], vocab_size: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        configs: Sequence[Config],
+        vocab_size: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        remat: stack.Remat = "none",
+        kind: attention.Kind = "auto",
+    ):
         first = configs[0]
         for c in configs:
             for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
@@ -252,8 +264,9 @@ class Gemma(nnx.Module):
                     )
         self.configs = tuple(configs)
         self.dtype = dtype
+        self.remat: stack.Remat = remat
         self.embedder = Embedder(vocab_size, first.width, rngs)
-        self.layers = Block(configs, rngs, depth=first.depth)
+        self.layers = Block(configs, rngs, first.depth, kind)
         for i, c in enumerate(configs):
             setattr(self, expert_name("final_norm", i), RMSNorm(c.width, rngs, cond_width=c.cond_width))
 
@@ -268,7 +281,9 @@ class Gemma(nnx.Module):
         mask: Bool[Array, "b t p_t"],
         conds: Sequence[Array | None] | None = None,
         cache: KVCache | None = None,
-    ) -> tuple[list, KVCache]:
+        wanted: Sequence[bool] | None = None,
+        keep_kv: bool = True,
+    ) -> tuple[list, KVCache | None]:
         """Joint pass over the tokens of the experts, in the experts' order.
 
         Args:
@@ -277,22 +292,43 @@ class Gemma(nnx.Module):
             mask: True where query t may attend to key s; p_t = length of the cache + t.
             conds: per expert the condition [b, cond_width] of its adaptive norms.
             cache: keys and values of earlier tokens, stacked over the layers [l b p k h].
+            wanted: per expert whether its outputs are; of the others the last layer computes keys and values alone.
+            keep_kv: whether the (k, v) are returned.
 
         Returns:
             Final-normed tokens per expert (or None) in `dtype`, and the (k, v) of the tokens of this call [l b t k h].
         """
         conds = list(conds) if conds is not None else [None] * len(self.configs)
-        xs = [None if x is None else x.astype(self.dtype) for x in xs]
+        xs = [None if x is None else sharding.rows(x.astype(self.dtype)) for x in xs]
+        wanted = [x is not None and (wanted is None or wanted[i]) for i, x in enumerate(xs)]
         angles = rope_angles(positions, self.configs[0].head_dim)
-        graphdef, stacked = nnx.split(self.layers)
+        # An expert that is left out has no gradient, and so must not look as if it had
+        absent = tuple(i for i, x in enumerate(xs) if x is None)
+        graphdef, stacked, rest = nnx.split(self.layers, lambda path, _: expert_of(path) not in absent, ...)
+        stacked = nnx.merge_state(stacked, jax.tree.map(jax.lax.stop_gradient, rest))
 
-        def layer(carry, scanned):
-            params, layer_cache = scanned
-            return nnx.merge(graphdef, params)(carry, angles, mask, conds, layer_cache)
+        def layer(params, xs, cache, shared):
+            angles, mask, _, conds = shared
+            xs, kv = nnx.merge(graphdef, params)(xs, angles, mask, conds, cache)
+            return xs, kv if keep_kv else None
+
+        def last(params, xs, cache, shared):
+            angles, _, mask, conds = shared
+            xs, kv = nnx.merge(graphdef, params)(xs, angles, mask, conds, cache, wanted)
+            return xs, kv if keep_kv else None
 
         depth = self.configs[0].depth
-        xs, kv = jax.lax.scan(layer, xs, (stacked, cache), unroll=depth if depth <= 6 else 1)
-        return [
+        every = all(wanted[i] for i, x in enumerate(xs) if x is not None)
+        segments = [(layer, depth)] if every else [(layer, depth - 1), (last, 1)]
+        rows, start = [mask[:, :0]], 0
+        for x, want in zip(xs, wanted, strict=True):
+            if x is not None:
+                rows += [mask[:, start : start + x.shape[1]]] if want else []
+                start += x.shape[1]
+        shared = angles, mask, mask if every else jnp.concatenate(rows, axis=1), conds
+        xs, kvs = stack.run(segments, stacked, xs, cache, shared, remat=self.remat, unroll=depth <= stack.FEW)
+        xs = [
             None if x is None else getattr(self, expert_name("final_norm", i))(x, cond)[0]
             for i, (x, cond) in enumerate(zip(xs, conds, strict=True))
-        ], kv
+        ]
+        return xs, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kvs) if keep_kv else None

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from hvd.models.sharding import weight
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -55,7 +57,7 @@ class Einsum(nnx.Module):
 
     def __call__(self, eqn: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """`eqn` is that of x and w, such as "btd,ndh->btnh"; w's last two labels are its input and output axis."""
-        y = jnp.einsum(eqn, x, self.w[...].astype(x.dtype))
+        y = jnp.einsum(eqn, x, weight(self.w[...], x.dtype))
         if self.lora is None:
             return y
         # The rank axis takes the place of w's output axis on the way down and of its input axis on the way up. Where
@@ -63,8 +65,8 @@ class Einsum(nnx.Module):
         operands, out = eqn.split("->")
         x_axes, w_axes = operands.split(",")
         down = out.replace(w_axes[-1], "r")
-        low = jnp.einsum(f"{x_axes},{w_axes[:-1]}r->{down}", x, self.lora_a[...].astype(x.dtype))
-        up = jnp.einsum(f"{down},{w_axes[:-2]}r{w_axes[-1]}->{out}", low, self.lora_b[...].astype(x.dtype))
+        low = jnp.einsum(f"{x_axes},{w_axes[:-1]}r->{down}", x, weight(self.lora_a[...], x.dtype))
+        up = jnp.einsum(f"{down},{w_axes[:-2]}r{w_axes[-1]}->{out}", low, weight(self.lora_b[...], x.dtype))
         return y + up * self.lora.scale
 
 
@@ -82,13 +84,13 @@ class FeedForward(nnx.Module):
             self.linear_lora_b = param(rngs, (lora.rank, width), 0.0, depth)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        w = self.gating_einsum[...].astype(x.dtype)
+        w = weight(self.gating_einsum[...], x.dtype)
         gate, value = x @ w[0], x @ w[1]
         if self.has_lora:
-            a, b = self.gating_einsum_lora_a[...].astype(x.dtype), self.gating_einsum_lora_b[...].astype(x.dtype)
+            a, b = weight(self.gating_einsum_lora_a[...], x.dtype), weight(self.gating_einsum_lora_b[...], x.dtype)
             gate, value = gate + (x @ a[0]) @ b[0], value + (x @ a[1]) @ b[1]
         hidden = nnx.gelu(gate) * value
-        y = hidden @ self.linear[...].astype(x.dtype)
+        y = hidden @ weight(self.linear[...], x.dtype)
         if self.has_lora:
-            y = y + (hidden @ self.linear_lora_a[...].astype(x.dtype)) @ self.linear_lora_b[...].astype(x.dtype)
+            y = y + (hidden @ weight(self.linear_lora_a[...], x.dtype)) @ weight(self.linear_lora_b[...], x.dtype)
         return y

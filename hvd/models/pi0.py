@@ -4,8 +4,8 @@ Flow convention (openpi's): x_t = t * noise + (1 - t) * actions, velocity u = no
 t = 1 (noise) to t = 0.
 """
 
-import re
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hvd.configs import ModelConfig
+from hvd.models.gemma import expert_of
+from hvd.models.stack import Remat
 from hvd.models.trunk import Observation, Tokens, Trunk
 
 
@@ -30,11 +32,17 @@ def posemb_sincos(
 
 
 class Pi0(nnx.Module):
-    """pi0 with the sizes of `cfg`. Parameters are float32, the trunk computes in cfg.dtype."""
+    """pi0 with the sizes of `cfg`. Parameters are float32, the trunk computes in cfg.dtype.
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    Args:
+        remat: what the backward pass computes again (StageConfig.remat).
+        frozen_trunk: nothing of PaliGemma is trained, so `velocity` encodes the prefix outside of the gradient.
+    """
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, remat: Remat = "none", frozen_trunk: bool = False):
         self.action_dim, self.action_horizon = cfg.action_dim, cfg.action_horizon
-        self.PaliGemma = Trunk(cfg, cfg.action_expert_variant, rngs)
+        self.frozen_trunk = frozen_trunk
+        self.PaliGemma = Trunk(cfg, cfg.paligemma_variant, cfg.action_expert_variant, rngs, remat)
         width = self.PaliGemma.expert_width
         self.state_proj = nnx.Linear(cfg.action_dim, width, rngs=rngs)
         self.action_in_proj = nnx.Linear(cfg.action_dim, width, rngs=rngs)
@@ -66,7 +74,11 @@ class Pi0(nnx.Module):
 
     def velocity(self, obs: Observation, x_t: Float[Array, "b k a"], time: Float[Array, "b"]) -> Float[Array, "b k a"]:
         """Predicted velocity d x_t / d t, float32."""
-        return self._head(self.PaliGemma.joint(self.embed_prefix(obs), self.embed_suffix(obs, x_t, time)))
+        prefix, suffix = self.embed_prefix(obs), self.embed_suffix(obs, x_t, time)
+        if not self.frozen_trunk:
+            return self._head(self.PaliGemma.joint(prefix, suffix))
+        encoded = jax.lax.stop_gradient(self.PaliGemma.prefill(prefix))
+        return self._head(self.PaliGemma.decode(encoded, suffix))
 
     def sample_actions(
         self, obs: Observation, noise: Float[Array, "b k a"], num_steps: int | Int[Array, ""] = 10
@@ -75,20 +87,24 @@ class Pi0(nnx.Module):
 
         A traced `num_steps` lets one compiled function serve any number of steps.
         """
-        prefix = self.embed_prefix(obs)
-        cache = self.PaliGemma.prefill(prefix)
+        prefix = self.PaliGemma.prefill(self.embed_prefix(obs))
         dt = -1.0 / jnp.asarray(num_steps, jnp.float32)
 
         def step(_, carry):
             x_t, time = carry
             suffix = self.embed_suffix(obs, x_t, jnp.broadcast_to(time, x_t.shape[:1]))
-            v = self._head(self.PaliGemma.decode(cache, prefix.valid, suffix))
+            v = self._head(self.PaliGemma.decode(prefix, suffix))
             return x_t + dt * v, time + dt
 
         return jax.lax.fori_loop(0, num_steps, step, (noise, jnp.float32(1.0)))[0]
 
 
-def freeze_filter(cfg: ModelConfig, expert_variant: str | None = None) -> Callable[..., bool]:
+def freeze_filter(
+    cfg: ModelConfig,
+    expert_variant: str | None = None,
+    kind: Literal["auto", "trunk"] = "auto",
+    trunk_variant: str | None = None,
+) -> Callable[..., bool]:
     """Which parameters are frozen: a predicate on the path, usable as an nnx filter.
 
     With a LoRA variant of an expert, that expert's own weights are frozen and its LoRA updates train, as in openpi
@@ -97,15 +113,17 @@ def freeze_filter(cfg: ModelConfig, expert_variant: str | None = None) -> Callab
     Args:
         cfg: names the variants.
         expert_variant: of the second expert; default cfg.action_expert_variant (the value model passes its own).
+        kind: "trunk" freezes all of PaliGemma besides: image tower, embedder, first expert with its LoRA updates.
+        trunk_variant: of the first expert; default cfg.paligemma_variant (the value model passes its own).
     """
-    trunk = "lora" in cfg.paligemma_variant
-    expert = "lora" in (expert_variant or cfg.action_expert_variant)
+    lora = ["lora" in (trunk_variant or cfg.paligemma_variant), "lora" in (expert_variant or cfg.action_expert_variant)]
 
     def frozen(path: tuple[str | int, ...], value: object = None) -> bool:
-        name = "/".join(map(str, path))
-        if "llm" not in path or "lora" in name:
-            return False
-        second = re.search(r"_1(/|$)", name) is not None
-        return expert if second else trunk
+        if "llm" not in path:
+            return kind == "trunk" and "img" in path
+        expert = expert_of(path)
+        if kind == "trunk" and expert == 0:
+            return True
+        return lora[expert] and not any("lora" in str(part) for part in path)
 
     return frozen

@@ -8,7 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from hvd.errors import UserError, nearest
+from hvd.models import attention, sharding, stack
 from hvd.models.lora import param
+from hvd.models.sharding import weight
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Dense(nnx.Module):
         self.bias = param(rngs, shape[1:], 0.0, depth)
 
     def __call__(self, x: Float[Array, "n t i"]) -> Float[Array, "n t o"]:
-        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)[None, None]
+        return x @ weight(self.kernel[...], x.dtype) + self.bias[...].astype(x.dtype)[None, None]
 
 
 class LayerNorm(nnx.Module):
@@ -64,7 +66,8 @@ class LayerNorm(nnx.Module):
 class MultiHeadAttention(nnx.Module):
     """Full self-attention with biases; kernels [d, heads, d/heads], out [heads, d/heads, d]."""
 
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs, depth: int | None = None):
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs, depth: int | None = None, kind: attention.Kind = "auto"):
+        self.kind: attention.Kind = kind
         size = width // heads
 
         def projection():
@@ -78,13 +81,13 @@ class MultiHeadAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
         def project(p):
-            y = jnp.einsum("ntd,dhs->nths", x, p.kernel[...].astype(x.dtype))
+            y = jnp.einsum("ntd,dhs->nths", x, weight(p.kernel[...], x.dtype))
             return y + p.bias[...].astype(x.dtype)[None, None]
 
         q, k, v = project(self.query), project(self.key), project(self.value)
-        logits = jnp.einsum("nths,nuhs->nhtu", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        y = jnp.einsum("nhtu,nuhs->nths", jax.nn.softmax(logits, axis=-1).astype(x.dtype), v)
-        out = jnp.einsum("nths,hsd->ntd", y, self.out.kernel[...].astype(x.dtype))
+        kind = attention.choose(self.kind, "images", q.dtype, q.shape[-1])
+        y = (attention.attend_all if kind == "xla" else attention.attend_all_cudnn)(q * q.shape[-1] ** -0.5, k, v)
+        out = jnp.einsum("nths,hsd->ntd", y, weight(self.out.kernel[...], x.dtype))
         return out + self.out.bias[...].astype(x.dtype)[None, None]
 
 
@@ -102,15 +105,15 @@ class MlpBlock(nnx.Module):
 class EncoderBlock(nnx.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, cfg: Config, rngs: nnx.Rngs, depth: int | None = None):
+    def __init__(self, cfg: Config, rngs: nnx.Rngs, depth: int | None = None, kind: attention.Kind = "auto"):
         self.LayerNorm_0 = LayerNorm(cfg.width, rngs, depth)
         self.LayerNorm_1 = LayerNorm(cfg.width, rngs, depth)
-        self.MultiHeadDotProductAttention_0 = MultiHeadAttention(cfg.width, cfg.num_heads, rngs, depth)
+        self.MultiHeadDotProductAttention_0 = MultiHeadAttention(cfg.width, cfg.num_heads, rngs, depth, kind)
         self.MlpBlock_0 = MlpBlock(cfg.width, cfg.mlp_dim, rngs, depth)
 
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
         x = x + self.MultiHeadDotProductAttention_0(self.LayerNorm_0(x))
-        return x + self.MlpBlock_0(self.LayerNorm_1(x))
+        return sharding.rows(x + self.MlpBlock_0(self.LayerNorm_1(x)))
 
 
 class SigLIP(nnx.Module):
@@ -121,20 +124,32 @@ class SigLIP(nnx.Module):
         out_width: width of the tokens, that of the language model.
         image_shape: (height, width) of the images, divisible by the patch.
         dtype: of the transformer's computation; patches and position embeddings are float32.
+        remat: what the backward pass computes again (StageConfig.remat).
+        kind: form of the attention (ModelConfig.attention).
     """
 
-    def __init__(self, cfg: Config, out_width: int, image_shape: tuple[int, int], dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        cfg: Config,
+        out_width: int,
+        image_shape: tuple[int, int],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        remat: stack.Remat = "none",
+        kind: attention.Kind = "auto",
+    ):
         rows, columns = (side // cfg.patch for side in image_shape)
         if (rows * cfg.patch, columns * cfg.patch) != image_shape:
             raise UserError(f"model.image_size {image_shape[0]} is no multiple of the image tower's patch {cfg.patch}")
         self.cfg, self.image_shape, self.dtype = cfg, image_shape, dtype
+        self.remat: stack.Remat = remat
         pixels = cfg.patch * cfg.patch * 3
         self.embedding = nnx.Dict(
             kernel=param(rngs, (cfg.patch, cfg.patch, 3, cfg.width), pixels**-0.5), bias=param(rngs, (cfg.width,), 0.0)
         )
         self.pos_embedding = param(rngs, (1, rows * columns, cfg.width), cfg.width**-0.5)
         self.Transformer = nnx.Dict(
-            encoderblock=EncoderBlock(cfg, rngs, depth=cfg.depth), encoder_norm=LayerNorm(cfg.width, rngs)
+            encoderblock=EncoderBlock(cfg, rngs, cfg.depth, kind), encoder_norm=LayerNorm(cfg.width, rngs)
         )
         self.head = Dense((cfg.width, out_width), rngs)
 
@@ -151,12 +166,13 @@ class SigLIP(nnx.Module):
     def encode(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n t d"]:
         """Tokens after the final norm, in the tower's own width."""
         graphdef, stacked = nnx.split(self.Transformer.encoderblock)
-        x, _ = jax.lax.scan(
-            lambda x, params: (nnx.merge(graphdef, params)(x), None),
-            self.patches(images).astype(self.dtype),
-            stacked,
-            unroll=self.cfg.depth if self.cfg.depth <= 6 else 1,
-        )
+
+        def layer(params, x, extra, shared):
+            return nnx.merge(graphdef, params)(x), None
+
+        x = sharding.rows(self.patches(images).astype(self.dtype))
+        depth = self.cfg.depth
+        x, _ = stack.run([(layer, depth)], stacked, x, remat=self.remat, unroll=depth <= stack.FEW)
         return self.Transformer.encoder_norm(x)
 
     def __call__(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n t d"]:

@@ -17,6 +17,8 @@ Remat = Literal["none", "dots", "full"]
 Layer = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 Leaves = tuple[Any, ...]
 
+FEW = 6  # so few layers are compiled as straight code: faster on a CPU, and soon enough compiled
+
 # Made again even by "none": casts, so that a value is kept in the narrower of two types, and copies of weights
 _FREE = frozenset(
     {"convert_element_type", "sharding_constraint", "reshape", "transpose", "broadcast_in_dim", "squeeze", "slice"}
@@ -137,7 +139,10 @@ class _Plan:
         params, extra, shared, backs, moving = saved
         moving = moving.value
         d_x, d_ys = jax.tree.map(_dense, cotangents, is_leaf=_is_zero)
-        sums = [tuple(map(jnp.zeros_like, _chosen(p, m))) for p, m in zip((params, extra, shared), _but_x(moving))]
+        sums = [
+            tuple(map(jnp.zeros_like, _chosen(p, m)))
+            for p, m in zip((params, extra, shared), _but_x(moving), strict=True)
+        ]
         for segment in reversed(range(len(self.segments))):
 
             def body(carry: Any, i: Any, scanned: Any) -> tuple[Any, Any]:

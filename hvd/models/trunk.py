@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from hvd.configs import ModelConfig
 from hvd.errors import UserError
-from hvd.models import gemma, siglip
+from hvd.models import gemma, sharding, siglip, stack
 
 # A batch of observations: state f32[B, action_dim] (normalised, padded); images {camera: uint8 or float32 in [-1, 1]
 # [B, H, W, 3]}; image_masks {camera: bool[B]}; tokenized_prompt int32[B, L]; tokenized_prompt_mask bool[B, L]
@@ -47,23 +47,35 @@ def as_float(images: Float[Array, "b h w 3"] | UInt8[Array, "b h w 3"]) -> Float
     return images.astype(jnp.float32)
 
 
+class Prefix(NamedTuple):
+    """Images and prompt after PaliGemma: keys and values of all layers, and which tokens are valid."""
+
+    cache: gemma.KVCache
+    valid: Bool[Array, "b p"]
+
+
 class Trunk(nnx.Module):
     """PaliGemma (`llm`, and `img` where there are cameras) with a second expert in `llm`. Named as in openpi.
 
     Args:
-        cfg: the model's config; its first expert is cfg.paligemma_variant.
+        cfg: the model's config.
+        trunk_variant: sizes of the first expert.
         expert_variant: sizes of the second expert.
+        remat: what the backward pass computes again (StageConfig.remat).
     """
 
-    def __init__(self, cfg: ModelConfig, expert_variant: str, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: ModelConfig, trunk_variant: str, expert_variant: str, rngs: nnx.Rngs, remat: stack.Remat = "none"
+    ):
         self.dtype = jnp.dtype(cfg.dtype)
         self.cameras = cfg.cameras
         self.token_len, self.vocab_size = cfg.max_token_len, cfg.vocab_size
-        configs = gemma.get_config(cfg.paligemma_variant), gemma.get_config(expert_variant)
-        self.llm = gemma.Gemma(configs, cfg.vocab_size, self.dtype, rngs)
+        configs = gemma.get_config(trunk_variant), gemma.get_config(expert_variant)
+        self.llm = gemma.Gemma(configs, cfg.vocab_size, self.dtype, rngs, remat, cfg.attention)
         if cfg.cameras:
             size = (cfg.image_size, cfg.image_size)
-            self.img = siglip.SigLIP(siglip.get_config(cfg.siglip_variant), configs[0].width, size, self.dtype, rngs)
+            tower = siglip.get_config(cfg.siglip_variant)
+            self.img = siglip.SigLIP(tower, configs[0].width, size, self.dtype, rngs, remat, cfg.attention)
 
     @property
     def expert_width(self) -> int:
@@ -78,14 +90,15 @@ class Trunk(nnx.Module):
                 raise UserError(
                     f"the observation lacks camera {missing[0]!r}; the model wants {', '.join(self.cameras)}"
                 )
-            images = jnp.concatenate([as_float(obs["images"][camera]) for camera in self.cameras])
-            encoded = self.img(images)
-            encoded = encoded.reshape(len(self.cameras), -1, *encoded.shape[1:])
-            for camera, x in zip(self.cameras, encoded, strict=True):
-                tokens.append(x)
-                valid.append(jnp.broadcast_to(obs["image_masks"][camera][:, None], x.shape[:2]))
+            # Cameras beside each other, not one after the other: rows of a batch stay on their devices
+            images = jnp.stack([as_float(obs["images"][camera]) for camera in self.cameras], axis=1)
+            b, cameras = images.shape[:2]
+            encoded = self.img(sharding.rows(images.reshape(b * cameras, *images.shape[2:])))
+            tokens.append(encoded.reshape(b, -1, encoded.shape[-1]))
+            masks = jnp.stack([obs["image_masks"][camera] for camera in self.cameras], axis=1)
+            valid.append(jnp.repeat(masks, encoded.shape[1], axis=1))
         prompt = self.llm.embed(obs["tokenized_prompt"]).astype(self.dtype)
-        tokens.append(prompt)
+        tokens.append(sharding.rows(prompt))
         valid.append(obs["tokenized_prompt_mask"])
         x = jnp.concatenate(tokens, axis=1)
         return Tokens(x, jnp.concatenate(valid, axis=1), np.zeros(x.shape[1], bool))
@@ -94,20 +107,22 @@ class Trunk(nnx.Module):
         """The second expert's outputs for the suffix, prefix and suffix in one pass."""
         valid = jnp.concatenate([prefix.valid, suffix.valid], axis=1)
         mask = attention_mask(valid, np.concatenate([prefix.starts, suffix.starts]))
-        (_, out), _ = self.llm([prefix.x, suffix.x], token_positions(valid), mask)
+        xs, positions = [prefix.x, suffix.x], token_positions(valid)
+        (_, out), _ = self.llm(xs, positions, mask, wanted=(False, True), keep_kv=False)
         return out
 
-    def prefill(self, prefix: Tokens) -> gemma.KVCache:
+    def prefill(self, prefix: Tokens) -> Prefix:
         """Keys and values of the prefix, for `decode`."""
         mask = attention_mask(prefix.valid, prefix.starts)
-        _, cache = self.llm([prefix.x, None], token_positions(prefix.valid), mask)
-        return cache
+        _, cache = self.llm([prefix.x, None], token_positions(prefix.valid), mask, wanted=(False, False))
+        assert cache is not None
+        return Prefix(cache, prefix.valid)
 
-    def decode(self, cache: gemma.KVCache, prefix_valid: Bool[Array, "b p"], suffix: Tokens) -> Float[Array, "b t d"]:
+    def decode(self, prefix: Prefix, suffix: Tokens) -> Float[Array, "b t d"]:
         """The second expert's outputs for the suffix, which sees the whole cached prefix; equals `joint`."""
         valid = suffix.valid
-        to_prefix = jnp.broadcast_to(prefix_valid[:, None, :], (*valid.shape, prefix_valid.shape[1]))
+        to_prefix = jnp.broadcast_to(prefix.valid[:, None, :], (*valid.shape, prefix.valid.shape[1]))
         mask = jnp.concatenate([to_prefix & valid[:, :, None], attention_mask(valid, suffix.starts)], axis=2)
-        positions = jnp.sum(prefix_valid.astype(jnp.int32), axis=1)[:, None] + token_positions(valid)
-        (_, out), _ = self.llm([None, suffix.x], positions, mask, cache=cache)
+        positions = jnp.sum(prefix.valid.astype(jnp.int32), axis=1)[:, None] + token_positions(valid)
+        (_, out), _ = self.llm([None, suffix.x], positions, mask, cache=prefix.cache, keep_kv=False)
         return out

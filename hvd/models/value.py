@@ -7,6 +7,7 @@ The suffix is a sequence of blocks under block-causal attention, after the prefi
 so the V token sees no action, and Q_i sees the actions of levels 0..i and never a child's.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,9 +16,15 @@ from jaxtyping import Array, Bool, Float
 from hvd.configs import ModelConfig
 from hvd.errors import UserError
 from hvd.models.lora import param
-from hvd.models.trunk import Observation, Tokens, Trunk
+from hvd.models.stack import Remat
+from hvd.models.trunk import Observation, Prefix, Tokens, Trunk
 
 TWINS = 2
+
+
+def trunk_variant(cfg: ModelConfig) -> str:
+    """Name of the sizes of the value model's first expert."""
+    return cfg.value_paligemma_variant or cfg.paligemma_variant
 
 
 class Heads(nnx.Module):
@@ -42,9 +49,10 @@ class ValueModel(nnx.Module):
     Args:
         cfg: sizes; the second expert of the trunk is cfg.value_expert_variant.
         levels: action dims per level, root first (Experiment.levels()).
+        remat: what the backward pass computes again (StageConfig.remat).
     """
 
-    def __init__(self, cfg: ModelConfig, levels: tuple[tuple[int, ...], ...], rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, levels: tuple[tuple[int, ...], ...], rngs: nnx.Rngs, remat: Remat = "none"):
         if cfg.action_patch < 1 or cfg.action_horizon % cfg.action_patch:
             raise UserError(
                 f"model.action_patch {cfg.action_patch} must divide model.action_horizon {cfg.action_horizon}"
@@ -56,7 +64,7 @@ class ValueModel(nnx.Module):
             )
         self.levels = tuple(tuple(level) for level in levels)
         self.patch = cfg.action_patch
-        self.PaliGemma = Trunk(cfg, cfg.value_expert_variant, rngs)
+        self.PaliGemma = Trunk(cfg, trunk_variant(cfg), cfg.value_expert_variant, rngs, remat)
         width = self.PaliGemma.expert_width
         self.state_proj = nnx.Linear(cfg.action_dim, width, rngs=rngs)
         self.v_token = param(rngs, (width,), 1.0)
@@ -85,8 +93,28 @@ class ValueModel(nnx.Module):
         starts[0] = True
         return Tokens(x, jnp.ones(x.shape[:2], bool), starts)
 
+    def _read(self, obs: Observation, suffix: Tokens, prefix: Prefix | None) -> Float[Array, "b t d"]:
+        if prefix is None:
+            return self.PaliGemma.joint(self.PaliGemma.embed_prefix(obs), suffix)
+        return self.PaliGemma.decode(prefix, suffix)
+
+    def encode(self, *observations: Observation) -> list[Prefix]:
+        """The prefixes of several batches of observations, in one pass through PaliGemma."""
+        n = len(observations)
+        parts = [{name: x for name, x in obs.items() if name != "state"} for obs in observations]
+        # Row by row beside each other, so that rows stay on their devices
+        both = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]), *parts)
+        (k, v), valid = self.PaliGemma.prefill(self.PaliGemma.embed_prefix(both))
+        k, v = (x.reshape(x.shape[0], -1, n, *x.shape[2:]) for x in (k, v))
+        valid = valid.reshape(-1, n, valid.shape[-1])
+        return [Prefix((k[:, :, i], v[:, :, i]), valid[:, i]) for i in range(n)]
+
     def __call__(
-        self, obs: Observation, actions: Float[Array, "b k a"], action_mask: Bool[Array, "b k"]
+        self,
+        obs: Observation,
+        actions: Float[Array, "b k a"],
+        action_mask: Bool[Array, "b k"],
+        prefix: Prefix | None = None,
     ) -> tuple[Float[Array, "b"], Float[Array, "b l 2"]]:
         """V [b] and the twin Q of every level [b, levels, 2], float32.
 
@@ -94,6 +122,7 @@ class ValueModel(nnx.Module):
             obs: a batch of observations (hvd.models.trunk.Observation).
             actions: chunk of K actions, normalised and padded.
             action_mask: False for steps after the end of the episode; their actions have no influence.
+            prefix: of `encode`; then of the observation only the state is read.
         """
         blocks = [self._state_block(obs)]
         blocks += [self._level_block(i, actions, action_mask) for i in range(len(self.levels))]
@@ -102,13 +131,13 @@ class ValueModel(nnx.Module):
             jnp.concatenate([b.valid for b in blocks], axis=1),
             np.concatenate([b.starts for b in blocks]),
         )
-        out = self.PaliGemma.joint(self.PaliGemma.embed_prefix(obs), suffix)
+        out = self._read(obs, suffix, prefix)
         ends = np.cumsum([b.starts.size for b in blocks]) - 1  # the read-out token is each block's last
         v = self.v_head(out[:, ends[:1]])[:, 0]
         q = self.q_heads(out[:, ends[1:]])
         return v, q.reshape(-1, len(self.levels), TWINS)
 
-    def state_value(self, obs: Observation) -> Float[Array, "b"]:
+    def state_value(self, obs: Observation, prefix: Prefix | None = None) -> Float[Array, "b"]:
         """V [b] alone: the same as that of the full call, without any action token."""
-        out = self.PaliGemma.joint(self.PaliGemma.embed_prefix(obs), self._state_block(obs))
+        out = self._read(obs, self._state_block(obs), prefix)
         return self.v_head(out[:, 1:2])[:, 0]

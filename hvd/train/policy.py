@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Float32
 
+from hvd.checks import check_weights
 from hvd.configs import Experiment
 from hvd.data.augment import augment, draw
 from hvd.models import precision
@@ -110,6 +111,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     runs.check_startable(folder, cfg, "policy", of_value, overwrite=overwrite)
     if not overwrite and loop.already_complete(folder, cfg, "policy"):
         return
+    check_weights(cfg, ("policy",), overwrite=overwrite)
     devices = mesh.start(cfg)
     devices.check_batch(own.batch_size, own.grad_accum_steps, "policy")
 
@@ -126,6 +128,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
 
     # --- the run's folder, and the loop
     program = make_program(cfg, devices, data.transform.stats["state"].dim)
+    prepare = pretrained.ready(cfg, "policy", program.graph, overwrite=overwrite)
     loop.claim(data, folder, devices, inputs, overwrite=overwrite)
     loop.run(
         loop.Job(
@@ -135,7 +138,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
             devices=devices,
             inputs=inputs,
             program=program,
-            prepare=lambda s: pretrained.load(s, own.weight_loader, program.graph),
+            prepare=prepare,
             model_flops=flops.of_step(make_program, cfg, "policy", devices),
             loader=lambda start: data.loader(start, devices, weights),
             validation=lambda: data.validation(devices, weights),

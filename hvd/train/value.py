@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from hvd.checks import check_weights
 from hvd.configs import Experiment
 from hvd.data.augment import augment, draw
 from hvd.models import precision
@@ -108,6 +109,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
     runs.check_startable(folder, cfg, "value", {}, overwrite=overwrite)
     if not overwrite and loop.already_complete(folder, cfg, "value"):
         return
+    check_weights(cfg, ("value",), overwrite=overwrite)
     devices = mesh.start(cfg)
     devices.check_batch(own.batch_size, own.grad_accum_steps, "value")
 
@@ -117,6 +119,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
 
     # --- the run's folder, and the loop
     program = make_program(cfg, devices, data.transform.stats["state"].dim)
+    prepare = pretrained.ready(cfg, "value", program.graph, overwrite=overwrite)
     loop.claim(data, folder, devices, data.inputs, overwrite=overwrite)
     loop.run(
         loop.Job(
@@ -126,7 +129,7 @@ def _main(cfg: Experiment, overwrite: bool) -> None:
             devices=devices,
             inputs=data.inputs,
             program=program,
-            prepare=lambda s: pretrained.load(s, own.weight_loader, program.graph),
+            prepare=prepare,
             model_flops=flops.of_step(make_program, cfg, "value", devices),
             loader=lambda start: data.loader(start, devices, {}),
             validation=lambda: data.validation(devices, {}),

@@ -10,7 +10,7 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hvd.errors import UserError
-from hvd.models import gemma
+from hvd.models import attention, gemma
 from hvd.models.lora import Einsum, FeedForward, LoraConfig
 from hvd.models.trunk import attention_mask, token_positions
 
@@ -49,7 +49,7 @@ def test_decoding_with_a_cache_equals_the_joint_pass(configs):
 
 def test_a_query_that_sees_nothing_gives_finite_numbers():
     q, kv = random(1, 2, 2, 8), random(1, 3, 1, 8)
-    out = gemma.attend(q, kv, kv, jnp.zeros((1, 2, 3), bool))
+    out = attention.attend(q, kv, kv, jnp.zeros((1, 2, 3), bool))
     assert_allclose(out, jnp.broadcast_to(kv.mean(axis=1, keepdims=True), out.shape), rtol=1e-5, atol=1e-6)
 
 

@@ -1,0 +1,113 @@
+"""Attention: our own form for XLA, cuDNN's fused kernels, and which of them is taken where.
+
+What cuDNN (9.10 or newer, through jax.nn.dot_product_attention) can do, found by compiling for H100:
+
+    condition                                            else
+    bfloat16 or float16                                  XLA
+    head size a multiple of 8, at most 128               XLA; at most 256 on Hopper and later (trunk and experts: 256)
+    with a mask: even numbers of queries and keys        one padded query or key is added, and its output dropped
+
+A mask becomes an additive bias there, so a query that sees nothing gets a uniform softmax over all keys, as in ours.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from hvd.accelerators import of_kind
+from hvd.models import sharding
+
+Kind = Literal["auto", "xla", "cudnn"]
+MASKED_LOGIT = -2.3819763e38  # finite, so that a row without any valid key gives finite numbers
+
+
+def choose(kind: Kind, part: Literal["images", "language"], dtype: jnp.dtype, head_dim: int) -> Literal["xla", "cudnn"]:
+    """The form that `kind` (ModelConfig.attention) means for a part of the model on the platform compiled for.
+
+    "auto" is XLA on a CPU. On a GPU it was argued, not measured (tests/benchmarks/bench_gpu.py measures it): cuDNN for
+    the image tower, whose float32 logits (16 heads x 256 x 256 for each image and layer) otherwise take a third of the
+    tower's time to write and read; XLA for the language model, where they take a tenth, and where a plan made without
+    the device (`hvd plan`) could not compile cuDNN's kernel for heads of 256 and would show another program's memory.
+    "cudnn" is cuDNN wherever the table above allows it.
+    """
+    if kind == "xla" or sharding.platform() != "gpu" or (kind == "auto" and part == "language"):
+        return "xla"
+    limit = 256 if _capability() >= (9, 0) else 128
+    fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= limit
+    return "cudnn" if fits else "xla"
+
+
+def _capability() -> tuple[int, int]:
+    """CUDA compute capability of the GPUs of this process; (0, 0) without any, as when compiling for absent ones."""
+    if jax.default_backend() != "gpu":
+        return 0, 0
+    device = jax.local_devices()[0]
+    known = of_kind(device.device_kind)
+    return known.capability if known else (0, 0)
+
+
+def attend(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    mask: Bool[Array, "b t p_s"],
+    cache: tuple[Float[Array, "b p k h"], Float[Array, "b p k h"]] | None = None,
+) -> Float[Array, "b t n h"]:
+    """Grouped-query attention of already scaled queries; softmax in float32, masked logits MASKED_LOGIT.
+
+    `cache` holds keys and values that come before k and v; they are not concatenated with them, only their logits are
+    (n_steps of denoising read one cache).
+    """
+    b, t, n, h = q.shape
+    heads, group = k.shape[2], n // k.shape[2]
+    # Queries that share a key head become rows of one matrix: twice as fast on a CPU as a five-dimensional einsum.
+    q = q.reshape(b, t, heads, group, h).swapaxes(1, 2).reshape(b, heads, t * group, h)
+
+    def logits(keys: Array) -> Array:
+        return jnp.einsum("bkrh,bskh->bkrs", q, keys, preferred_element_type=jnp.float32)
+
+    scores = logits(k) if cache is None else jnp.concatenate([logits(cache[0]), logits(k)], axis=-1)
+    scores = jnp.where(jnp.repeat(mask, group, axis=1)[:, None], scores, MASKED_LOGIT)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if cache is None:
+        out = jnp.einsum("bkrs,bskh->bkrh", probs, v)
+    else:
+        p = cache[0].shape[1]
+        out = jnp.einsum("bkrs,bskh->bkrh", probs[..., :p], cache[1])
+        out = out + jnp.einsum("bkrs,bskh->bkrh", probs[..., p:], v)
+    return out.reshape(b, heads, t, group, h).swapaxes(1, 2).reshape(b, t, n, h)
+
+
+def attend_cudnn(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    mask: Bool[Array, "b t p_s"],
+    cache: tuple[Float[Array, "b p k h"], Float[Array, "b p k h"]] | None = None,
+) -> Float[Array, "b t n h"]:
+    """The same by cuDNN's fused kernel; the cache is concatenated."""
+    if cache is not None:
+        k, v = (jnp.concatenate([old, new], axis=1) for old, new in zip(cache, (k, v), strict=True))
+    t, s = q.shape[1], k.shape[1]
+    q = jnp.pad(q, ((0, 0), (0, t % 2), (0, 0), (0, 0)))
+    k, v = (jnp.pad(x, ((0, 0), (0, s % 2), (0, 0), (0, 0))) for x in (k, v))
+    mask = jnp.pad(mask, ((0, 0), (0, t % 2), (0, s % 2)))
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=1.0, implementation="cudnn")
+    return out[:, :t]
+
+
+def attend_all(
+    q: Float[Array, "n t h s"], k: Float[Array, "n u h s"], v: Float[Array, "n u h s"]
+) -> Float[Array, "n t h s"]:
+    """Attention of already scaled queries without a mask; softmax in float32."""
+    logits = jnp.einsum("nths,nuhs->nhtu", q, k, preferred_element_type=jnp.float32)
+    return jnp.einsum("nhtu,nuhs->nths", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+
+
+def attend_all_cudnn(
+    q: Float[Array, "n t h s"], k: Float[Array, "n u h s"], v: Float[Array, "n u h s"]
+) -> Float[Array, "n t h s"]:
+    """The same by cuDNN's fused kernel."""
+    return jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation="cudnn")
