@@ -7,10 +7,11 @@ leaves nothing behind. Imports no jax. Every finding is a UserError that names t
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hvd import storage
 from hvd.configs import DataConfig, Experiment, StageConfig
 from hvd.errors import UserError, nearest
 from hvd.robots import get_robot
@@ -132,8 +133,43 @@ def check_datasets(cfg: Experiment) -> None:
                 f"{_field(role)}: no LeRobot dataset at {data.path()} (no meta/info.json); `hvd convert` makes one "
                 f"of recordings, --data PATH or --{_field(role)}.root PATH names another folder"
             )
-    if cfg.model.tokenizer == "paligemma" and not Path(cfg.model.tokenizer_path).is_file():
-        raise UserError(f"model.tokenizer_path {cfg.model.tokenizer_path!r} is no file; tokenizer paligemma needs one")
+    check_tokenizer(cfg)
+
+
+def check_tokenizer(cfg: Experiment) -> None:
+    """Raise UserError where tokenizer "paligemma" has no file and cannot fetch it; asks the network at most once."""
+    if cfg.model.tokenizer != "paligemma":
+        return
+    path = cfg.model.tokenizer_path or storage.PALIGEMMA_TOKENIZER
+    if storage.is_url(path):
+        try:
+            storage.check(path, "model.tokenizer_path")
+        except UserError as error:
+            raise UserError(f"{error}; {storage.TOKENIZER_ADVICE}") from error
+    elif not Path(path).expanduser().is_file():
+        raise UserError(f"model.tokenizer_path {path!r} is no file; leave it empty to fetch PaliGemma's once")
+
+
+def check_weights(cfg: Experiment, stages: Sequence[str], *, overwrite: bool = False) -> None:
+    """Raise UserError where a stage would start from weights that are not there; a run that goes on needs none.
+
+    Asks the network once for a URL that is not cached. What is in the checkpoint is compared when it is opened.
+    """
+    from hvd.train.run_dir import has_checkpoint  # half of what `hvd --help` would take is importing it
+
+    for stage in stages:
+        path, field = getattr(cfg, stage).weight_loader, f"{stage}.weight_loader"
+        if not path or (not overwrite and has_checkpoint(getattr(cfg, f"{stage}_dir"))):
+            continue
+        if storage.is_url(path):
+            storage.check(path, field)
+            continue
+        root = Path(path).expanduser()
+        if not any((folder / "_METADATA").is_file() for folder in (root, root / "params")):
+            raise UserError(
+                f"{field} {path}: no Orbax checkpoint there (no _METADATA); give the folder of its `params`, or a URL "
+                "such as gs://openpi-assets/checkpoints/pi0_base/params"
+            )
 
 
 def check_writable(folder: str) -> None:

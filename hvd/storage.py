@@ -27,6 +27,8 @@ from hvd.storage_remote import Busy, Location, Object, Refused, Store, is_url, o
 
 __all__ = ["cache_root", "cached", "check", "fetch", "is_url", "offline"]
 
+PALIGEMMA_TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"  # public, 4 MB
+TOKENIZER_ADVICE = "or bring that file here yourself and name it: --model.tokenizer_path FILE"
 MANIFEST = ".manifest.json"
 _WAIT_S, _SAY_S = 0.1, 15.0  # how often a waiting process looks, and says so
 

@@ -9,8 +9,9 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Float, Int
 
+from hvd import storage
 from hvd.configs import ModelConfig
-from hvd.errors import UserError
+from hvd.errors import Failed, UserError
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3  # ids of "words"; the same as PaliGemma's
 
@@ -25,7 +26,8 @@ class Tokenizer:
         cfg: its fields tokenizer, tokenizer_path, vocab_size and max_token_len.
 
     Raises:
-        UserError: a sentencepiece file that is missing or broken, or a vocabulary that is too small.
+        UserError: a sentencepiece file that is missing, broken or not to be had, or a vocabulary that is too small.
+        Failed: the network does not answer.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -71,14 +73,21 @@ def _word_id(word: str, vocab_size: int) -> int:
     return UNK + 1 + int.from_bytes(digest[:8], "big") % (vocab_size - UNK - 1)
 
 
-def _load(cfg: ModelConfig) -> sentencepiece.SentencePieceProcessor:
-    if not cfg.tokenizer_path:
-        raise UserError(
-            "model.tokenizer_path is empty: name PaliGemma's sentencepiece file, or use model.tokenizer words"
-        )
-    path = Path(cfg.tokenizer_path)
-    if not path.is_file():
+def _file(cfg: ModelConfig) -> Path:
+    """The vocabulary file: the one that is named, fetched once where it is a URL; PaliGemma's own if none is."""
+    path = cfg.tokenizer_path or storage.PALIGEMMA_TOKENIZER
+    if storage.is_url(path):
+        try:
+            return storage.fetch(path, "model.tokenizer_path")
+        except (UserError, Failed) as error:
+            raise type(error)(f"{error}; {storage.TOKENIZER_ADVICE}") from error
+    if not Path(path).expanduser().is_file():
         raise UserError(f"model.tokenizer_path: no file {path}")
+    return Path(path).expanduser()
+
+
+def _load(cfg: ModelConfig) -> sentencepiece.SentencePieceProcessor:
+    path = _file(cfg)
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:

@@ -1,94 +1,97 @@
-"""`weight_loader`: start from the parameters of an openpi checkpoint instead of random ones.
+"""`weight_loader`: a run starts from the parameters of an openpi checkpoint instead of random ones.
 
-A checkpoint is an Orbax item {'params': tree}; openpi writes a trailing 'value' into each path, released checkpoints
-do not: both are taken. Each array goes straight to its place on the mesh. What the checkpoint lacks (LoRA updates, the
-value heads) stays as it was initialised; what the model lacks is left over; both are printed.
+In three moments: `hvd.checks.check_weights` asks cheaply whether there is one (before a job is queued); `ready` fetches
+it and compares names and shapes (before the run's folder is touched); what `ready` gives puts the arrays in their
+places once the fresh state is on the mesh. What the checkpoint lacks (LoRA updates, the value heads) stays as it was
+initialised; what the model lacks is left over; both are printed.
 """
 
 import dataclasses
-import os
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
-from etils import epath
 
-from hvd.errors import UserError
+from hvd import storage
+from hvd.configs import Experiment
+from hvd.models import weights
+from hvd.train import preemption, state
 from hvd.train import run_dir as runs
-from hvd.train import state
 from hvd.train.state import Graph, TrainState
 
-type Path = tuple[str, ...]
 
+def ready(
+    cfg: Experiment, stage: runs.Stage, graph: Graph, *, overwrite: bool = False
+) -> Callable[[TrainState], TrainState]:
+    """What a fresh state of the stage goes through: its `weight_loader`'s parameters are put in.
 
-def load(train_state: TrainState, path: str, graph: Graph) -> TrainState:
-    """The state with all parameters that are in the checkpoint at `path` replaced; averages start from them.
+    The checkpoint is opened, fetched first where it is a URL, and compared now, unless the run has a checkpoint of its
+    own to go on from.
 
     Raises:
-        UserError: no checkpoint there, no array of it fits the model, or one has another shape (it is named).
+        UserError: no checkpoint there, or one of another model; a URL that cannot be fetched.
+        Stopped: a signal came while it was fetched; what has come is kept.
     """
+    path, field = getattr(cfg, stage).weight_loader, f"{stage}.weight_loader"
     if not path:
-        return train_state
-    folder = _folder(path)
-    stored = _stored(folder)
-    model = {
-        tuple(name.split("/")): x
-        for name, x in state.named(state.join(train_state.trained, train_state.frozen)).items()
-    }
-    shared = sorted(model.keys() & stored.keys())
-    if not shared:
-        raise UserError(f"weight_loader {path}: none of its {len(stored)} arrays is a parameter of this model")
-    for name in shared:
-        if stored[name][1] != model[name].shape:
-            ours, theirs = list(model[name].shape), list(stored[name][1])
-            raise UserError(f"weight_loader {path}: {'/'.join(name)} has shape {theirs} in it, the model needs {ours}")
+        return lambda fresh: fresh
+    opened: list[weights.Checkpoint] = []
 
-    wanted = state.nest(
-        {
-            stored[name][0]: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for name, x in model.items()
-            if name in stored
-        }
-    )
-    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-    restored = state.named(ocp.PyTreeCheckpointHandler().restore(folder, args=args))
-    found = {name: restored["/".join(stored[name][0])] for name in shared}
-    _report(path, model, stored, found)
-    trained, frozen = graph.split(state.nest(model | found))
+    def opened_once() -> weights.Checkpoint:
+        if not opened:
+            opened.append(open_checkpoint(path, field))
+        return opened[0]
+
+    if overwrite or not runs.has_checkpoint(getattr(cfg, f"{stage}_dir")):
+        weights.match(opened_once(), state.named(graph.shapes))
+    return lambda fresh: load(fresh, opened_once(), graph)
+
+
+def open_checkpoint(path: str, field: str = "weight_loader") -> weights.Checkpoint:
+    """The checkpoint at a local path, or at a URL, which is fetched into the cache of this node first."""
+
+    def stop_if_asked() -> None:
+        if preemption.requested():
+            preemption.raise_stopped(f"while {path} was fetched")
+
+    local = storage.fetch(path, field, stop_if_asked) if storage.is_url(path) else path
+    return weights.open_checkpoint(local, f"{field} {path}")
+
+
+def load(fresh: TrainState, checkpoint: weights.Checkpoint, graph: Graph) -> TrainState:
+    """The state with all parameters that the checkpoint has replaced; averages start from them. All processes together.
+
+    The arrays of `fresh` that are replaced are freed first, so that no device holds both.
+
+    Raises:
+        UserError: no array of the checkpoint fits the model, or one has another shape (it is named).
+    """
+    model = state.named(state.join(fresh.trained, fresh.frozen))
+    found = weights.match(checkpoint, model)
+    wanted = {
+        name: jax.ShapeDtypeStruct(model[name].shape, model[name].dtype, sharding=model[name].sharding)
+        for name in found.loaded
+    }
+    if jax.process_index() == 0:
+        print("\n".join(weights.report(checkpoint, found, model)), flush=True)
+    for name in found.loaded:
+        model[name].delete()
+    for average in (fresh.ema, fresh.target):
+        for x in jax.tree.leaves(average):
+            x.delete()
+    whole = model | weights.read(checkpoint, wanted)
+    trained, frozen = graph.split(state.nest({tuple(name.split("/")): x for name, x in whole.items()}))
     return dataclasses.replace(
-        train_state,
+        fresh,
         trained=trained,
         frozen=frozen,
-        ema=jax.tree.map(jnp.copy, trained) if train_state.ema else {},
-        target=jax.tree.map(jnp.copy, trained) if train_state.target else {},
+        ema=_started(fresh.ema, whole),
+        target=_started(fresh.target, whole),
     )
 
 
-def _folder(path: str) -> epath.Path:
-    root = epath.Path(os.path.abspath(os.path.expanduser(path)) if runs.is_local(path) else path)
-    for folder in (root, root / "params"):
-        if (folder / "_METADATA").exists():
-            return folder
-    raise UserError(f"weight_loader {path}: no Orbax checkpoint there (no _METADATA); give the folder of its `params`")
-
-
-def _stored(folder: epath.Path) -> dict[Path, tuple[Path, tuple[int, ...]]]:
-    """The model's path of each stored array -> (path in the checkpoint, shape)."""
-    found = {}
-    for name, leaf in state.named(ocp.PyTreeCheckpointHandler().metadata(folder).tree).items():
-        path = tuple(name.split("/"))
-        plain = path[1:] if path[0] == "params" else path
-        found[plain[:-1] if plain[-1] == "value" else plain] = (path, tuple(leaf.shape))
-    return found
-
-
-def _report(path: str, model: dict[Path, Any], stored: dict[Path, Any], found: dict[Path, Any]) -> None:
-    fresh = sorted("/".join(name) for name in model.keys() - found.keys())
-    left = sorted("/".join(name) for name in stored.keys() - model.keys())
-    millions = sum(x.size for x in found.values()) / 1e6
-    print(f"weight_loader {path}: {len(found)} arrays ({millions:.1f} M parameters) loaded", flush=True)
-    for what, names in (("initialised", fresh), ("left over in the checkpoint", left)):
-        if names:
-            print(f"  {len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}", flush=True)
+def _started(average: state.Tree, whole: dict[str, jax.Array]) -> state.Tree:
+    """An average (freed already) at its start: copies, of its own type, of the parameters that it averages."""
+    return state.nest(
+        {tuple(name.split("/")): jnp.array(whole[name], x.dtype, copy=True) for name, x in state.named(average).items()}
+    )

@@ -181,6 +181,12 @@ def read(run_dir: os.PathLike | str) -> Record | None:
     return Record(stage, version, from_dict(Experiment, config, str(path)), dict(inputs))
 
 
+def has_checkpoint(run_dir: os.PathLike | str) -> bool:
+    """The run has something to go on from."""
+    folder = epath.Path(run_dir) / CHECKPOINTS
+    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 def write_config(run_dir: os.PathLike | str, cfg: Experiment, stage: Stage, inputs: Mapping[str, str]) -> None:
     """config.yaml, atomically."""
     data = {
