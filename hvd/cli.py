@@ -44,6 +44,7 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
     {
         "simulate": Step("hvd.sim.record", "record the simulated R1's optimal and mixed demonstrations"),
         "convert": Step("hvd.data.convert", "recordings (JoyLo HDF5) -> LeRobot v3.0 dataset", own_flags=True),
+        "plan": Step("hvd.plan", "does a run fit its devices? memory and time, without the devices", own_flags=True),
         "norm-stats": Step("hvd.data.normalize", "normalisation statistics of the optimal set"),
         "train-value": Step("hvd.train.value", "value stage: V and the levels' Q"),
         "advantages": Step("hvd.train.advantages", "V, Q, A and weights of every frame the policy will visit"),
