@@ -86,14 +86,14 @@ def main(argv: Sequence[str]) -> int:
                 f"--host {options.host}: whoever reaches it may use the policy; {API_KEY} can ask for a key", flush=True
             )
         try:
-            server, metrics, line = build(target, options, api_key)
-        except Stopped:
+            (server, batcher), metrics, line = build(target, options, api_key)
+            address = sock.getsockname()
+            host = f"[{address[0]}]" if ":" in address[0] else address[0]
+            line = f"serving {line} on ws://{host}:{address[1]}"
+            asyncio.run(_serve(server, metrics, sock, line, options.log_every_s))
+        except Stopped:  # the loop, once it runs, takes signals itself
             print("stopped before the server was ready", flush=True)
             return EXIT_COMPLETE
-        server, batcher = server
-        address = sock.getsockname()
-        host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        asyncio.run(_serve(server, metrics, sock, f"serving {line} on ws://{host}:{address[1]}", options.log_every_s))
         batcher.stop(_DRAIN_S)
     print(f"stopped; {metrics.line(whole=True)}", flush=True)
     return EXIT_COMPLETE

@@ -163,6 +163,8 @@ class PolicyServer:
                     last = await self._exchange(connection, message, last)
                 finally:
                     self._busy.discard(connection)
+                if last is None:
+                    return
             await self._leave(connection)
         except ConnectionClosed:
             pass  # theirs to say when it is over
@@ -170,8 +172,8 @@ class PolicyServer:
             self._open.discard(connection)
             self._metrics.connections = len(self._open)
 
-    async def _exchange(self, connection: ServerConnection, message: str | bytes, last: float | None) -> float:
-        """Answer one message; returns the seconds it took. Raises ConnectionClosed when nobody is there to hear it."""
+    async def _exchange(self, connection: ServerConnection, message: str | bytes, last: float | None) -> float | None:
+        """Answer one message; returns the seconds it took, or None when nobody was there to hear the answer."""
         begin = time.monotonic()
         try:
             reply = await self._answer(connection, message, last, begin)
@@ -183,21 +185,17 @@ class PolicyServer:
             if connection.state is State.OPEN:
                 raise
             self._metrics.request("abandoned", time.monotonic() - begin)
-            return 0.0
+            return None
         except Exception as error:
             reply, outcome = f"error: the server failed ({type(error).__name__}); its log says why", "failed"
-            if not isinstance(error, ConnectionClosed):
-                traceback.print_exc(file=sys.stderr)
+            traceback.print_exc(file=sys.stderr)
         try:
             async with asyncio.timeout(self._limits.send):
                 await connection.send(reply)
-        except ConnectionClosed:
-            self._metrics.request("abandoned", time.monotonic() - begin)
-            raise
-        except TimeoutError:  # the client does not read
+        except (ConnectionClosed, TimeoutError):  # it has gone, or does not read
             connection.transport.abort()
             self._metrics.request("abandoned", time.monotonic() - begin)
-            return 0.0
+            return None
         seconds = time.monotonic() - begin
         self._metrics.request(outcome, seconds)
         return seconds

@@ -138,3 +138,9 @@ def get(port: int, path: str) -> tuple[int, str]:
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.read().decode()
+
+
+def counts(metrics: str) -> dict[str, float]:
+    """The samples of Prometheus text: name with labels -> value."""
+    rows = [row.rsplit(" ", 1) for row in metrics.splitlines() if not row.startswith("#")]
+    return {name: float(value) for name, value in rows}

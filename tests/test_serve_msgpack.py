@@ -1,5 +1,7 @@
 """openpi's msgpack form, both ways with openpi's own packer, and hostile bytes."""
 
+from typing import Any
+
 import msgpack
 import numpy as np
 import pytest
@@ -115,7 +117,7 @@ def test_a_damaged_message_is_read_or_refused(data):
         assert "\n" not in str(error)
 
 
-def array(data=b"\0" * 8, dtype="<f4", shape=(2,)):
+def array(data=b"\0" * 8, dtype="<f4", shape=(2,)) -> Any:
     return msgpack.packb({b"__ndarray__": True, b"data": data, b"dtype": dtype, b"shape": list(shape)})
 
 
@@ -160,7 +162,7 @@ def array(data=b"\0" * 8, dtype="<f4", shape=(2,)):
         (b"\x82\xa1x\x01\xa1x\x02", "key 'x' is there twice"),
         (b"\x81\x01\x01", "a map's key is a int"),
         (b"\x81\x90\x01", "a map's key is a list"),
-        (b"\x81" + array() + b"\x01", "a map's key is a ndarray"),
+        (b"".join([b"\x81", array(), b"\x01"]), "a map's key is a ndarray"),
     ],
 )
 def test_what_is_refused(message, why):
