@@ -21,6 +21,8 @@ from hvd.plan_measure import SECONDS, Measurer, cache_folder, has_cuda_compiler
 from hvd.plan_request import Compiler, Request, Stage
 from hvd.plan_verdict import Verdict
 
+SMALL = 50  # `--certain`: a stage whose state fills less than a 50th of a device is taken to fit
+
 
 @dataclass(frozen=True)
 class Options:
@@ -33,8 +35,10 @@ class Options:
     reserve: float = -1.0
     advice: bool = True
     quick: bool = False
+    certain: bool = False
     cache: bool = True
     timeout: float = SECONDS
+    buffers: bool = False
     json: bool = False
 
 
@@ -46,8 +50,10 @@ _NOTES = {
     "reserve": "GiB of a device that are left to CUDA, its libraries and NCCL; -1 = 0.75, or 1.25 with several devices",
     "advice": "where it does not fit, find out what would; --no-advice does not",
     "quick": "compile nothing: only say what state, gradients and batch need",
+    "certain": "compile only where that can prove that a stage does not fit (the launcher asks so)",
     "cache": "use and keep results in ~/.cache/hvd/plans; --no-cache does not",
     "timeout": "seconds for one compilation",
+    "buffers": "also list the largest buffers that are no argument of the step",
     "json": "print one JSON object instead of tables",
 }
 
@@ -70,7 +76,9 @@ def main(argv: Sequence[str]) -> int:
         found = planner.advise(verdict) if verdict.fits is False and options.advice else None
         verdicts.append((verdict, found))
         if not options.json:
-            print(plan_report.text(verdict, found, compiled=not options.quick), flush=True)
+            print(plan_report.text(verdict, found), flush=True)
+            if options.buffers:
+                print(plan_report.buffers(verdict), flush=True)
     if options.json:
         print(json.dumps({"plans": [plan_report.as_json(*each) for each in verdicts]}))
     return EXIT_USER if any(verdict.fits is False for verdict, _ in verdicts) else EXIT_COMPLETE
@@ -127,8 +135,11 @@ class Planner:
         self.compiler: Compiler = auto if options.compiler == "auto" else options.compiler
         self.measure = Measurer(cache_folder() if options.cache else None, options.timeout, _say)
 
-    def judge(self, stage: Stage, flags: Sequence[str], cluster: Cluster) -> Verdict:
+    def judge(self, stage: Stage, flags: Sequence[str], cluster: Cluster, *, thorough: bool = False) -> Verdict:
         """The verdict of a stage with these flags behind the command line's, on these devices.
+
+        Args:
+            thorough: compile although `--quick` or `--certain` would not.
 
         Raises:
             UserError: the flags contradict the config or the devices.
@@ -137,17 +148,32 @@ class Planner:
         cfg = overrides.experiment(argv)
         check_config(cfg)
         check_devices(cfg, cluster.count, cluster.nodes)
-        reserve = None if self.options.reserve < 0 else int(self.options.reserve * (1 << 30))
-        limit = cluster.limit(memory_fraction(), reserve)
+        options = self.options
+        limit = cluster.limit(memory_fraction(), None if options.reserve < 0 else int(options.reserve * (1 << 30)))
         _say(f"{stage} stage on {cluster}{' with ' + ' '.join(flags) if flags else ''}")
         request = Request(
-            argv, stage, cluster.name, cluster.per_node, cluster.nodes, self.compiler, limit, self.options.quick
+            argv=argv,
+            stage=stage,
+            device=cluster.name,
+            per_node=cluster.per_node,
+            nodes=cluster.nodes,
+            compiler=self.compiler,
+            limit=limit,
+            enough=limit // SMALL if options.certain and not thorough else 0,
+            arguments_only=not thorough and (options.quick or (options.certain and self.compiler == "cpu")),
         )
         return Verdict(cfg, stage, cluster, limit, self.measure(request))
 
     def advise(self, verdict: Verdict) -> tuple[plan_advice.Change, Verdict] | None:
         """The cheapest change that makes the stage fit."""
-        return plan_advice.search(verdict, lambda flags, cluster: self.judge(verdict.stage, flags, cluster))
+
+        def judge(flags: list[str], cluster: Cluster) -> Verdict | None:
+            try:
+                return self.judge(verdict.stage, flags, cluster, thorough=True)
+            except UserError:  # the batch cannot be divided so
+                return None
+
+        return plan_advice.search(verdict, judge)
 
 
 def _say(line: str) -> None:

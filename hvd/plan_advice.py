@@ -4,16 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hvd import accelerators
-from hvd.configs import Experiment
 from hvd.plan_devices import Cluster
-from hvd.plan_request import Stage
 from hvd.plan_verdict import Verdict
 
 MOST_OF_A_NODE = 8
 REMAT = ("none", "dots", "full")
 LORA_VARIANTS = {"gemma_2b": "gemma_2b_lora", "gemma_300m": "gemma_300m_lora"}  # of hvd.models.gemma.VARIANTS
 
-type Judge = Callable[[list[str], Cluster], Verdict]  # (further flags, devices) -> the stage's verdict
+type Judge = Callable[[list[str], Cluster], Verdict | None]
+"""(further flags, devices) -> the stage's verdict; None where the config cannot be run so."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def chains(base: Verdict) -> Iterator[list[Change]]:
     2. another training: the smallest batch; LoRA;
     3. more devices; larger devices.
     """
-    cfg, stage, cluster, own = base.cfg, base.stage, base.cluster, base.stage_cfg
+    stage, cluster, own = base.stage, base.cluster, base.stage_cfg
     node = ("--fsdp_devices", "0") if base.fsdp < cluster.per_node else ()
     steps: list[tuple[str, ...]] = [node] if node else []
     steps += [(*node, f"--{stage}.remat", remat) for remat in REMAT[REMAT.index(own.remat) + 1 :]]
@@ -57,11 +56,12 @@ def chains(base: Verdict) -> Iterator[list[Change]]:
     for parts in (2, 4, 8):
         if parts > own.grad_accum_steps and own.batch_size % (parts * cluster.count) == 0:
             steps.append((*thrifty, f"--{stage}.grad_accum_steps", str(parts)))
-    yield [Change(flags, cluster) for flags in steps]
-
-    if own.batch_size > cluster.count:
-        yield [Change((*thrifty, f"--{stage}.batch_size", str(cluster.count)), cluster)]
-    lora = _lora_flags(cfg, stage)
+    state_alone = base.measured.least - base.measured.batch
+    if node or state_alone <= base.limit:  # else less than all of the state is not to be had so
+        yield [Change(flags, cluster) for flags in steps]
+        if own.batch_size > cluster.count:
+            yield [Change((*thrifty, f"--{stage}.batch_size", str(cluster.count)), cluster)]
+    lora = _lora_flags(base)
     if lora:
         yield [Change((*thrifty, *lora), cluster)]
     yield from ([change] for change in _more_devices(base, thrifty))
@@ -77,7 +77,7 @@ def _first_fitting(chain: Sequence[Change], judge: Judge) -> tuple[Change, Verdi
     low, high, at = 0, len(chain), len(chain) - 1
     while low < high:
         verdict = judge(list(chain[at].flags), chain[at].cluster)
-        if verdict.fits:
+        if verdict is not None and verdict.fits:
             found, high = (chain[at], verdict), at
         else:
             low = at + 1
@@ -85,17 +85,18 @@ def _first_fitting(chain: Sequence[Change], judge: Judge) -> tuple[Change, Verdi
     return found
 
 
-def _lora_flags(cfg: Experiment, stage: Stage) -> list[str]:
-    flags = []
-    fields = {"policy": ("paligemma_variant", "action_expert_variant"), "value": ("value_paligemma_variant",)}[stage]
-    for field in fields:
-        now = getattr(cfg.model, field) or (cfg.model.paligemma_variant if stage == "value" else "")
-        better = LORA_VARIANTS.get(now)
-        if better:
-            flags += [f"--model.{field}", better]
-    if flags and getattr(cfg, stage).ema_decay:
-        flags += [f"--{stage}.ema_decay", "0"]
-    return flags
+def _lora_flags(base: Verdict) -> list[str]:
+    """Flags that make every expert a LoRA one; [] where they are, or where the trunk does not train anyway."""
+    model, own = base.cfg.model, base.stage_cfg
+    if own.freeze_filter != "auto":
+        return []
+    names = {"paligemma_variant": model.paligemma_variant, "action_expert_variant": model.action_expert_variant}
+    if base.stage == "value":
+        names = {"value_paligemma_variant": model.value_paligemma_variant or model.paligemma_variant}
+        names["value_expert_variant"] = model.value_expert_variant
+    better = {field: LORA_VARIANTS[name] for field, name in names.items() if name in LORA_VARIANTS}
+    flags = [word for field, name in better.items() for word in (f"--model.{field}", name)]
+    return flags + ([f"--{base.stage}.ema_decay", "0"] if flags and own.ema_decay else [])
 
 
 def _more_devices(base: Verdict, flags: Sequence[str]) -> Iterator[Change]:
@@ -108,9 +109,8 @@ def _more_devices(base: Verdict, flags: Sequence[str]) -> Iterator[Change]:
 
 def _larger_devices(base: Verdict, flags: Sequence[str]) -> Iterator[Change]:
     """In the order of their memory; none that could not hold what the state alone needs."""
-    now = base.cluster.accelerator.usable
     known = sorted(accelerators.ACCELERATORS.items(), key=lambda item: (item[1].usable, item[0]))
-    seen = now
+    seen = base.cluster.accelerator.usable
     for name, accelerator in known:
         if accelerator.usable > max(seen * 1.05, base.least):
             seen = accelerator.usable

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CATEGORIES = ("gradients", "activations", "temporaries")
+LARGEST = 20
 
 type Shape = tuple[str, tuple[int, ...]]  # (dtype, dims in ascending order): layouts and transposes do not matter
 
@@ -37,15 +38,28 @@ class Value:
         return self.name.partition("{")[0]
 
 
+@dataclass(frozen=True)
+class Split:
+    """The temporary block at its fullest.
+
+    Attributes:
+        sizes: bytes by CATEGORIES; their sum is the block's size.
+        largest: of the places, in order: (bytes, category, shape, what computed it).
+    """
+
+    sizes: dict[str, int]
+    largest: list[tuple[int, str, str, str]]
+
+
 def split(
     folder: Path, hlo: str, temp_size: int, trained: Iterable[Shape], frozen: Iterable[Shape] = ()
-) -> dict[str, int] | None:
-    """Bytes of the temporary block by CATEGORIES at its fullest; None where the dump has another form or is missing.
+) -> Split | None:
+    """What fills the temporary block when it is fullest; None where the dump has another form or is missing.
 
     gradients: shaped as a device's part of a trained parameter, and not of the forward pass.
     activations: of the forward pass, alive because the backward pass needs them (or, where the forward pass itself is
     the fullest moment, computed in it).
-    temporaries: everything else, and what the packing loses; so the three sum up to `temp_size`.
+    temporaries: everything else, and what the packing loses.
 
     Args:
         folder: of --xla_dump_to.
@@ -56,24 +70,25 @@ def split(
     if not values:
         return None
     names = op_names(hlo)
-    alive = fullest(values)
-    slots: dict[tuple[int, int], str] = {}
+    places: dict[tuple[int, int], tuple[str, str, str]] = {}
     wanted = set(trained)
-    copies = {dims for _, dims in (*wanted, *frozen)}
-    for value in sorted(alive, key=lambda v: v.born):
-        kind = _category(value, names.get(value.instruction, ""), wanted, copies)
-        before = slots.get((value.offset, value.size))
+    parameters = {dims for _, dims in (*wanted, *frozen)}
+    for value in sorted(fullest(values), key=lambda v: v.born):
+        op_name = names.get(value.instruction, "")
+        kind = _category(value, op_name, wanted, parameters)
+        before = places.get((value.offset, value.size))
         # several values may follow each other in one place (a loop's start, its carry): the most telling one counts
-        if before is None or CATEGORIES.index(kind) < CATEGORIES.index(before):
-            slots[value.offset, value.size] = kind
-    found: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
+        if before is None or CATEGORIES.index(kind) < CATEGORIES.index(before[0]):
+            dtype, dims = value.shape
+            places[value.offset, value.size] = kind, f"{dtype}[{','.join(map(str, dims))}]", op_name or value.name
+    sizes: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
     reach = 0
-    for (offset, size), kind in sorted(slots.items()):
-        free = max(0, offset + size - max(reach, offset))  # a place within another one counts once
-        found[kind] += free
+    for (offset, size), (kind, _, _) in sorted(places.items()):
+        sizes[kind] += max(0, offset + size - max(reach, offset))  # a place within another one counts once
         reach = max(reach, offset + size)
-    found["temporaries"] += temp_size - sum(found.values())
-    return found
+    sizes["temporaries"] += temp_size - sum(sizes.values())
+    largest = sorted(((size, *what) for (_, size), what in places.items()), reverse=True)
+    return Split(sizes, largest[:LARGEST])
 
 
 def shape(dtype: str, dims: Iterable[int]) -> Shape:

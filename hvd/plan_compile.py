@@ -77,7 +77,7 @@ def measure(request: Request, dump: Path) -> Measurement:
         parameters=sum(math.prod(x.shape) for x in _leaves((like.trained, like.frozen))),
         trained=sum(math.prod(x.shape) for x in _leaves(like.trained)),
     )
-    if request.arguments_only or sum(sizes.values()) + found.gradients > request.limit:
+    if not request.needs_compiler(found.least):
         return found
 
     step, _ = loop.compiled_step(program, getattr(cfg, request.stage), devices, like)
@@ -100,7 +100,8 @@ def measure(request: Request, dump: Path) -> Measurement:
         argument=memory.argument_size_in_bytes,
         output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temp=memory.temp_size_in_bytes,
-        split=split,
+        split=split.sizes if split else None,
+        largest=split.largest if split else [],
         flops=flops.of_step(make_program, cfg, request.stage, devices),
         seconds=round(time.perf_counter() - began, 1),
         rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

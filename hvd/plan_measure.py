@@ -65,7 +65,7 @@ class Measurer:
         names = [f"{identity(request)}.json", f"{identity(request)}.arguments.json"]
         for name in names:
             kept = self._read(name)
-            if kept and (kept.compiled or request.arguments_only or kept.least > request.limit):
+            if kept and (kept.compiled or not request.needs_compiler(kept.least)):
                 return kept
         found = Measurement(**self._run(request))
         self._write(names[0] if found.compiled else names[1], found)
@@ -154,7 +154,9 @@ def identity(request: Request) -> str:
     content = {
         "config": {key: value for key, value in config.items() if key not in _NOT_ASKED},
         "request": {
-            k: v for k, v in dataclasses.asdict(request).items() if k not in ("argv", "limit", "arguments_only")
+            k: v
+            for k, v in dataclasses.asdict(request).items()
+            if k not in ("argv", "limit", "enough", "arguments_only")
         },
         "code": _code_digest(),
         "versions": [_version(name) for name in _PACKAGES],

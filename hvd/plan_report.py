@@ -16,7 +16,7 @@ _NOTES = {
 }
 
 
-def text(verdict: Verdict, advice: tuple[Change, Verdict] | None, *, compiled: bool = True) -> str:
+def text(verdict: Verdict, advice: tuple[Change, Verdict] | None) -> str:
     """The table, the verdict in a line, and what would make it fit."""
     cfg, own, cluster, measured = verdict.cfg, verdict.stage_cfg, verdict.cluster, verdict.measured
     rows = own.batch_size // cluster.count
@@ -45,7 +45,7 @@ def text(verdict: Verdict, advice: tuple[Change, Verdict] | None, *, compiled: b
         row("at least", measured.least, "activations and temporaries come on top")
     row("batches placed ahead", verdict.ahead, "prefetched, validation")
     row("limit", verdict.limit, f"of {size_text(cluster.accelerator.usable)}; the rest is for CUDA, NCCL, libraries")
-    lines += ["", conclusion(verdict, compiled=compiled)]
+    lines += ["", conclusion(verdict)]
     if verdict.fits:
         lines += _speed(verdict)
     if advice is not None:
@@ -58,7 +58,7 @@ def text(verdict: Verdict, advice: tuple[Change, Verdict] | None, *, compiled: b
     return "\n".join([*lines, ""])
 
 
-def conclusion(verdict: Verdict, *, compiled: bool = True) -> str:
+def conclusion(verdict: Verdict) -> str:
     """One line: does it fit, by how much."""
     needed, limit, least = size_text(verdict.needed), size_text(verdict.limit), size_text(verdict.least)
     if verdict.fits:
@@ -66,12 +66,20 @@ def conclusion(verdict: Verdict, *, compiled: bool = True) -> str:
     if verdict.fits is False:
         what = "state, gradients and batch alone need" if verdict.least > verdict.limit else "it needs"
         return f"does not fit: {what} {needed}, a device has {limit}"
-    if not compiled:
+    if not verdict.measured.compiled:
         return f"may fit: it needs at least {least} of {limit}; nothing was compiled"
     return (
         f"may fit: it needs between {least} and {needed} of {limit}; the GPU's compiler knows better "
         "(uv sync --extra cuda12, no GPU needed)"
     )
+
+
+def buffers(verdict: Verdict) -> str:
+    """The largest places of the compiler's temporary block at its fullest, one a line."""
+    lines = ["largest buffers when the step's memory is fullest, per device"]
+    for size, kind, shape, what in verdict.measured.largest:
+        lines.append(f"  {size_text(size):>12}  {kind:<12} {shape:<28} {what}")
+    return "\n".join([*lines, ""])
 
 
 def size_text(size: int) -> str:

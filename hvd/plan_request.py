@@ -15,6 +15,7 @@ class Request:
         argv: `--config NAME --dotted.field value ...`.
         device: name in hvd.accelerators.ACCELERATORS.
         limit: bytes of a device; where parameters, optimiser and gradients need more, nothing is compiled.
+        enough: bytes; where they need less, nothing is compiled either.
         arguments_only: compile nothing in any case.
     """
 
@@ -25,7 +26,12 @@ class Request:
     nodes: int
     compiler: Compiler
     limit: int
+    enough: int = 0
     arguments_only: bool = False
+
+    def needs_compiler(self, least: int) -> bool:
+        """Where `least` bytes are needed whatever the compiler does."""
+        return not self.arguments_only and self.enough <= least <= self.limit
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Measurement:
         parameters, trained: numbers of parameters.
         peak: the compiler's: argument + temp + output that is not donated; 0 = nothing was compiled.
         split: temp by plan_buffers.CATEGORIES; None where the compiler's dump could not be read.
+        largest: places of temp: (bytes, category, shape, what computed it).
         flops: of a step, on all devices, as counted from the program's matrix products.
         seconds, rss: what the measurement itself took.
     """
@@ -55,7 +62,8 @@ class Measurement:
     argument: int = 0
     output: int = 0
     temp: int = 0
-    split: dict[str, int] | None = field(default=None)
+    split: dict[str, int] | None = None
+    largest: list[tuple[int, str, str, str]] = field(default_factory=list)
     flops: float | None = None
     seconds: float = 0.0
     rss: int = 0

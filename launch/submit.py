@@ -24,7 +24,7 @@ from hvd.checks import check_config, check_datasets, check_devices, check_writab
 from hvd.cli import take_overwrite
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, EXIT_USER, UserError
-from launch import local, steps
+from launch import fit, local, steps
 
 CLUSTERS = ("auto", "local", "slurm", "kubernetes")
 
@@ -40,6 +40,8 @@ class Submit:
     dry_run: bool = False
     detach: bool = False
     data: str = ""
+    devices: str = ""
+    plan: bool = True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +66,8 @@ def usage() -> str:
         "dry_run": "print the commands, run nothing",
         "detach": "run in the background; prints the process id and the log",
         "data": "a LeRobot dataset, or the folder that holds the config's repo_ids",
+        "devices": "of a node, such as 8xh100-80gb, for the memory plan; on this machine nvidia-smi is asked",
+        "plan": "refuse a job that cannot fit its devices (`hvd plan`); --no-plan submits it all the same",
     }
     for field in dataclasses.fields(Submit):
         name = "--" + field.name.replace("_", "-")
@@ -92,6 +96,8 @@ def submit(argv: list[str]) -> int:
     if options.dry_run:
         print("\n".join(commands(plan, options.nodes)))
         return EXIT_COMPLETE
+    if options.plan:
+        fit.check(options.stage, passed_on, options.devices, options.nodes)
     if options.detach:
         return detach(argv, log_dir)
     started = time.monotonic()
