@@ -52,6 +52,7 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
         "evaluate": Step("hvd.evaluate", "rollouts in the simulator, or action errors on held-out episodes"),
         "report": Step("hvd.report", "report.html of the experiment"),
         "serve": Step("hvd.serve", "a trained policy behind openpi's websocket protocol", own_flags=True),
+        "export": Step("hvd.export", "a complete run as a checkpoint of openpi", own_flags=True),
         "verify": Step("hvd.train.complete", "is the run complete, undamaged and finite?"),
     }
 )

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # as a script: the checkout, not launch/, is where i
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from hvd import overrides
-from hvd.checks import check_config, check_datasets, check_devices, check_writable
+from hvd.checks import check_config, check_datasets, check_devices, check_weights, check_writable
 from hvd.cli import take_overwrite
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, EXIT_USER, UserError
@@ -148,6 +148,7 @@ def check(cfg: Experiment, options: Submit) -> None:
         raise UserError(f"--nodes {options.nodes}: this machine has only {len(found)} GPU(s) to divide among them")
     check_devices(cfg, local.devices(options.nodes), options.nodes)
     check_datasets(cfg)
+    check_weights(cfg, ("value", "policy") if options.stage == "all" else (options.stage,))
     check_writable(cfg.exp_dir)
     check_writable(cfg.assets_dir)
     if options.stage == "policy" and steps.needs_value(cfg):

@@ -1,5 +1,8 @@
 """Hashed words, and the tokenizer's mistakes."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -7,6 +10,7 @@ from numpy.testing import assert_array_equal
 from hvd.configs import ModelConfig
 from hvd.errors import UserError
 from hvd.models.tokenizer import BOS, PAD, UNK, Tokenizer
+from tests.storage_servers import google_put, google_server, proxy_before
 
 
 def config(**fields) -> ModelConfig:
@@ -33,10 +37,53 @@ def test_mistakes(tmp_path):
     broken = tmp_path / "broken.model"
     broken.write_text("not a model")
     for fields, text in (
-        ({"tokenizer": "paligemma", "tokenizer_path": ""}, "tokenizer_path is empty"),
         ({"tokenizer": "paligemma", "tokenizer_path": str(tmp_path / "none.model")}, "no file .*none.model"),
         ({"tokenizer": "paligemma", "tokenizer_path": str(broken)}, "broken.model is no sentencepiece model"),
         ({"vocab_size": 4}, "vocab_size 4 leaves no id"),
     ):
         with pytest.raises(UserError, match=text):
             Tokenizer(ModelConfig(**{"tokenizer": "words", "vocab_size": 512, **fields}))
+
+
+@pytest.fixture
+def served(golden, tmp_path, monkeypatch):
+    """(small vocabulary, proxy before a server that has it where PaliGemma's lies)."""
+    small = golden / "tiny_sp.model"
+    if not small.exists():
+        pytest.skip("HVD_GOLDEN: no tiny_sp.model")
+    for name in ("HVD_OFFLINE", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HVD_CACHE", str(tmp_path / "cache"))
+    with google_server() as address, proxy_before(*address) as proxy:
+        google_put(address, {"paligemma_tokenizer.model": small.read_bytes()}, bucket="big_vision")
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.address)
+        yield small, proxy
+
+
+def test_paligemmas_vocabulary_is_fetched_once(served, tmp_path, monkeypatch):
+    small, proxy = served
+    want = Tokenizer(ModelConfig(tokenizer_path=str(small))).encode(["pick up the block"])
+    for path in ("", "gs://big_vision/paligemma_tokenizer.model"):
+        assert_array_equal(Tokenizer(ModelConfig(tokenizer_path=path)).encode(["pick up the block"]), want)
+    assert len(proxy.reads) == 1
+    monkeypatch.setenv("HVD_OFFLINE", "1")
+    asked = len(proxy.requests)
+    assert_array_equal(Tokenizer(ModelConfig()).encode(["pick up the block"]), want)
+    assert len(proxy.requests) == asked
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(UserError, match="HVD_OFFLINE is set") as error:
+        Tokenizer(ModelConfig())
+    assert len(str(error.value).splitlines()) == 1
+    assert "gs://big_vision/paligemma_tokenizer.model" in str(error.value)
+    assert str(error.value).endswith("name it: --model.tokenizer_path FILE")
+
+
+def test_a_vocabulary_that_the_store_does_not_have(served):
+    with pytest.raises(UserError, match=r"model.tokenizer_path gs://big_vision/none: there is nothing; or bring"):
+        Tokenizer(ModelConfig(tokenizer_path="gs://big_vision/none"))
+
+
+def test_home_in_the_path(served, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(served[0], Path.home() / "sp.model")
+    assert Tokenizer(ModelConfig(tokenizer_path="~/sp.model")).encode(["a"])[1].any()

@@ -212,6 +212,11 @@ def end(*children: subprocess.Popen[str]) -> None:
     assert [process.returncode for process in children] == [0] * len(children), "\n".join(texts)
 
 
+def test_written_and_read_is_the_identity(tmp_path):
+    """A full and a LoRA model (its frozen half in bfloat16), written from 4 devices, read onto 2."""
+    end(child("identity", tmp_path, devices=4))
+
+
 def test_each_process_reads_its_own_part(tmp_path):
     """2 processes x 2 devices: each reads half of the bytes, and no device ever holds a whole large array."""
     end(child("write", tmp_path / "params", devices=4))
