@@ -62,8 +62,7 @@ def check(url: str, field: str = "") -> None:
     location = parse(url, field)
     with _as_user(url, field):
         _refuse_offline(location)
-        with contextlib.suppress(Busy):
-            store = open_store(location, 1)
+        with contextlib.suppress(Busy), contextlib.closing(open_store(location, 1)) as store:
             if store.find(location.path) is None and not store.below(location.path + "/", limit=1):
                 raise Refused("there is nothing")
 
@@ -100,18 +99,18 @@ def _fetch(location: Location, entry: Path, poll: Callable[[], None]) -> None:
     with _alone(entry, location.url, poll):
         if _whole(entry):
             return
-        store = open_store(location, THREADS)
-        objects = retried(location.url, lambda: _objects(store, location))
-        folder = _partial(entry, objects)
-        try:
-            folder.mkdir(exist_ok=True)
-            download(store, objects, folder, location.url, poll)
-            _publish(folder, entry, location, objects)
-        except FileNotFoundError:
-            if not _whole(entry):  # else another node, without a lock that we could see, has finished it meanwhile
-                raise
-        except OSError as error:
-            raise disk_error(error, folder) from error
+        with contextlib.closing(open_store(location, THREADS)) as store:
+            objects = retried(location.url, lambda: _objects(store, location))
+            folder = _partial(entry, objects)
+            try:
+                folder.mkdir(exist_ok=True)
+                download(store, objects, folder, location.url, poll)
+                _publish(folder, entry, location, objects)
+            except FileNotFoundError:
+                if not _whole(entry):  # else another node, without a lock that we could see, has finished it meanwhile
+                    raise
+            except OSError as error:
+                raise disk_error(error, folder) from error
 
 
 def _publish(folder: Path, entry: Path, location: Location, objects: dict[str, Object]) -> None:

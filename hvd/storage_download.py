@@ -110,7 +110,8 @@ class _Download:
 
     def run(self) -> None:
         self._prepare()
-        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(min(THREADS, max(1, self._open)))]
+        count = min(THREADS, max(1, self._open))
+        threads = [threading.Thread(target=self._work, name="hvd-download", daemon=True) for _ in range(count)]
         for thread in threads:
             thread.start()
         try:

@@ -86,6 +86,10 @@ class Store(Protocol):
         "etag" as "<part bytes>:<md5 of the parts' md5>-<parts>" for an object that was uploaded in parts."""
         ...
 
+    def close(self) -> None:
+        """Its connections."""
+        ...
+
 
 def is_url(path: str) -> bool:
     return "://" in path
@@ -138,7 +142,7 @@ class GoogleStore:
                     raise UserError(f"GOOGLE_APPLICATION_CREDENTIALS: {error}") from error
         self._client = storage.Client(project="<none>", credentials=self._credentials)
         self._bucket: Any = self._client.bucket(bucket)
-        self._sessions = threading.local()
+        self._sessions, self._opened = threading.local(), []
 
     def find(self, path: str) -> Object | None:
         with _google_errors():
@@ -179,10 +183,19 @@ class GoogleStore:
     def _session(self) -> Any:
         """A session of this thread's own: requests does not promise that threads may share one."""
         if not hasattr(self._sessions, "session"):
+            import requests
+            from google.auth.credentials import AnonymousCredentials
             from google.auth.transport.requests import AuthorizedSession
 
-            self._sessions.session = AuthorizedSession(self._credentials, refresh_timeout=SILENCE_S)
+            anonymous = isinstance(self._credentials, AnonymousCredentials)
+            session = requests.Session() if anonymous else AuthorizedSession(self._credentials)
+            self._sessions.session = session
+            self._opened.append(session)
         return self._sessions.session
+
+    def close(self) -> None:
+        for session in (*self._opened, self._client):
+            session.close()
 
 
 def _google_object(blob: Any) -> Object:
@@ -202,6 +215,8 @@ def _google_errors() -> Iterator[None]:
             raise _status_error(int(error.code or 0), error.message) from error
         except google.auth.exceptions.TransportError as error:
             raise Busy(_line(error)) from error
+        except google.auth.exceptions.InvalidOperation as error:  # asked for credentials, and there are none
+            raise Refused("no access without credentials (`gcloud auth application-default login`)") from error
         except google.auth.exceptions.GoogleAuthError as error:
             raise Refused(
                 f"the Google credentials do not work ({_line(error)}); `gcloud auth application-default login` renews "
@@ -283,6 +298,9 @@ class S3Store:
                 if 0 < size and -(-item.size // size) == parts:  # parts of one size, as every uploader makes them
                     found["etag"] = f"{size}:{etag}"
         return found
+
+    def close(self) -> None:
+        self._client.close()
 
 
 @contextlib.contextmanager

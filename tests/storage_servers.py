@@ -187,6 +187,13 @@ def noise(size: int, seed: int = 0) -> bytes:
     return np.random.default_rng(seed).bytes(size)
 
 
+def downloads_have_ended() -> None:
+    """Threads of a download that was stopped in this process end a little later."""
+    for thread in threading.enumerate():
+        if thread.name == "hvd-download":
+            thread.join(20)
+
+
 def files_below(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 

@@ -1,5 +1,6 @@
 """hvd.storage against real storage servers on loopback: what comes, where it lies, when the network is asked."""
 
+import sys
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hvd.errors import UserError
 from tests.storage_servers import (
     BUCKET,
     Fault,
+    downloads_have_ended,
     files_below,
     google_put,
     google_server,
@@ -199,9 +201,17 @@ def test_stopping_is_a_pause(served):
     proxy.fault = lambda request, n: Fault(slow_s=0.05)
     with pytest.raises(KeyboardInterrupt):
         storage.fetch(f"{bucket}/params", poll=poll)
+    downloads_have_ended()
     proxy.fault = lambda request, n: None
     assert files_below(storage.fetch(f"{bucket}/params")) == PARAMS
     assert proxy.bytes_read < 2 * sum(map(len, PARAMS.values()))
+
+
+def test_credentials_are_asked_for(google):
+    """A private bucket answers 401 to an anonymous request."""
+    google.fault = lambda request, n: Fault(status=401)
+    with pytest.raises(UserError, match=r"no access \(401"):
+        storage.fetch(f"gs://{BUCKET}/params")
 
 
 @pytest.mark.parametrize("name", ["up/../../out", "up//etc/passwd", "up/a\\b"])
@@ -240,6 +250,27 @@ def test_checksums_that_s3_has(s3_address, s3):
         assert storage_checksums.matches(path, sums, 0) and sums, key
         path.write_bytes(data[:-1] + b"x")
         assert not storage_checksums.matches(path, sums, 0), (key, sums)
+    store.close()
+
+
+def test_s3_without_credentials_is_anonymous(s3, monkeypatch, tmp_path):
+    import botocore
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    store = storage_remote.S3Store(BUCKET, 2)
+    assert store._client.meta.config.signature_version is botocore.UNSIGNED
+    store.close()
+    assert files_below(storage.fetch(f"s3://{BUCKET}/params")) == PARAMS
+
+
+def test_s3_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(UserError, match=r"^value.weight_loader: s3:// needs the package boto3: install the `s3` extra"):
+        storage.fetch(f"s3://{BUCKET}/params", "value.weight_loader")
 
 
 def test_openpis_assets_moved_to_google():
