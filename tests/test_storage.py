@@ -62,7 +62,7 @@ def s3_address():
     with s3_server() as address:
         client = s3_client(address)
         for name, data in FILES.items():
-            client.put_object(Bucket=BUCKET, Key=name, Body=data)
+            client.put_object(Bucket=BUCKET, Key=name, Body=data, ACL="public-read")
         client.put_object(Bucket=BUCKET, Key="params/", Body=b"")  # a folder as consoles make one
         yield address
 
