@@ -1,5 +1,7 @@
 """hvd serve --config NAME | --run PATH: a trained policy behind openpi's websocket protocol.
 
+With --config NAME --checkpoint PATH the parameters are those of a checkpoint in openpi's form instead of a run's.
+
     from openpi_client import websocket_client_policy
     policy = websocket_client_policy.WebsocketClientPolicy("127.0.0.1", 8000)
     actions = policy.infer({"state": state, "images": {"base_0_rgb": image}, "prompt": "carry the tote"})["actions"]
@@ -44,6 +46,7 @@ class ServeOptions:
 
     config: str = ""
     run: str = ""
+    checkpoint: str = ""
     host: str = "127.0.0.1"
     port: int = 8000
     default_prompt: str = ""
@@ -59,6 +62,7 @@ class ServeOptions:
 _NOTES = {
     "config": "serve the policy run of this config; its fields say which (--exp-name, --runs-dir, --policy.run-name)",
     "run": "serve this run folder",
+    "checkpoint": "with --config: serve this checkpoint of openpi's form (folder or gs://, s3:// URL), not a run",
     "host": "address to listen on; 0.0.0.0 lets other machines in",
     "port": "0 takes a free one and prints it",
     "default_prompt": "for requests without one; else the datasets' if they have exactly one",
@@ -140,6 +144,8 @@ def chosen(options: ServeOptions, rest: Sequence[str]) -> Experiment | str:
     if bool(options.config) == bool(options.run):
         raise UserError("hvd serve needs one of --config NAME (`hvd configs` lists them) and --run PATH")
     if options.run:
+        if options.checkpoint:
+            raise UserError("--checkpoint needs --config NAME, which says what the checkpoint is of; leave --run out")
         if rest:
             raise UserError(f"{rest[0]}: a run folder knows its own config; --run takes no fields of one")
         return options.run
@@ -187,7 +193,13 @@ def build(
     from hvd.train.inference import load_policy
 
     begin = time.monotonic()
-    policy = load_policy(target)
+    if options.checkpoint:
+        from hvd.serve_checkpoint import load_checkpoint
+
+        assert isinstance(target, Experiment)
+        policy = load_checkpoint(target, options.checkpoint)
+    else:
+        policy = load_policy(target)
     cfg = policy.cfg
     reader = RequestReader(
         cfg,
@@ -203,7 +215,7 @@ def build(
     print(f"compiled in {time.monotonic() - loaded:.1f} s", flush=True)
     metrics = Metrics()
     batcher = Batcher(sampler, metrics, max_wait=options.max_wait_ms / 1e3)
-    about = describe(target, policy, reader)
+    about = describe(options.checkpoint or target, policy, reader)
     server = PolicyServer(
         reader,
         batcher,

@@ -39,15 +39,23 @@ class Policy:
             for callers that compile it themselves (hvd.serve_sampler).
     """
 
-    def __init__(self, cfg: Experiment, transform: InputTransform, graph: Graph, params: Tree):
+    def __init__(
+        self,
+        cfg: Experiment,
+        transform: InputTransform,
+        graph: Graph,
+        params: Tree,
+        noisy: Float32[np.ndarray, " a"] | None = None,
+    ):
         self.cfg, self.transform = cfg, transform
         self.params = params
+        # Padded dims are never trained: they were 0 in training and stay 0 here
+        noisy = pad_mask(cfg) if noisy is None else noisy
 
         def denoise(
             params: Tree, observation: Observation, noise: Float[Array, "b k a"], num_steps: int | Int[Array, ""]
         ) -> Float[Array, "b k a"]:
-            # Padded dims are never trained: they were 0 in training and stay 0 here
-            noise = noise * pad_mask(cfg)[None, None]
+            noise = noise * noisy[None, None]
             return graph.module(params).sample_actions(observation, noise, num_steps)
 
         def sample(params: Tree, observation: Observation, key: jax.Array) -> Float[Array, "b k a"]:
