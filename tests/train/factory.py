@@ -20,6 +20,8 @@ from hvd.models.lora import LoraConfig
 
 STATE, ACTIONS = 4, 21
 
+gemma.VARIANTS["dummy_2"] = dataclasses.replace(gemma.VARIANTS["dummy"], depth=2)
+gemma.VARIANTS["dummy_2_lora"] = dataclasses.replace(gemma.VARIANTS["dummy_2"], lora=LoraConfig(rank=4, alpha=4.0))
 gemma.VARIANTS["dummy_lora"] = dataclasses.replace(gemma.VARIANTS["dummy"], lora=LoraConfig(rank=4, alpha=4.0))
 
 
