@@ -126,12 +126,8 @@ class Devices:
     @functools.cached_property
     def place_of_process(self) -> tuple[int, int]:
         """(i, n): this process loads the i-th of n equal slices of each batch."""
-        order = list(dict.fromkeys(d.process_index for d in self._ordered))
-        return order.index(jax.process_index()), len(order)
-
-    @property
-    def _ordered(self) -> list[Any]:
-        return list(self.mesh.devices.flat) if isinstance(self.mesh, Mesh) else []
+        assert isinstance(self.mesh, Mesh), "an abstract mesh has no processes"
+        return place_in(self.mesh.devices, jax.process_index())
 
     @functools.cached_property
     def flags(self) -> tuple[Int[Array, "d"], Int[Array, "d"]]:
@@ -200,8 +196,13 @@ def make_devices(
     Raises:
         UserError: the devices cannot be split so.
     """
-    given = list(jax.devices() if devices is None else devices)
-    groups = [list(group) for group in _by_node(given, nodes).values()]
+    ordered = arrange(jax.devices() if devices is None else devices, fsdp, nodes)
+    return Devices(Mesh(ordered, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2))
+
+
+def arrange(devices: Sequence[Any], fsdp: int, nodes: Mapping[int, Hashable] | None = None) -> np.ndarray:
+    """`make_devices`, as an array [data, fsdp] of the devices."""
+    groups = [list(group) for group in _by_node(devices, nodes).values()]
     ordered = [device for group in groups for device in group]
     _check_even(ordered)
     if fsdp == 0:
@@ -217,8 +218,13 @@ def make_devices(
             "go through the network; 0 keeps each group in a node",
             flush=True,
         )
-    mesh = np.array(ordered, dtype=object).reshape(-1, fsdp)
-    return Devices(Mesh(mesh, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2))
+    return np.array(ordered, dtype=object).reshape(-1, fsdp)
+
+
+def place_in(arranged: np.ndarray, process: int) -> tuple[int, int]:
+    """(i, n): the process's place among the n of an array of devices."""
+    order = list(dict.fromkeys(device.process_index for device in arranged.flat))
+    return order.index(process), len(order)
 
 
 def _by_node(devices: Sequence[Any], nodes: Mapping[int, Hashable] | None) -> dict[Hashable, list[Any]]:

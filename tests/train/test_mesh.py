@@ -1,6 +1,8 @@
 """Meshes, the parameter rule against openpi's, and the environment of a group of processes."""
 
+import dataclasses
 import json
+import os
 
 import jax
 import numpy as np
@@ -58,6 +60,57 @@ def test_mesh_of_this_process():
     assert devices.is_main and devices.from_main(np.arange(3)).tolist() == [0, 1, 2]
 
 
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """As much of a device as the layout needs."""
+
+    id: int
+    process_index: int
+
+
+def gpus(*per_process: int) -> list[Gpu]:
+    return [Gpu(8 * i + j, i) for i, count in enumerate(per_process) for j in range(count)]
+
+
+def groups(devices: list[Gpu], fsdp: int, nodes=None) -> list[list[int]]:
+    return [[d.process_index for d in row] for row in mesh.arrange(devices, fsdp, nodes)]
+
+
+def test_groups_stay_inside_a_node():
+    """One process per GPU, numbered across the nodes in turn: neighbours in the mesh are neighbours in a node."""
+    nodes = {i: "ab"[i % 2] for i in range(8)}
+    assert groups(gpus(*[1] * 8), 0, nodes) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert groups(gpus(*[1] * 8)[::-1], 2, nodes) == [[0, 2], [4, 6], [1, 3], [5, 7]]
+    assert groups(gpus(4, 4), 0) == [[0] * 4, [1] * 4]  # a process per node
+    assert groups(gpus(8), 0, {0: "a"}) == [[0] * 8]
+
+
+def test_a_group_across_nodes_is_said(capsys):
+    assert groups(gpus(2, 2), 2) == [[0, 0], [1, 1]] and not capsys.readouterr().out
+    assert groups(gpus(2, 2), 4) == [[0, 0, 1, 1]]
+    said = capsys.readouterr().out
+    assert said.startswith("fsdp_devices 4: groups reach across nodes of 2 devices") and said.count("\n") == 1
+
+
+def test_uneven_nodes_and_processes():
+    with pytest.raises(UserError, match="all processes need equally many devices, there are 4 on process 0, 2 on pro"):
+        mesh.arrange(gpus(4, 2), 2)
+    with pytest.raises(UserError, match="fsdp_devices 0 needs nodes of equally many devices, these have 4, 2: set a"):
+        mesh.arrange(gpus(2, 2, 2), 0, {0: "a", 1: "a", 2: "b"})
+
+
+def test_a_process_loads_the_rows_of_its_place():
+    order = mesh.arrange(gpus(1, 1, 1, 1), 2, {0: "a", 1: "b", 2: "a", 3: "b"})
+    places = [mesh.place_in(order, index) for index in range(4)]
+    assert places == [(0, 4), (2, 4), (1, 4), (3, 4)]
+    assert mesh.make_devices(1).place_of_process == (0, 1)
+
+
+def test_processes_of_this_machine_share_a_node():
+    assert len(mesh._node_digest()) == 16 and mesh._node_digest() == mesh._node_digest()
+    assert mesh._nodes() == {0: 0}
+
+
 def test_mistakes():
     devices = Devices(AbstractMesh((2, 2), ("data", "fsdp")))  # pyright: ignore[reportArgumentType]
     devices.check_batch(8, 2, "value")
@@ -94,3 +147,20 @@ def test_poll(monkeypatch):
     assert devices.flag().tolist() == [1] * devices.count
     with pytest.raises(Stopped, match="by SIGTERM here"):
         devices.poll("here")
+
+
+def test_deterministic_sets_the_flag_before_the_backend(monkeypatch):
+    flag = "--xla_gpu_deterministic_ops=true"
+    monkeypatch.setenv("XLA_FLAGS", "--a=b")
+    mesh.be_deterministic()
+    assert os.environ["XLA_FLAGS"] == "--a=b", "a CPU needs none"
+    jax.config.update("jax_platforms", None)
+    try:
+        for _ in range(2):
+            mesh.be_deterministic()
+        assert os.environ["XLA_FLAGS"] == f"--a=b {flag}"
+        monkeypatch.delenv("XLA_FLAGS")
+        mesh.be_deterministic()
+        assert os.environ["XLA_FLAGS"] == flag
+    finally:
+        jax.config.update("jax_platforms", "cpu")
