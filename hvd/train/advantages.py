@@ -30,6 +30,7 @@ from hvd.train.complete import Complete
 from hvd.train.mesh import Devices
 
 SHARD_ROWS = 2048  # a stopped pass repeats at most so many rows
+_FORWARD = 4  # times a training step's rows: without gradients there is room, and small batches leave devices idle
 
 
 def main(cfg: Experiment) -> None:
@@ -126,6 +127,7 @@ def _evaluate(
         model = inference.load_value(cfg, devices=devices)
         spec = SampleSpec(model.transform, num_levels=len(cfg.levels()), image_cache=cfg.image_cache)
         batchers = {role: Batcher([Source(data, rows[role], 0)], spec) for role, data in datasets.items()}
+        size = _batch_rows(cfg, devices, max(map(len, parts.values())))
         total, left = sum(map(len, parts.values())), sum(len(parts[name]) for name in todo)
         with (
             tqdm(
@@ -135,7 +137,7 @@ def _evaluate(
         ):
             for role, number in todo:
                 part = parts[role, number]
-                found[role, number] = values = _shard(cfg, devices, model, batchers[role], part, pool, bar)
+                found[role, number] = values = _shard(size, devices, model, batchers[role], part, pool, bar)
                 if devices.is_main:
                     shards.write(role, number, values)
     result = {}
@@ -145,8 +147,14 @@ def _evaluate(
     return result
 
 
+def _batch_rows(cfg: Experiment, devices: Devices, most: int) -> int:
+    """Rows of a batch of the pass, over all devices: what they hold, and no more than the largest shard needs."""
+    wanted = min(_FORWARD * cfg.value.batch_size // cfg.value.grad_accum_steps, most)
+    return -(-wanted // devices.count) * devices.count
+
+
 def _shard(
-    cfg: Experiment,
+    size: int,
     devices: Devices,
     model: inference.ValueFunction,
     batcher: Batcher,
@@ -154,9 +162,10 @@ def _shard(
     pool: concurrent.futures.Executor,
     bar: tqdm,
 ) -> Values:
-    """Values of the rows of one shard. Batches are read ahead; results of batch n are fetched while n+1 runs."""
-    size = cfg.value.batch_size
-    v, q = np.zeros(len(rows), np.float32), np.zeros((len(rows), len(cfg.levels()), 2), np.float32)
+    """Values of the rows of one shard, `size` at a time. Batches are read ahead; results of batch n are fetched while
+    n+1 runs.
+    """
+    v, q = np.zeros(len(rows), np.float32), np.zeros((len(rows), len(model.levels), 2), np.float32)
     pending: tuple[slice, Any] | None = None
     waited = 0.0
 

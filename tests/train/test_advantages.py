@@ -9,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from hvd.data.dataset import split_episodes
 from hvd.data.loader import Batcher, SampleSpec, Source
@@ -16,6 +17,7 @@ from hvd.errors import Stopped, UserError
 from hvd.rl import weights
 from hvd.train import advantage_table, advantages, inference, mesh, policy, stage_data
 from hvd.train import run_dir as runs
+from hvd.train.mesh import Devices
 
 
 def with_policy(cfg, **fields):
@@ -27,9 +29,9 @@ def values_computed(monkeypatch) -> list[int]:
     seen = []
     original = advantages._shard
 
-    def counting(cfg, devices, model, batcher, rows, *args):
+    def counting(size, devices, model, batcher, rows, *args):
         seen.append(len(rows))
-        return original(cfg, devices, model, batcher, rows, *args)
+        return original(size, devices, model, batcher, rows, *args)
 
     monkeypatch.setattr(advantages, "_shard", counting)
     return seen
@@ -97,27 +99,37 @@ def test_stopped_pass_goes_on(trained, copied, monkeypatch):
     runs_folder = Path(copied.advantages_dir)
     for path in sorted(runs_folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    monkeypatch.setattr(advantages, "SHARD_ROWS", 32)  # 129 rows: five shards
+    monkeypatch.setattr(advantages, "SHARD_ROWS", 64)  # 129 rows: three shards, of two batches
     seen = values_computed(monkeypatch)
     original = inference.ValueFunction.evaluate
     batches = []
 
     def evaluate(self, batch, flags):
         batches.append(1)
-        if len(batches) == 10:  # the second batch of the third shard
+        if len(batches) == 3:  # the first batch of the second shard
             os.kill(os.getpid(), signal.SIGUSR1)
         return original(self, batch, flags)
 
     monkeypatch.setattr(inference.ValueFunction, "evaluate", evaluate)
     with pytest.raises(Stopped, match=r"by SIGUSR1 in the advantages pass; \d+ of 129 frames done"):
         advantages.main(copied)
-    assert not (runs_folder / "meta.json").exists() and len(list(runs_folder.rglob("*.npz"))) == 2
+    assert not (runs_folder / "meta.json").exists() and len(list(runs_folder.rglob("*.npz"))) == 1
     monkeypatch.setattr(inference.ValueFunction, "evaluate", original)
     advantages.main(copied)
-    assert seen == [32, 32, 32, 32, 32, 1]
+    assert seen == [64, 64, 64, 1]
     ours, theirs = (advantage_table.read(c.advantages_dir) for c in (copied, trained))
     for name in ("row", "V", "Q_0", "omega_2"):
         np.testing.assert_allclose(ours[name].to_numpy(), theirs[name].to_numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "batch, parts, devices, most, rows",
+    [(16, 1, 8, 2048, 64), (16, 1, 8, 20, 24), (8, 8, 1, 2048, 4), (6, 1, 4, 2048, 24), (2, 1, 16, 5, 16)],
+)
+def test_rows_of_a_batch(trained, batch, parts, devices, most, rows):
+    own = dataclasses.replace(trained.value, batch_size=batch, grad_accum_steps=parts)
+    placed = Devices(AbstractMesh((devices, 1), ("data", "fsdp")))  # pyright: ignore[reportArgumentType]
+    assert advantages._batch_rows(dataclasses.replace(trained, value=own), placed, most) == rows
 
 
 def test_torn_shard_is_computed_again(copied, monkeypatch):

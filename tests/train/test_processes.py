@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hvd.errors import EXIT_COMPLETE, EXIT_STOPPED
-from hvd.train import complete
+from hvd.train import advantage_table, complete
 from tests.train import factory
 from tests.train.children import Child, Children
 from tests.train.compare import arrays, lines, metrics
@@ -76,6 +76,13 @@ def test_two_processes_train_what_one_does(data_folder, tmp_path):
         assert (started["devices"], started["processes"]) == (4, 2)
         assert started["state_bytes_per_device"] < 0.6 * started["state_bytes"], started  # fsdp really splits by 2
         complete.check_complete(two, stage=stage, cfg=cfgs["two"])
+
+    # the table that the policy stage made on its way, each process with its own rows
+    tables = [advantage_table.read(cfgs[name].advantages_dir) for name in ("one", "two")]
+    for name in ("row", "V", "Q_0", "Q_2", "omega_1"):
+        ours, theirs = (table[name].to_numpy() for table in tables)
+        assert len(ours) > 100
+        np.testing.assert_allclose(ours, theirs, atol=2e-3, err_msg=name)
 
     # stopped in one shape, by a signal to the last process alone, and finished in the other
     both = cfgs["both"]
