@@ -6,6 +6,7 @@
     loop         small JSON: what the step loop had not written out yet
 """
 
+import ctypes
 import logging
 import os
 import sys
@@ -45,7 +46,18 @@ def _without_closed_loops(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return hook
 
 
+_libc = ctypes.CDLL(None) if hasattr(ctypes.CDLL(None), "malloc_trim") else None  # glibc has it, others have not
 sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+
+
+def _give_back_memory() -> None:
+    """Let malloc return to the system what the writing threads have freed.
+
+    Each of them leaves holes in an arena of its own; without this the resident memory of a run grows with every save
+    (BENCHMARKS.md), until the job is killed for it.
+    """
+    if _libc is not None:
+        _libc.malloc_trim(0)
 
 
 class Checkpoints:
@@ -81,7 +93,7 @@ class Checkpoints:
         An error of the writing (a full disk) is raised here, or by the next `save` or `wait`.
         """
         items = _items(state)
-        self._manager.check_for_errors()
+        self.wait()  # two saves would hold two copies of the state
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -96,6 +108,7 @@ class Checkpoints:
         """Until the newest save is whole on disk."""
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
+        _give_back_memory()
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """(state, loop) of a step, placed as `like` (shapes with shardings of the current mesh) says."""

@@ -55,6 +55,31 @@ def test_saved_while_training_goes_on(graph, tmp_path, ema):
     saves.close()
 
 
+def test_an_older_float32_checkpoint_fits_narrow_frozen_parameters(graph, tmp_path):
+    """Frozen parameters that were saved as float32 are cast; what is trained, and its averages, are as they were."""
+
+    def narrow(name, frozen):
+        return jnp.dtype("bfloat16" if frozen else "float32")
+
+    run, _ = start(graph)
+    saves = Checkpoints(tmp_path, graph, 0)
+    saves.save(1, run, {})
+    saves.wait()
+    saves.close()
+    lean = Graph(Small, lambda path: path[0] == "first", narrow)
+    made, like = start(lean)
+    assert {x.dtype for x in jax.tree.leaves(made.frozen)} == {jnp.dtype("bfloat16")}
+    saves = Checkpoints(tmp_path, lean, 0)
+    found, _ = saves.restore(1, like)
+    assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, like)
+    assert same(found.frozen, jax.tree.map(lambda x: x.astype(jnp.bfloat16), run.frozen))
+    assert same(dataclasses.replace(found, frozen={}), dataclasses.replace(run, frozen={}))
+    saves.save(2, found, {})
+    saves.wait()
+    assert same(saves.restore(2, like)[0], found), "and kept so"
+    saves.close()
+
+
 def test_kept_checkpoints(graph, tmp_path):
     run, _ = start(graph)
     saves = Checkpoints(tmp_path, graph, 4)
