@@ -64,15 +64,21 @@ def main(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(usage())
         return EXIT_COMPLETE
-    flags = overrides.split_flags(argv)
-    own = [flag for flag in flags if flag.field.removeprefix("no_") in _FLAGS]
-    options = overrides.apply(Export(), own)
-    cfg = overrides.experiment([arg for flag in flags if flag not in own for arg in (flag.token, *flag.values)])
+    options, rest = parse(argv)
+    cfg = overrides.experiment(rest)
     check_config(cfg)
     if not options.to:
         raise UserError("--to FOLDER is missing: where the export is to be")
     export(cfg, options)
     return EXIT_COMPLETE
+
+
+def parse(argv: Sequence[str]) -> tuple[Export, list[str]]:
+    """The step's own options, and the experiment's."""
+    flags = overrides.split_flags(argv)
+    own = [flag for flag in flags if flag.field.removeprefix("no_") in _FLAGS]
+    rest = [arg for flag in flags if flag not in own for arg in (flag.token, *flag.values)]
+    return overrides.apply(Export(), own), rest
 
 
 def export(cfg: Experiment, options: Export) -> Path:

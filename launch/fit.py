@@ -28,7 +28,8 @@ def check(stage: str, options: Sequence[str], devices: str, nodes: int) -> None:
         devices, why = of_this_machine()
         nodes = 1
         if not devices:
-            print(f"memory: not planned, {why}", flush=True)
+            if why:
+                print(f"memory: not planned, {why}", flush=True)
             return
     plan_devices.parse(devices, nodes)
     asked = ["--json", "--certain", "--devices", devices, "--nodes", str(nodes), "--stage", _STAGES[stage]]
@@ -51,10 +52,10 @@ def check(stage: str, options: Sequence[str], devices: str, nodes: int) -> None:
 
 
 def of_this_machine() -> tuple[str, str]:
-    """(its GPUs as `8xh100-80gb`, "") or ("", why not); asks nvidia-smi."""
+    """(its GPUs as `8xh100-80gb`, "") or ("", why not: "" where it has none); asks nvidia-smi."""
     wanted = local.gpus()
     if not wanted:
-        return "", "there is no GPU here"
+        return "", ""
     query = ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)

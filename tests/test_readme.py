@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 import hvd.experiments as experiments
-from hvd import cli, overrides
+from hvd import cli, export, overrides, plan, plan_devices, serve
 from hvd.checks import check_config
 from hvd.configs import Experiment
 from hvd.data import convert
@@ -50,6 +50,13 @@ def test_a_command_is_understood(command, capsys):
     match words[2:]:
         case ["hvd", "convert", *args]:
             convert.parse(args)
+        case ["hvd", "serve", *args]:
+            serve.chosen(*serve.parse(args))
+        case ["hvd", "export" | "plan" as step, *args]:
+            options, rest = {"export": export, "plan": plan}[step].parse(args)
+            check_config(overrides.experiment(rest))
+            if step == "plan":
+                plan_devices.parse(options.devices, options.nodes)
         case ["hvd", "--help" | "configs" | "train-value", *rest] if not rest or "--help" in rest:
             assert cli.main(words[3:]) == 0
         case ["hvd", step, *args]:
@@ -70,6 +77,8 @@ def test_a_command_is_understood(command, capsys):
 
 def test_every_option_that_is_named_exists():
     known = {*overrides.leaves(Experiment), *overrides.leaves(submit.Submit), *overrides.leaves(convert.ConvertConfig)}
+    for own in (serve.ServeOptions, export.Export, plan.Options):
+        known |= {*overrides.leaves(own)}
     known |= {"config", "resume", "overwrite", "help", "extra", "no_push_to_hub"}
     ours = [
         line if not line.startswith("| `") or "|" not in line[3:] else line.split("|")[2]  # not the old code base's
@@ -78,7 +87,9 @@ def test_every_option_that_is_named_exists():
     text = README.partition("## Coming from")[0] + "\n".join(ours)
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_.-]*[a-z0-9])", text))
     assert len(named) > 20
-    unknown = {name for name in named if name.replace("-", "_") not in known}
+    unknown = {
+        name for name in named if not {name.replace("-", "_"), name.replace("-", "_").removeprefix("no_")} & known
+    }
     unknown -= set(cli.STEPS)  # arrows of the picture: recordings --convert--> dataset
     assert unknown <= {"value.batchsize"}, "the typing mistake that the README shows is the only unknown option"
 

@@ -23,10 +23,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from hvd.accelerators import MEMORY_FRACTION
 from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.train import parameter_rules, preemption
 
+MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # share of a GPU that jax may take
 ENVIRONMENT = ("HVD_COORDINATOR", "HVD_NUM_PROCESSES", "HVD_PROCESS_ID")
 
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -37,6 +39,8 @@ def initialize() -> None:
 
     HVD_COORDINATOR (host:port), HVD_NUM_PROCESSES and HVD_PROCESS_ID must all be set, or none.
     """
+    if not any(os.environ.get(name) for name in MEMORY_VARIABLES):
+        os.environ[MEMORY_VARIABLES[0]] = str(MEMORY_FRACTION)  # what `hvd plan` counts on; jax itself takes 0.75
     given = [name for name in ENVIRONMENT if os.environ.get(name)]
     if not given or jax.distributed.is_initialized():
         return
