@@ -75,11 +75,12 @@ def augment_images(
         group = [camera for camera in cameras if ("wrist" in camera) == wrist]
         if not group:
             continue
-        # one vectorised function for all cameras of the group
-        pictures = jnp.concatenate([images[c] for c in group]).astype(jnp.float32) / 255.0
+        # One vectorised function for all cameras of the group, which are put side by side and not one after the other:
+        # rows that lie on several devices would change places
+        pictures = jnp.stack([images[c] for c in group], axis=1).astype(jnp.float32) / 255.0
         change = _jitter if wrist else functools.partial(_augment, crop=own.crop, rotation=own.rotation)
-        done = jax.vmap(change)(jnp.concatenate([drawn[c] for c in group]), pictures) * 2.0 - 1.0
-        out |= dict(zip(group, jnp.split(done, len(group)), strict=True))
+        done = jax.vmap(jax.vmap(change))(jnp.stack([drawn[c] for c in group], axis=1), pictures) * 2.0 - 1.0
+        out |= {camera: done[:, i] for i, camera in enumerate(group)}
     return {camera: out[camera] for camera in images}
 
 

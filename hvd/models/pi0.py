@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hvd.configs import ModelConfig
+from hvd.models import sharding
 from hvd.models.gemma import expert_of
 from hvd.models.stack import Remat
 from hvd.models.trunk import Observation, Tokens, Trunk
@@ -60,7 +61,8 @@ class Pi0(nnx.Module):
         actions = self.action_in_proj(x_t)
         width = actions.shape[-1]
         # A dense layer on [action, time] in two halves: the time's is the same for every action of the chunk.
-        kernel, bias = self.action_time_mlp_in.kernel[...], self.action_time_mlp_in.bias
+        kernel = sharding.weight(self.action_time_mlp_in.kernel[...], jnp.dtype("float32"))
+        bias = self.action_time_mlp_in.bias
         assert bias is not None
         of_time = posemb_sincos(time, width) @ kernel[width:] + bias[...][None]
         mixed = self.action_time_mlp_out(nnx.swish(actions @ kernel[:width] + of_time[:, None]))

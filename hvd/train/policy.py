@@ -72,7 +72,9 @@ def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
         """The batch with the flow's noise and times, and what its rows count."""
         noise_key, time_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, batch["actions"].shape) * real_dims[None, None]
+        # Whole on every device: its loop of rejections would ask all devices in each round
         time = flow.sample_time(time_key, batch["actions"].shape[0])
+        time = jax.lax.with_sharding_constraint(time, devices.replicated)
         return batch | {"noise": noise, "time": time, "share": flow.shares(batch["source"])}
 
     # --- one step
