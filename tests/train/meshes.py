@@ -6,6 +6,7 @@ its fellows set, on the one mesh of all processes. OUT (.npz) holds <case>/<mesh
 
 import dataclasses
 import os
+import re
 import sys
 import tempfile
 import time
@@ -129,6 +130,15 @@ class Run:
         }
 
 
+def moved_images(run: Run) -> list[str]:
+    """The instructions of the compiled step that send pixels from device to device."""
+    batch = next(batches(run.cfg, run.stage))
+    compiled = run.step.lower(run.like, run.devices.place_batch(batch), run.devices.flag()).compile()
+    side = run.cfg.model.image_size
+    kinds = "all-to-all|all-gather|all-reduce|collective-permute"
+    return re.findall(rf"\[[0-9,]*{side},{side},3\]\S* (?:{kinds})\(.*", compiled.as_text())
+
+
 def resumed(case: str, before: Run, after: list[tuple[str, Run]]) -> dict[str, np.ndarray]:
     """Saved on one mesh after 2 steps, continued on others."""
     found = {}
@@ -165,6 +175,8 @@ def main(out: str) -> None:
             began = time.perf_counter()
             runs[name] = run = Run(case, mesh.make_devices(fsdp, jax.devices()[:count]))
             found |= run.results(run.go(run.fresh(), 0, STEPS), f"{case}/{name}")
+            if (case, name) in (("policy-4", "2x4"), ("value", "2x4")):
+                assert not (found_moved := moved_images(run)), found_moved
             print(f"{case} {name}: {time.perf_counter() - began:.1f} s", flush=True)
         if "-4" not in case:
             found |= resumed(case, runs["2x4"], [(name, runs[name]) for name in ("4x2", "1x1")])

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from hvd.errors import Stopped, UserError
-from hvd.train import mesh, preemption
+from hvd.experiments import get_config
+from hvd.train import mesh, policy, preemption, state
 from hvd.train.mesh import Devices
 
 
@@ -164,3 +167,41 @@ def test_deterministic_sets_the_flag_before_the_backend(monkeypatch):
         assert os.environ["XLA_FLAGS"] == flag
     finally:
         jax.config.update("jax_platforms", "cpu")
+
+
+@pytest.mark.parametrize("config", ["pi0_r1", "pi0_r1_lora"])
+@pytest.mark.parametrize("fsdp", [2, 8])
+def test_the_real_state_lies_where_openpis_does(golden, config, fsdp):
+    """Every array of pi0's state, by name: parameters, averages, both moments. One difference: the scales of frozen
+    norms are float32 here and bfloat16 there; they are small and on every device either way.
+    """
+    path = golden / "fsdp_specs_trainstate.json"
+    if not path.exists():
+        pytest.skip(f"no {path.name}")
+    case = json.loads(path.read_text())[f"{'lora_both' if 'lora' in config else 'full'}_fsdp{fsdp}"]
+    cfg = get_config(config)
+    cfg = dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, ema_decay=0.0 if "lora" in config else 0.99))
+    devices = abstract(fsdp)
+    like = state.abstract(policy.make_program(cfg, devices, 21).init, devices)
+    opt_state: Any = like.opt_state
+    moments = opt_state[1][0]
+    ours = {
+        ".params": state.named(state.join(like.trained, like.frozen)),
+        ".ema_params": state.named(like.ema),
+        ".opt_state[1][0].mu": state.named(moments.mu),
+        ".opt_state[1][0].nu": state.named(moments.nu),
+    }
+    for leaf, shape, dtype, expected, _ in case["leaves"]:
+        if not shape:
+            continue  # counters
+        name = "/".join(re.findall(r"\['([^']+)'\]", leaf))
+        found = ours[leaf.partition("['")[0]].pop(name)
+        assert found.shape == tuple(shape), leaf
+        narrow_norm = dtype == "bfloat16" and "norm" in name
+        assert found.dtype == ("float32" if narrow_norm else dtype), leaf
+        if narrow_norm:
+            assert not any(expected), leaf
+        places = list(found.sharding.spec)
+        assert places + [None] * (len(shape) - len(places)) == expected + [None] * (len(shape) - len(expected)), leaf
+        assert not places or places[0] is None or len(shape) == 2, "the scan over layers slices their axis"
+    assert not any(ours.values()), ours
