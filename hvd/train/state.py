@@ -177,8 +177,8 @@ def advance(
 ) -> tuple[TrainState, Float[Array, ""]]:
     """The state after one update, and the gradients' norm before clipping.
 
-    Compiled with a donated state this is one pass: XLA makes one kernel a leaf, which writes the parameter, both moments
-    and the averages in place (H100: no temporary but the norm's), so optax is as good as an update by hand.
+    Compiled with a donated state this is one pass: XLA makes one kernel a leaf, which writes the parameter, both
+    moments and the averages in place (H100: no temporary but the norm's): optax is as good as an update by hand.
 
     Args:
         grads: of the trained parameters.
