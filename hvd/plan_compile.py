@@ -53,6 +53,8 @@ def prepare_environment(request: Request, dump: str) -> None:
 def measure(request: Request, dump: Path) -> Measurement:
     """Sizes of the step's arguments, and unless `request.limit` is too small for those already, the compiler's."""
     cfg = overrides.experiment(request.argv)
+    if request.compiler == "cpu" and cfg.model.attention == "auto":  # which takes less memory there than on a GPU
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="xla"))
     devices = make_devices(request, cfg)
     began = time.perf_counter()
     from hvd.train import flops, loop, policy, stage_data, state, value
@@ -80,7 +82,7 @@ def measure(request: Request, dump: Path) -> Measurement:
     if not request.needs_compiler(found.least):
         return found
 
-    step, _ = loop.compiled_step(program, getattr(cfg, request.stage), devices, like)
+    step, _ = loop.jitted_step(program, getattr(cfg, request.stage), devices, like)
     lowered = step.lower(like, batch, _flags(devices))
     print(f"lowered after {time.perf_counter() - began:.0f} s, compiling", file=sys.stderr, flush=True)
     compiled = lowered.compile()

@@ -10,6 +10,7 @@ What cuDNN (9.10 or newer, through jax.nn.dot_product_attention) can do, found b
 A mask becomes an additive bias there, so a query that sees nothing gets a uniform softmax over all keys, as in ours.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -20,19 +21,24 @@ from hvd.accelerators import of_kind
 from hvd.models import sharding
 
 Kind = Literal["auto", "xla", "cudnn"]
+Form = Literal["xla", "rows", "cudnn"]
+ROW_BY_ROW = 32 << 20  # bytes of logits from which on attend_rows takes the rows of a batch one at a time
 MASKED_LOGIT = -2.3819763e38  # finite, so that a row without any valid key gives finite numbers
 
 
-def choose(kind: Kind, part: Literal["images", "language"], dtype: jnp.dtype, head_dim: int) -> Literal["xla", "cudnn"]:
+def choose(kind: Kind, part: Literal["images", "language"], dtype: jnp.dtype, head_dim: int) -> Form:
     """The form that `kind` (ModelConfig.attention) means for a part of the model on the platform compiled for.
 
-    "auto" is XLA on a CPU. On a GPU it was argued, not measured (tests/benchmarks/bench_gpu.py measures it): cuDNN for
-    the image tower, whose float32 logits (16 heads x 256 x 256 for each image and layer) otherwise take a third of the
-    tower's time to write and read; XLA for the language model, where they take a tenth, and where a plan made without
-    the device (`hvd plan`) could not compile cuDNN's kernel for heads of 256 and would show another program's memory.
+    "auto" is XLA on a CPU; where that is a single one, row by row for the language model. On a GPU it was argued, not
+    measured (tests/benchmarks/bench_gpu.py measures it): cuDNN for the image tower, whose float32 logits (16 heads x
+    256 x 256 for each image and layer) otherwise take a third of the tower's time to write and read; XLA for the
+    language model, where they take a tenth, and where a plan made without the device (`hvd plan`) could not compile
+    cuDNN's kernel for heads of 256 and would show another program's memory.
     "cudnn" is cuDNN wherever the table above allows it.
     """
-    if kind == "xla" or sharding.platform() != "gpu" or (kind == "auto" and part == "language"):
+    if sharding.platform() != "gpu":
+        return "rows" if kind == "auto" and part == "language" and not sharding.distributed() else "xla"
+    if kind == "xla" or (kind == "auto" and part == "language"):
         return "xla"
     limit = 256 if _capability() >= (9, 0) else 128
     fits = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= limit
@@ -80,6 +86,23 @@ def attend(
     return out.reshape(b, heads, t, group, h).swapaxes(1, 2).reshape(b, t, n, h)
 
 
+def attend_rows(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    mask: Bool[Array, "b t p_s"],
+    cache: tuple[Float[Array, "b p k h"], Float[Array, "b p k h"]] | None = None,
+) -> Float[Array, "b t n h"]:
+    """`attend`, with the logits of one row of the batch at a time where they are large, made again when going back.
+
+    A fraction of the memory at the same speed on a CPU, which has no kernel that fuses all of it.
+    """
+    if 4 * q.shape[0] * q.shape[2] * mask.shape[1] * mask.shape[2] <= ROW_BY_ROW:
+        return attend(q, k, v, mask, cache)
+    inputs = jax.tree.map(lambda x: x[:, None], (q, k, v, mask, cache))
+    return jax.lax.map(jax.checkpoint(lambda row: attend(*row)), inputs)[:, 0]
+
+
 def attend_cudnn(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
@@ -111,3 +134,6 @@ def attend_all_cudnn(
 ) -> Float[Array, "n t h s"]:
     """The same by cuDNN's fused kernel."""
     return jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation="cudnn")
+
+
+FORMS: dict[Form, Callable[..., Array]] = {"xla": attend, "rows": attend_rows, "cudnn": attend_cudnn}

@@ -170,8 +170,8 @@ class Attention(nnx.Module):
         if not queries:
             return outs, (k, v)
         q = rotate(_joined(queries), _joined(sin), _joined(cos)) * self.query_scale
-        kind = attention.choose(self.kind, "language", q.dtype, q.shape[-1])
-        encoded = (attention.attend if kind == "xla" else attention.attend_cudnn)(q, k, v, mask, cache)
+        form = attention.choose(self.kind, "language", q.dtype, q.shape[-1])
+        encoded = attention.FORMS[form](q, k, v, mask, cache)
         start = 0
         for i, x in enumerate(xs):
             if x is not None and wanted[i]:

@@ -35,6 +35,11 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, depth: int | None 
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
+def dense(x: Float[Array, "*rows i"], w: Float[Array, "i o"]) -> Float[Array, "*rows o"]:
+    """x @ w with all rows along one axis: along two, w's gradient in bf16 is five times slower on a CPU."""
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+
+
 class Einsum(nnx.Module):
     """y = einsum(x, w) [+ scale * einsum(einsum(x, lora_a), lora_b)]; the update acts on the last two axes of w.
 
@@ -85,12 +90,13 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         w = weight(self.gating_einsum[...], x.dtype)
-        gate, value = x @ w[0], x @ w[1]
+        gate, value = dense(x, w[0]), dense(x, w[1])
         if self.has_lora:
             a, b = weight(self.gating_einsum_lora_a[...], x.dtype), weight(self.gating_einsum_lora_b[...], x.dtype)
-            gate, value = gate + (x @ a[0]) @ b[0], value + (x @ a[1]) @ b[1]
+            gate, value = (y + dense(dense(x, a[i]), b[i]) for i, y in enumerate((gate, value)))
         hidden = nnx.gelu(gate) * value
-        y = hidden @ weight(self.linear[...], x.dtype)
+        y = dense(hidden, weight(self.linear[...], x.dtype))
         if self.has_lora:
-            y = y + (hidden @ weight(self.linear_lora_a[...], x.dtype)) @ weight(self.linear_lora_b[...], x.dtype)
+            low = dense(hidden, weight(self.linear_lora_a[...], x.dtype))
+            y = y + dense(low, weight(self.linear_lora_b[...], x.dtype))
         return y

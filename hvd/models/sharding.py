@@ -17,6 +17,11 @@ def _mesh() -> AbstractMesh | None:
     return mesh if set(BATCH_AXES) <= set(mesh.axis_names) and mesh.size > 1 else None
 
 
+def distributed() -> bool:
+    """Whether there is an ambient mesh of more than one device."""
+    return _mesh() is not None
+
+
 def rows(x: Shaped[Array, "n ..."]) -> Shaped[Array, "n ..."]:
     """x with its first axis split over all devices: else XLA may move activations rather than weights.
 

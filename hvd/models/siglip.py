@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from hvd.errors import UserError, nearest
 from hvd.models import attention, sharding, stack
-from hvd.models.lora import param
+from hvd.models.lora import dense, param
 from hvd.models.sharding import weight
 
 
@@ -46,7 +46,7 @@ class Dense(nnx.Module):
         self.bias = param(rngs, shape[1:], 0.0, depth)
 
     def __call__(self, x: Float[Array, "n t i"]) -> Float[Array, "n t o"]:
-        return x @ weight(self.kernel[...], x.dtype) + self.bias[...].astype(x.dtype)[None, None]
+        return dense(x, weight(self.kernel[...], x.dtype)) + self.bias[...].astype(x.dtype)[None, None]
 
 
 class LayerNorm(nnx.Module):
@@ -85,8 +85,8 @@ class MultiHeadAttention(nnx.Module):
             return y + p.bias[...].astype(x.dtype)[None, None]
 
         q, k, v = project(self.query), project(self.key), project(self.value)
-        kind = attention.choose(self.kind, "images", q.dtype, q.shape[-1])
-        y = (attention.attend_all if kind == "xla" else attention.attend_all_cudnn)(q * q.shape[-1] ** -0.5, k, v)
+        form = attention.choose(self.kind, "images", q.dtype, q.shape[-1])
+        y = (attention.attend_all if form == "xla" else attention.attend_all_cudnn)(q * q.shape[-1] ** -0.5, k, v)
         out = jnp.einsum("nths,hsd->ntd", y, weight(self.out.kernel[...], x.dtype))
         return out + self.out.bias[...].astype(x.dtype)[None, None]
 

@@ -6,7 +6,6 @@
     loop         small JSON: what the step loop had not written out yet
 """
 
-import ctypes
 import logging
 import os
 import sys
@@ -20,6 +19,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from hvd.errors import UserError
+from hvd.train import host_memory
 from hvd.train import run_dir as runs
 from hvd.train.state import Graph, TrainState, join, named
 
@@ -46,18 +46,7 @@ def _without_closed_loops(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return hook
 
 
-_libc = ctypes.CDLL(None) if hasattr(ctypes.CDLL(None), "malloc_trim") else None  # glibc has it, others have not
 sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
-
-
-def _give_back_memory() -> None:
-    """Let malloc return to the system what the writing threads have freed.
-
-    Each of them leaves holes in an arena of its own; without this the resident memory of a run grows with every save
-    (BENCHMARKS.md), until the job is killed for it.
-    """
-    if _libc is not None:
-        _libc.malloc_trim(0)
 
 
 class Checkpoints:
@@ -108,7 +97,7 @@ class Checkpoints:
         """Until the newest save is whole on disk."""
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
-        _give_back_memory()
+        host_memory.give_back()
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """(state, loop) of a step, placed as `like` (shapes with shardings of the current mesh) says."""

@@ -22,7 +22,7 @@ from hvd.configs import Experiment, StageConfig
 from hvd.data import normalize
 from hvd.data.loader import Loader
 from hvd.errors import Failed, UserError
-from hvd.train import complete, preemption, state
+from hvd.train import complete, host_memory, preemption, state
 from hvd.train import run_dir as runs
 from hvd.train.checkpoints import Checkpoints
 from hvd.train.mesh import Devices
@@ -162,7 +162,7 @@ class _Trainer:
         self._done = self._saved = start
         self._pending: tuple[int, Any, float] | None = None
         replicated = job.devices.replicated
-        self._step, self._names = compiled_step(job.program, stage_cfg, job.devices, like)
+        self._step, self._names = jitted_step(job.program, stage_cfg, job.devices, like)
         self._val_names: list[str] = []
         self._evaluate = jax.jit(_packed_evaluation(job.program.evaluate, self._val_names), out_shardings=replicated)
         self._validation: list[tuple[Batch, jax.Array]] | None = None
@@ -178,6 +178,9 @@ class _Trainer:
             waited = time.perf_counter() - asked
             if step != self._done:
                 raise RuntimeError(f"the loader gave the batch of step {step} at step {self._done}")
+            if first:  # compiled by itself, so that the step does not need its memory on top of the compiler's
+                self._step = self._step.lower(self.state, batch, self._devices.flag()).compile()
+                host_memory.give_back()
             # No array may come or go by the way: a hidden transfer would make every step wait for the host
             with jax.transfer_guard("disallow"):
                 self.state, out = self._step(self.state, batch, self._devices.flag())
@@ -250,9 +253,7 @@ class _Trainer:
 _VALIDATION_SEED = 0x7A11D
 
 
-def compiled_step(
-    program: Program, stage_cfg: StageConfig, devices: Devices, like: TrainState
-) -> tuple[Any, list[str]]:
+def jitted_step(program: Program, stage_cfg: StageConfig, devices: Devices, like: TrainState) -> tuple[Any, list[str]]:
     """The step under jit, (state, batch, flags) -> (next state, (metrics and flag, samples)), and its metrics' names.
 
     The names are there once it has been traced. The state's buffers are donated. `hvd plan` compiles this one too.

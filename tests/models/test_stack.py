@@ -59,3 +59,42 @@ def test_values_and_gradients_are_those_of_a_scan(remat, unroll):
     run = jax.jit(jax.value_and_grad(total(by_stack, remat=remat, unroll=unroll), argnums=(0, 1, 2, 3)))
     want = jax.value_and_grad(total(by_scan), argnums=(0, 1, 2, 3))(*args)
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=2e-5, atol=2e-5), run(*args), want)
+
+
+def kept(remat, dtype=jnp.bfloat16):
+    """Shapes and types of what the backward pass of a narrow stack is given, but for its inputs."""
+    stacked, x, _, _ = inputs()
+
+    def narrow(params, x, extra, shared):
+        gate, value = (x @ params["w"].astype(dtype) for _ in range(2))
+        logits = jnp.einsum("ad,bd->ab", x, value).astype(jnp.float32)[None] * 1.0
+        return x + jnp.einsum("cab,bd->ad", jax.nn.softmax(logits, axis=-1).astype(dtype), jnp.tanh(gate)), None
+
+    def total(w):
+        out, _ = stack.run([(narrow, LAYERS)], {"w": w}, x["a"].astype(dtype), remat=remat)
+        return jnp.sum(out.astype(jnp.float32))
+
+    _, back = jax.vjp(total, stacked["w"])
+    return [(tuple(leaf.shape), leaf.dtype) for leaf in back.opaque_residuals]
+
+
+def test_what_is_kept_for_the_backward_pass():
+    weight = (LAYERS, WIDTH, WIDTH)
+    found = {remat: kept(remat) for remat in stack.POLICIES}
+    for remat, leaves in found.items():
+        assert not [leaf for leaf in leaves if leaf[0] == weight and leaf[1] == jnp.bfloat16], f"{remat}: cast weights"
+    assert len(found["full"]) < len(found["dots"]) < len(found["none"])
+    per_layer = [leaf for leaf in found["full"] if leaf[0][:1] == (LAYERS,)]
+    assert per_layer == [((LAYERS, 3, WIDTH), jnp.bfloat16)], "the layers' inputs alone"
+
+
+def test_without_any_gradient_to_take_nothing_is_kept():
+    """A stack whose inputs are all constants of the differentiated function."""
+    stacked, x, extra, shared = inputs()
+
+    def total(scale):
+        out, _ = by_stack(stacked, x, extra, shared)
+        return jnp.sum(out) * scale
+
+    _, back = jax.vjp(total, 2.0)
+    assert all(leaf.ndim == 0 for leaf in back.opaque_residuals)

@@ -1,9 +1,11 @@
 """openpi's checkpoints against models: what is taken, what is named, and that writing and reading change no bit."""
 
 import dataclasses
+import gc
 import json
 import re
 import shutil
+import time
 from functools import cache
 from unittest import mock
 
@@ -196,6 +198,8 @@ def test_no_checkpoint(tmp_path):
         weights.open_checkpoint(tmp_path / "other")
 
 
+# Orbax stops at the first array that cannot be read; what TensorStore says of the others comes too late for its loop
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_file_is_one_line(tmp_path, pi0):
     shutil.copytree(pi0[0], tmp_path / "params")
     for path in (tmp_path / "params").rglob("*"):
@@ -205,6 +209,8 @@ def test_a_damaged_file_is_one_line(tmp_path, pi0):
         opened = weights.open_checkpoint(tmp_path, "policy.weight_loader x")
         weights.read(opened, wanted(named(policy()), opened.arrays))
     assert len(str(error.value)) < 600
+    time.sleep(2)  # for those others
+    gc.collect()
 
 
 def test_the_form_is_openpis(golden, tmp_path):

@@ -100,7 +100,7 @@ class Run:
         module = policy if self.stage == "policy" else value
         self.program = module.make_program(self.cfg, devices, factory.STATE)
         self.like = state.abstract(self.program.init, devices)
-        self.step, self.names = loop.compiled_step(self.program, getattr(self.cfg, self.stage), devices, self.like)
+        self.step, self.names = loop.jitted_step(self.program, getattr(self.cfg, self.stage), devices, self.like)
         self.losses: list[float] = []
 
     def fresh(self) -> state.TrainState:
