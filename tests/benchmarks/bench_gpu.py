@@ -1,0 +1,294 @@
+"""pi0 at its real size on this machine's GPUs: training, sampling, checkpoints, data wait, forms of attention (B5).
+
+    python -m tests.benchmarks.bench_gpu [--parts step,sample,attention,data] [--batches 8,16,32] [--g1 FOLDER]
+    JAX_PLATFORMS=cpu python -m tests.benchmarks.bench_gpu --tiny          # the same code, a tiny model, no GPU
+
+Goals, for one H100: 30 samples/s for the full model (openpi's own figure is 18.5), MFU 40 %, sample_actions under
+60 ms, a checkpoint blocks under 2 s, nothing is compiled after step 1, data wait under 2 % with the G1 data.
+
+Every case is measured in a process of its own, on random weights; a case that does not fit its GPUs says so and the
+others go on. "blocks": how long the step loop waits for a checkpoint. Memory is the peak that JAX reports.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PARTS = ("step", "sample", "attention", "data")
+CONFIGS = ("pi0_r1_lora", "pi0_r1")
+TINY_SIZES = {
+    "model.siglip_variant": "tiny",
+    "model.image_size": "56",
+    "model.paligemma_variant": "tiny_trunk",
+    "model.action_expert_variant": "tiny",
+    "model.vocab_size": "257",
+}
+
+
+def config(name: str, case: dict) -> Any:
+    """The config of that name at the case's batch and remat, over all GPUs, without weights to load."""
+    from hvd import overrides
+
+    fields = {
+        "policy.batch_size": str(case["batch"]),
+        "value.batch_size": str(case["batch"]),
+        "policy.remat": case["remat"],
+        "policy.weight_loader": "",
+        "fsdp_devices": "0",
+        **(TINY_SIZES if case["tiny"] else {}),
+    }
+    return overrides.experiment(["--config", name, *(word for k, v in fields.items() for word in (f"--{k}", v))])
+
+
+def random_batch(cfg: Any, devices: Any) -> Any:
+    import jax
+    import numpy as np
+
+    from hvd.train import stage_data
+
+    rng = np.random.default_rng(0)
+
+    def values(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if leaf.dtype == np.float32:
+            return rng.normal(size=leaf.shape).astype(np.float32)
+        if leaf.dtype == bool:
+            return np.ones(leaf.shape, bool)
+        return rng.integers(0, 2 if leaf.ndim == 1 else 256, leaf.shape).astype(leaf.dtype)
+
+    return devices.place_batch(jax.tree.map(values, stage_data.abstract_batch(cfg, "policy", devices)))
+
+
+def peak_gib() -> float:
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", 0) / (1 << 30)
+
+
+# --- the cases, each in its own process
+
+
+def step(case: dict) -> dict:
+    """Steps of the trainer's own compiled program on one batch; then a checkpoint, and a step while it is written."""
+    import jax
+
+    from hvd import accelerators
+    from hvd.train import checkpoints, flops, loop, mesh, policy, state
+
+    mesh.initialize()
+    devices = mesh.make_devices(jax.device_count())
+    cfg = config(case["config"], case)
+    program = policy.make_program(cfg, devices, cfg.model.action_dim)
+    like = state.abstract(program.init, devices)
+    now = jax.block_until_ready(state.create(program.init, 0, like))
+    batch = random_batch(cfg, devices)
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **details: compiled.append(event) if "backend_compile" in event else None
+    )
+    began = time.perf_counter()
+    jitted, _ = loop.jitted_step(program, cfg.policy, devices, like)
+    run = jitted.lower(now, batch, devices.flag()).compile()
+    compile_s = time.perf_counter() - began
+    walls = []
+    late = 0
+    for i in range(case["steps"] + 2):
+        began = time.perf_counter()
+        now, out = run(now, batch, devices.flag())
+        jax.block_until_ready((now, out))
+        walls.append(time.perf_counter() - began)
+        if i == 0:
+            late = len(compiled)
+    seconds = statistics.median(walls[2:])
+    found = {
+        "ms": seconds * 1e3,
+        "samples_per_s": case["batch"] / seconds,
+        "compile_s": compile_s,
+        "compiled_later": len(compiled) - late,
+        "peak_gib": peak_gib(),
+    }
+    known = accelerators.of_kind(jax.devices()[0].device_kind)
+    counted = flops.of_step(policy.make_program, cfg, "policy", devices)
+    found["tflops_per_device"] = counted / seconds / devices.count / 1e12
+    found["mfu"] = found["tflops_per_device"] * 1e12 / known.flops if known else None
+    if case["checkpoint"]:
+        with tempfile.TemporaryDirectory() as folder:
+            saves = checkpoints.Checkpoints(folder, program.graph, 0)
+            for i in (1, 2):  # the first makes Orbax's threads
+                began = time.perf_counter()
+                saves.save(i, now, {})
+                found["blocks_s"] = time.perf_counter() - began
+                now, out = run(now, batch, devices.flag())
+                jax.block_until_ready(out)
+                saves.wait()
+                found["checkpoint_s"] = time.perf_counter() - began
+            saves.close()
+    return found
+
+
+def sample(case: dict) -> dict:
+    """One request of ten denoising steps after another, with the parameters kept as `hvd serve` keeps them."""
+    import jax
+    import jax.numpy as jnp
+
+    from hvd.models import precision
+    from hvd.models.pi0 import Pi0
+    from hvd.train import mesh
+    from hvd.train.state import Graph
+
+    mesh.initialize()
+    cfg = config(case["config"], case)
+    devices = mesh.make_devices(1, jax.devices()[:1])
+    graph = Graph(lambda rngs: Pi0(cfg.model, rngs), None, precision.inference(cfg.model.dtype))
+    params = jax.block_until_ready(jax.jit(graph.init)(jax.random.key(0)))
+    observation = random_batch(cfg, devices)["observation"]
+    noise = jnp.ones((case["batch"], cfg.model.action_horizon, cfg.model.action_dim))
+    act = jax.jit(lambda params, observation, noise: graph.module(params).sample_actions(observation, noise, 10))
+    walls = []
+    for _ in range(case["steps"] + 2):
+        began = time.perf_counter()
+        jax.block_until_ready(act(params, observation, noise))
+        walls.append(time.perf_counter() - began)
+    ordered = sorted(walls[2:])
+    return {"p50_ms": statistics.median(ordered) * 1e3, "max_ms": ordered[-1] * 1e3, "peak_gib": peak_gib()}
+
+
+def attention(case: dict) -> dict:
+    """Forward and backward of one attention in each form, bfloat16, at the sizes of the model's parts."""
+    import jax
+    import jax.numpy as jnp
+
+    from hvd.models import attention as forms
+
+    rows, t, heads, keys, size, masked = case["shape"]
+    names = ("q", "k", "v")
+    shapes = {"q": (rows, t, heads, size), "k": (rows, t, keys, size), "v": (rows, t, keys, size)}
+    q, k, v = (jax.random.normal(jax.random.key(i), shapes[n], jnp.bfloat16) for i, n in enumerate(names))
+    mask = (jnp.ones((rows, t, t), bool),) if masked else ()
+    plain, fused = (forms.attend, forms.attend_cudnn) if masked else (forms.attend_all, forms.attend_all_cudnn)
+    found: dict[str, Any] = {}
+    for name, form in (("xla", plain), ("cudnn", fused)):
+
+        def total(q: Any, k: Any, v: Any, form: Any = form) -> Any:
+            return jnp.sum(form(q, k, v, *mask).astype(jnp.float32))
+
+        run = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+        try:
+            jax.block_until_ready(run(q, k, v))
+        except Exception as error:  # a form that this GPU has not is a result
+            found[f"{name}_ms"] = None
+            found[f"{name}_error"] = str(error).splitlines()[0][:100]
+            continue
+        began = time.perf_counter()
+        for _ in range(case["steps"]):
+            done = run(q, k, v)
+        jax.block_until_ready(done)
+        found[f"{name}_ms"] = (time.perf_counter() - began) / case["steps"] * 1e3
+    return found
+
+
+def data(case: dict) -> dict:
+    """A real run of the policy stage on the G1's recordings: what of a step is waiting for data, and its rate."""
+    with tempfile.TemporaryDirectory() as folder:
+        fields = {
+            "data": case["g1"],
+            "runs_dir": f"{folder}/runs",
+            "assets_dir": f"{folder}/assets",
+            "policy.weighting": "none",
+            "policy.suboptimal_share": "0.0",
+            "policy.batch_size": str(case["batch"]),
+            "policy.remat": "full",
+            "policy.num_train_steps": str(case["steps"]),
+            "policy.log_interval": str(case["steps"] // 2),
+            "policy.save_interval": str(case["steps"]),
+            "policy.val_batches": "0",
+            "fsdp_devices": "0",
+        }
+        if not case["tiny"]:
+            sizes = {"paligemma_variant": "gemma_2b_lora", "action_expert_variant": "gemma_300m_lora"}
+            sizes |= {"siglip_variant": "So400m/14", "image_size": "224", "dtype": "bfloat16", "vocab_size": "257152"}
+            fields |= {f"model.{name}": value for name, value in sizes.items()}
+        flags = [word for name, value in fields.items() for word in (f"--{name}", value)]
+        for name in ("norm-stats", "train-policy"):
+            subprocess.run([sys.executable, "-m", "hvd.cli", name, "--config", "g1", *flags], check=True, stdout=2)
+        (file,) = Path(folder).rglob("metrics.jsonl")
+        last = [json.loads(line) for line in file.read_text().splitlines()][-1]
+    wait = last["time/data_wait_s"] / last["time/step_s"]
+    return {"samples_per_s": last["time/samples_per_s"], "wait_share": wait, "mfu": last.get("time/mfu")}
+
+
+# --- all of them
+
+
+def cases(parts: list[str], args: argparse.Namespace) -> list[tuple[str, dict]]:
+    common = {"tiny": args.tiny, "remat": args.remat}
+    found: list[tuple[str, dict]] = []
+    batches = [int(b) for b in args.batches.split(",")]
+    if "step" in parts:
+        found += [
+            ("step", common | {"config": name, "batch": b, "steps": args.steps, "checkpoint": b == batches[0]})
+            for name in CONFIGS
+            for b in batches
+        ]
+    if "sample" in parts:
+        found += [("sample", common | {"config": "pi0_r1", "batch": b, "steps": 5 * args.steps}) for b in (1, 8)]
+    if "attention" in parts:
+        rows = 2 if args.tiny else 16
+        shapes = {"language": (rows, 836, 8, 1, 256, True), "images": (3 * rows, 256, 16, 16, 72, False)}
+        found += [("attention", {"shape": shape, "part": part, "steps": args.steps}) for part, shape in shapes.items()]
+    if "data" in parts:
+        if Path(args.g1).is_dir():
+            found.append(("data", common | {"batch": 16, "steps": 10 * args.steps, "g1": str(Path(args.g1).resolve())}))
+        else:
+            print(f"data: not run, no folder {args.g1} (--g1)")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--batches", default="8,16,32")
+    parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--g1", default=os.environ.get("HVD_G1_DATA", "../shared/data/g1_bottle"))
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        part, case = args.one
+        print(
+            json.dumps({"step": step, "sample": sample, "attention": attention, "data": data}[part](json.loads(case)))
+        )
+        return
+    parts = args.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        sys.exit(f"error: --parts: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    asked = "import jax; print(len(jax.devices()), jax.devices()[0].platform, jax.devices()[0].device_kind)"
+    where = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
+    print(f"{datetime.date.today()}, {where[0]} x {' '.join(where[2:])}, remat {args.remat}", flush=True)
+    if where[1] != "gpu" and not args.tiny:
+        sys.exit("error: no GPU here; --tiny runs the same code with a tiny model")
+    for part, case in cases(parts, args):
+        name = " ".join(str(case[key]) for key in ("config", "part") if key in case)
+        name += f" batch {case['batch']}" if "batch" in case else ""
+        command = [sys.executable, "-m", "tests.benchmarks.bench_gpu", "--one", part, json.dumps(case)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "RESOURCE_EXHAUSTED" in line or "rror" in line]
+            print(f"{part:10}{name:24} failed: {(lines or ['?'])[-1][:200]}", flush=True)
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        shown = (f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
+        print(f"{part:10}{name:24} {'  '.join(shown)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
