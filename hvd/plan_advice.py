@@ -53,9 +53,9 @@ def chains(base: Verdict) -> Iterator[list[Change]]:
     steps: list[tuple[str, ...]] = [node] if node else []
     steps += [(*node, f"--{stage}.remat", remat) for remat in REMAT[REMAT.index(own.remat) + 1 :]]
     thrifty = steps[-1] if steps else ()
-    for parts in (2, 4, 8):
-        if parts > own.grad_accum_steps and own.batch_size % (parts * cluster.count) == 0:
-            steps.append((*thrifty, f"--{stage}.grad_accum_steps", str(parts)))
+    parts = [n for n in (2, 4, 8) if n > own.grad_accum_steps and own.batch_size % (n * cluster.count) == 0]
+    micro_batches = [(f"--{stage}.grad_accum_steps", str(n)) for n in parts]
+    steps += [(*thrifty, *flags) for flags in micro_batches]
     state_alone = base.measured.least - base.measured.batch
     if node or state_alone <= base.limit:  # else less than all of the state is not to be had so
         yield [Change(flags, cluster) for flags in steps]
@@ -63,7 +63,7 @@ def chains(base: Verdict) -> Iterator[list[Change]]:
             yield [Change((*thrifty, f"--{stage}.batch_size", str(cluster.count)), cluster)]
     lora = _lora_flags(base)
     if lora:
-        yield [Change((*thrifty, *lora), cluster)]
+        yield [Change((*thrifty, *flags, *lora), cluster) for flags in [(), *micro_batches]]
     yield from ([change] for change in _more_devices(base, thrifty))
     yield from ([change] for change in _larger_devices(base, []))
     yield from ([change] for change in _larger_devices(base, thrifty))

@@ -80,7 +80,11 @@ def split(
         # several values may follow each other in one place (a loop's start, its carry): the most telling one counts
         if before is None or CATEGORIES.index(kind) < CATEGORIES.index(before[0]):
             dtype, dims = value.shape
-            places[value.offset, value.size] = kind, f"{dtype}[{','.join(map(str, dims))}]", op_name or value.name
+            places[value.offset, value.size] = (
+                kind,
+                f"{dtype}[{','.join(map(str, dims))}]",
+                (op_name or value.name)[:120],
+            )
     sizes: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
     reach = 0
     for (offset, size), (kind, _, _) in sorted(places.items()):

@@ -13,9 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
 
 from hvd import overrides
 from hvd.data.cache import replacing
@@ -67,11 +66,11 @@ class Measurer:
             kept = self._read(name)
             if kept and (kept.compiled or not request.needs_compiler(kept.least)):
                 return kept
-        found = Measurement(**self._run(request))
+        found = Measurement.from_json(self._run(request))
         self._write(names[0] if found.compiled else names[1], found)
         return found
 
-    def _run(self, request: Request) -> dict[str, Any]:
+    def _run(self, request: Request) -> str:
         process = subprocess.Popen(
             COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -88,12 +87,14 @@ class Measurer:
         finally:
             process.kill()
             process.wait()
-        reader.join(timeout=5)
+            reader.join(timeout=5)
+            process.stdout.close()
+            process.stderr.close()
         if process.returncode == EXIT_USER:
             raise UserError(told[-1].removeprefix("error: ") if told else "the step cannot be built")
         if process.returncode:
             raise Failed(f"the {request.stage} step could not be compiled: {told[-1] if told else 'no reason given'}")
-        return json.loads(answer.splitlines()[-1])
+        return answer.splitlines()[-1]
 
     def _wait(self, process: subprocess.Popen, stage: str) -> None:
         began = time.monotonic()
@@ -109,7 +110,7 @@ class Measurer:
                 )
             self.say(f"  {passed:.0f} s")
 
-    def _listen(self, stream: IO[str], told: list[str]) -> None:
+    def _listen(self, stream: Iterable[str], told: list[str]) -> None:
         for line in stream:
             line = line.rstrip()
             if line and not (line[0] in "WIE" and line[1:5].isdigit()):  # XLA's own log
@@ -121,7 +122,7 @@ class Measurer:
         if self.folder is None:
             return None
         try:
-            return Measurement(**json.loads((self.folder / name).read_text()))
+            return Measurement.from_json((self.folder / name).read_text())
         except (OSError, ValueError, TypeError):
             return None
 

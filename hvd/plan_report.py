@@ -64,8 +64,9 @@ def conclusion(verdict: Verdict) -> str:
     if verdict.fits:
         return f"fits: {needed} of {limit}, {size_text(verdict.limit - verdict.needed)} are free"
     if verdict.fits is False:
-        what = "state, gradients and batch alone need" if verdict.least > verdict.limit else "it needs"
-        return f"does not fit: {what} {needed}, a device has {limit}"
+        if verdict.least > verdict.limit:
+            return f"does not fit: state, gradients and batch alone need {least}, a device has {limit}"
+        return f"does not fit: it needs {needed}, a device has {limit}"
     if not verdict.measured.compiled:
         return f"may fit: it needs at least {least} of {limit}; nothing was compiled"
     return (

@@ -1,5 +1,6 @@
 """What the planner asks of its compiling process and what it is told. Imports nothing heavy."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,6 +68,12 @@ class Measurement:
     flops: float | None = None
     seconds: float = 0.0
     rss: int = 0
+
+    @classmethod
+    def from_json(cls, text: str) -> "Measurement":
+        """The inverse of json.dumps(dataclasses.asdict(...)), which makes lists of tuples."""
+        fields = json.loads(text)
+        return cls(**fields | {"largest": [tuple(place) for place in fields.get("largest", [])]})
 
     @property
     def compiled(self) -> bool:

@@ -8,6 +8,7 @@ REASONS_CI_MAY_SKIP = (
     "HVD_G1_DATA",
     "got empty parameter set",
     # what the machine itself may lack, whatever is installed
+    "no CUDA compiler",  # jax's CUDA plugin: 2.5 GB
     "one core only",
     "no OpenGL on this machine",
     "no user namespaces here",
