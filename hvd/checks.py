@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvd import storage
 from hvd.configs import DataConfig, Experiment, StageConfig
 from hvd.errors import UserError, nearest
 from hvd.robots import get_robot
+from hvd.storage import cache as storage
 
 # Folders of an experiment that no policy run may be called.
 RESERVED = ("value", "advantages", "recordings", "datasets", "evaluation", "logs")

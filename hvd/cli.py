@@ -44,14 +44,14 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
     {
         "simulate": Step("hvd.sim.record", "record the simulated R1's optimal and mixed demonstrations"),
         "convert": Step("hvd.data.convert", "recordings (JoyLo HDF5) -> LeRobot v3.0 dataset", own_flags=True),
-        "plan": Step("hvd.plan", "does a run fit its devices? memory and time, without the devices", own_flags=True),
+        "plan": Step("hvd.plan.command", "does a run fit its devices? without the devices", own_flags=True),
         "norm-stats": Step("hvd.data.normalize", "normalisation statistics of the optimal set"),
         "train-value": Step("hvd.train.value", "value stage: V and the levels' Q"),
         "advantages": Step("hvd.train.advantages", "V, Q, A and weights of every frame the policy will visit"),
         "train-policy": Step("hvd.train.policy", "policy stage: weighted flow matching, or imitation"),
-        "evaluate": Step("hvd.evaluate", "rollouts in the simulator, or action errors on held-out episodes"),
-        "report": Step("hvd.report", "report.html of the experiment"),
-        "serve": Step("hvd.serve", "a trained policy behind openpi's websocket protocol", own_flags=True),
+        "evaluate": Step("hvd.evaluate.command", "rollouts in the simulator, or action errors on held-out episodes"),
+        "report": Step("hvd.report.command", "report.html of the experiment"),
+        "serve": Step("hvd.serve.command", "a trained policy behind openpi's websocket protocol", own_flags=True),
         "export": Step("hvd.export", "a complete run as a checkpoint of openpi", own_flags=True),
         "verify": Step("hvd.train.complete", "is the run complete, undamaged and finite?"),
     }

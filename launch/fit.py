@@ -8,8 +8,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from hvd import plan_devices
 from hvd.errors import EXIT_COMPLETE, EXIT_USER, UserError
+from hvd.plan import devices as plan_devices
 from launch import local
 
 COMMAND = (sys.executable, "-m", "hvd.cli", "plan")

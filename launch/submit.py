@@ -203,7 +203,7 @@ def finish(cfg: Experiment, stage: str, seconds: float) -> None:
     elif stage == "policy":
         print(f"policy run: {cfg.policy_dir}; next: hvd evaluate and hvd report with the same options, or --stage all")
     else:
-        from hvd.report_results import summary
+        from hvd.report.results import summary
 
         print(summary(cfg))
         print(f"report: {os.path.join(cfg.exp_dir, 'report.html')}")

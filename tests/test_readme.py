@@ -6,10 +6,13 @@ import shlex
 import pytest
 
 import hvd.experiments as experiments
-from hvd import cli, export, overrides, plan, plan_devices, serve
+from hvd import cli, export, overrides
 from hvd.checks import check_config
 from hvd.configs import Experiment
 from hvd.data import convert
+from hvd.plan import command as plan
+from hvd.plan import devices as plan_devices
+from hvd.serve import command as serve
 from launch import steps, submit
 from tests.folders import ROOT
 

@@ -9,9 +9,9 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Float, Int
 
-from hvd import storage
 from hvd.configs import ModelConfig
 from hvd.errors import Failed, UserError
+from hvd.storage import cache as storage
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3  # ids of "words"; the same as PaliGemma's
 

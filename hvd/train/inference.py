@@ -36,7 +36,7 @@ class Policy:
         transform: raw numbers <-> the model's.
         params: the model's parameters, on its devices.
         denoise: (params, observation, noise [b,K,action_dim], flow steps) -> normalised actions [b,K,action_dim]; pure,
-            for callers that compile it themselves (hvd.serve_sampler).
+            for callers that compile it themselves (hvd.serve.sampler).
     """
 
     def __init__(

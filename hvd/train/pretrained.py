@@ -12,9 +12,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from hvd import storage
 from hvd.configs import Experiment
 from hvd.models import weights
+from hvd.storage import cache as storage
 from hvd.train import preemption, state
 from hvd.train import run_dir as runs
 from hvd.train.state import Graph, TrainState

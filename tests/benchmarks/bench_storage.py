@@ -144,7 +144,7 @@ def in_chunks(folder: Path, workers: int) -> None:
 
 
 def ours(folder: Path) -> None:
-    from hvd import storage
+    from hvd.storage import cache as storage
 
     os.environ["HVD_CACHE"] = str(folder)
     storage.fetch(f"gs://{BUCKET}/params")
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20.0, help="MB/s of one connection; 0 = as fast as it goes")
     parser.add_argument("--folder", default=None, help="where to write; default: the temporary folder")
     args = parser.parse_args()
-    from hvd.storage_download import THREADS
+    from hvd.storage.download import THREADS
 
     mine, theirs = multiprocessing.Pipe()
     server = multiprocessing.get_context("spawn").Process(

@@ -36,9 +36,7 @@ def test_what_fits_is_told_and_goes_on(plans, capsys):
     asked = plans([plan(True, conclusion="fits: 9 of 20 GiB")])
     fit.check("policy", ["--config", "pi0_r1"], "2xrtx4090-24gb", 3)
     assert capsys.readouterr().out == "memory: policy stage on 2xrtx4090-24gb: fits: 9 of 20 GiB\n"
-    assert asked.read_text() == (
-        "--json --certain --devices 2xrtx4090-24gb --nodes 3 --stage policy --config pi0_r1"
-    )
+    assert asked.read_text() == ("--json --certain --devices 2xrtx4090-24gb --nodes 3 --stage policy --config pi0_r1")
 
 
 def test_what_may_fit_goes_on(plans, capsys):

@@ -10,7 +10,7 @@ from numpy.testing import assert_array_equal
 from hvd.configs import ModelConfig
 from hvd.errors import UserError
 from hvd.models.tokenizer import BOS, PAD, UNK, Tokenizer
-from tests.storage_servers import google_put, google_server, proxy_before
+from tests.storage.servers import google_put, google_server, proxy_before
 
 
 def config(**fields) -> ModelConfig:

@@ -20,7 +20,7 @@ from hvd.models import weights
 from hvd.train import complete, mesh, pretrained, state
 from hvd.train.state import Graph
 from tests.folders import ROOT
-from tests.storage_servers import BUCKET, files_below, google_put, google_server, proxy_before
+from tests.storage.servers import BUCKET, files_below, google_put, google_server, proxy_before
 from tests.train import reading
 from tests.train.compare import arrays
 from tests.train.test_checkpoints import Deeper, Wider, start

@@ -1,0 +1,1 @@
+"""Rollouts, action errors and credit assignment: `hvd evaluate` (command.py)."""

@@ -1,0 +1,155 @@
+"""`hvd evaluate`: how good is the policy? Rollouts in the simulator where the experiment has one, else action errors on
+held-out episodes. Writes `<exp_dir>/evaluation/<policy run>/results.json` (last, atomically) and prints a table.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hvd.configs import Experiment
+from hvd.errors import UserError
+from hvd.evaluate import credit as evaluate_credit
+from hvd.evaluate import offline as evaluate_offline
+from hvd.evaluate.policies import Loader, nothing, trained
+from hvd.evaluate.results import NOTHING, cameras_of, folder, observes, observes_text, print_rows, write_json
+from hvd.evaluate.statistics import bootstrap, wilson
+from hvd.train.complete import check_complete
+
+GROUP = 10  # rollouts that share a policy call; fixed, so that results do not depend on the number of workers
+
+
+def main(cfg: Experiment, load: Loader | None = None) -> None:
+    """Evaluate the policy run of `cfg` (cfg.policy_dir), which must be complete. `load` stands in for it in tests."""
+    if not cfg.sim.task:
+        evaluate_offline.main(cfg, load)
+        return
+    run = {"digest": "", "step": 0}
+    if load is None:
+        found = check_complete(cfg.policy_dir, stage="policy", cfg=cfg)
+        run = {"digest": found.digest, "step": found.step}
+    results = roll_out(cfg, cfg.policy.run_name, load or trained, run)
+    control = _control(cfg)
+    print_table([results, control])
+    if cfg.policy.weighting != "none":
+        evaluate_credit.main(cfg)
+
+
+def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], videos: int | None = None) -> dict:
+    """Run cfg.evaluate.num_rollouts rollouts and write results.json; returns its content."""
+    from hvd.sim.env import SUBTASKS
+    from hvd.sim.render import available_backend
+    from hvd.sim.rollouts import RolloutSpec
+    from hvd.sim.scene import TASKS
+    from hvd.sim.workers import run_jobs
+
+    settings, started = cfg.evaluate, time.monotonic()
+    control = run_name == NOTHING
+    if settings.execute_steps > cfg.model.action_horizon:
+        raise UserError(
+            f"evaluate.execute_steps {settings.execute_steps} is more than model.action_horizon "
+            f"{cfg.model.action_horizon}; execute at most a whole chunk"
+        )
+    out = folder(cfg, run_name)
+    seeds = [settings.seed + i for i in range(settings.num_rollouts)]
+    filmed = seeds[: settings.videos if videos is None else videos]
+    cameras = {} if control else cameras_of(cfg)
+    spec = RolloutSpec(
+        task=cfg.sim.task,
+        horizon=cfg.sim.horizon,
+        execute_steps=settings.execute_steps,
+        state_keys=("observation.state",) if control else cfg.optimal_data.keys.state,
+        cameras=cameras,
+        image_size=cfg.sim.image_size,
+        backend=available_backend() if cameras or filmed else "rays",
+        videos={seed: out / "videos" / f"rollout_{seed}.mp4" for seed in filmed},
+    )
+    groups = [seeds[i : i + GROUP] for i in range(0, len(seeds), GROUP)]
+    _loaded.clear()
+    done: dict[int, list] = {}
+    with tqdm(total=len(seeds), desc=f"rollouts {run_name}", unit="rollout", mininterval=0.5) as bar:
+        for i, rollouts in run_jobs(_group, [(cfg, spec, group, load) for group in groups], settings.workers):
+            done[i] = rollouts
+            bar.update(len(rollouts))
+    rollouts = [rollout for i in range(len(groups)) for rollout in done[i]]
+    stages = np.array([rollout.stage for rollout in rollouts], np.float64)
+    results = {
+        "kind": "rollouts",
+        "run_name": run_name,
+        "config": cfg.name,
+        "task": cfg.sim.task,
+        "prompt": TASKS[cfg.sim.task].prompt,
+        "weighting": "" if control else cfg.policy.weighting,
+        "observes": None if control else observes(cfg),
+        "seeds": [settings.seed, settings.num_rollouts],
+        "num_rollouts": len(rollouts),
+        "horizon": cfg.sim.horizon,
+        "execute_steps": settings.execute_steps,
+        "action_horizon": cfg.model.action_horizon,
+        "policy_digest": run["digest"],
+        "policy_step": run["step"],
+        "success": {
+            **wilson(sum(r.success for r in rollouts), len(rollouts)).as_dict(),
+            "count": sum(r.success for r in rollouts),
+        },
+        "stage": bootstrap(stages).as_dict(),
+        "subtasks": {name: float(np.mean(stages > i)) for i, name in enumerate(SUBTASKS)},
+        "episodes": [
+            {**asdict(r), "video": f"videos/rollout_{r.seed}.mp4" if r.seed in filmed else ""} for r in rollouts
+        ],
+        "wall_s": round(time.monotonic() - started, 1),
+    }
+    write_json(out / "results.json", results)
+    return results
+
+
+def print_table(results: Sequence[dict]) -> None:
+    """Success and stage score of rollouts, one row a policy."""
+    rows = [("task", "policy", "observes", "success", "95% interval", "stage 0-4", "95% interval")]
+    for r in results:
+        success, stage = r["success"], r["stage"]
+        name = r["run_name"] + (f" (weights: {r['weighting']})" if r["weighting"] else "")
+        rows.append(
+            (
+                r["task"],
+                name.replace("_", " "),
+                observes_text(r["observes"]),
+                f"{success['count']}/{success['n']} = {success['mean']:.2f}",
+                f"{success['low']:.2f} - {success['high']:.2f}",
+                f"{stage['mean']:.2f}",
+                f"{stage['low']:.2f} - {stage['high']:.2f}",
+            )
+        )
+    print_rows(rows)
+
+
+def _control(cfg: Experiment) -> dict:
+    """Results of doing nothing on the same seeds; they are computed once an experiment."""
+    path = folder(cfg, NOTHING) / "results.json"
+    wanted = {
+        "task": cfg.sim.task,
+        "seeds": [cfg.evaluate.seed, cfg.evaluate.num_rollouts],
+        "horizon": cfg.sim.horizon,
+        "execute_steps": cfg.evaluate.execute_steps,
+    }
+    if path.exists():
+        known = json.loads(path.read_text())
+        if all(known.get(name) == value for name, value in wanted.items()):
+            return known
+    return roll_out(cfg, NOTHING, nothing, {"digest": "", "step": 0}, videos=0)
+
+
+_loaded: dict[tuple[str, str], Any] = {}  # of this process: a policy is loaded and compiled once
+
+
+def _group(cfg: Experiment, spec, seeds: Sequence[int], load: Loader) -> list:
+    from hvd.sim.rollouts import roll_out_group
+
+    key = (cfg.policy_dir, f"{load.__module__}.{load.__qualname__}")
+    if key not in _loaded:
+        _loaded[key] = load(cfg)
+    return roll_out_group(spec, seeds, _loaded[key])

@@ -1,0 +1,1 @@
+"""Does a training run fit its devices? `hvd plan` (command.py)."""

@@ -1,0 +1,106 @@
+"""Results in the report and in the launcher's last lines: success of rollouts, action errors, credit assignment.
+
+Reads `<exp_dir>/evaluation/<run>/results.json` and `<exp_dir>/evaluation/credit.json` (hvd.evaluate writes them).
+Imports neither jax nor matplotlib before a figure is drawn.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from hvd.configs import Experiment
+from hvd.evaluate.offline import rank_text
+from hvd.evaluate.results import NOTHING, observes_text
+
+Results = dict[str, Any]
+
+
+def read(cfg: Experiment) -> list[Results]:
+    """The results of every evaluated run: the experiment's own policy first, doing nothing last."""
+    root = epath.Path(cfg.exp_dir) / "evaluation"
+    found = []
+    for path in sorted(root.glob("*/results.json")) if root.exists() else []:
+        found.append(json.loads(path.read_text()))
+    order = {cfg.policy.run_name: 0, NOTHING: 2}
+    return sorted(found, key=lambda result: (order.get(result["run_name"], 1), result["run_name"]))
+
+
+def stale(cfg: Experiment, results: Results) -> bool:
+    """True when the run was trained on since it was evaluated."""
+    path = epath.Path(cfg.exp_dir) / results["run_name"] / "complete.json"
+    if not results.get("policy_digest") or not path.exists():
+        return False
+    return json.loads(path.read_text()).get("digest") != results["policy_digest"]
+
+
+def name_of(results: Results) -> str:
+    words = results["run_name"].replace("_", " ")
+    return f"{words} (weights: {results['weighting']})" if results.get("weighting") not in ("", "none", None) else words
+
+
+def success_rows(found: Sequence[Results]) -> list[list[str]]:
+    """Header and one row a policy: success and stage score of rollouts with their 95% intervals."""
+    rows = [["policy", "observes", "success", "95% interval", "stage 0-4", "95% interval"]]
+    for results in found:
+        success, stage = results["success"], results["stage"]
+        rows.append(
+            [
+                name_of(results),
+                observes_text(results["observes"]),
+                f"{success['count']}/{success['n']} = {success['mean']:.2f}",
+                f"{success['low']:.2f} - {success['high']:.2f}",
+                f"{stage['mean']:.2f}",
+                f"{stage['low']:.2f} - {stage['high']:.2f}",
+            ]
+        )
+    return rows
+
+
+def error_rows(found: Sequence[Results]) -> list[list[str]]:
+    """Header and one row per policy, dataset and guess: mean absolute action errors on held-out episodes."""
+    rows = [["policy", "held-out data", "actions", "error / std", "error (raw units)"]]
+    for results in found:
+        for role, dataset in results["datasets"].items():
+            for guess, error in dataset["action_error"].items():
+                rows.append([name_of(results), role, guess, f"{error['normalised']:.3f}", f"{error['raw']:.4f}"])
+    return rows
+
+
+def rank_lines(found: Sequence[Results]) -> list[str]:
+    """How V rises along held-out episodes, one line a dataset (V does not depend on the policy)."""
+    lines = {}
+    for results in found:
+        for role, dataset in results["datasets"].items():
+            lines.setdefault(role, f"V along held-out {role} episodes: {rank_text(dataset['value_rank'])}")
+    return list(lines.values())
+
+
+def read_credit(cfg: Experiment) -> dict[str, Any] | None:
+    """The AUC tables of credit assignment, or None."""
+    path = epath.Path(cfg.exp_dir) / "evaluation" / "credit.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def summary(cfg: Experiment) -> str:
+    """The results as text, for the launcher's last lines."""
+    found = read(cfg)
+    if not found:
+        return f"no results in {cfg.exp_dir}/evaluation"
+    lines = []
+    rollouts = [results for results in found if results["kind"] == "rollouts"]
+    if rollouts:
+        first = rollouts[0]
+        lines.append(f"task {first['task']}: {first['num_rollouts']} rollouts from unseen starts each")
+        lines += aligned(success_rows(rollouts))
+    offline = [results for results in found if results["kind"] == "offline"]
+    if offline:
+        lines += aligned(error_rows(offline)) + rank_lines(offline)
+    return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text with their columns under each other."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,1 @@
+"""A trained policy behind openpi's websocket protocol: `hvd serve` (command.py)."""

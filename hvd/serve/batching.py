@@ -1,0 +1,167 @@
+"""One thread that owns the model: requests that wait at the same time are answered as one batch."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32
+
+from hvd.serve.metrics import Metrics
+from hvd.serve.observation import Refused, Request
+
+_BROKEN_AFTER = 3  # batches that failed one after another
+
+
+@runtime_checkable
+class Sample(Protocol):
+    """hvd.serve.sampler.Sampler, or a stand-in of it."""
+
+    @property
+    def max_rows(self) -> int: ...
+    def size_for(self, rows: int) -> int: ...
+    def __call__(self, requests: Sequence[Request]) -> list[Float32[np.ndarray, "b k a"]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Raw absolute actions, and the seconds that the request waited and the model took for its batch of `rows`."""
+
+    actions: Float32[np.ndarray, "b k a"]
+    waited: float
+    inference: float
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    request: Request
+    future: "concurrent.futures.Future[Answer]"
+    wanted: Callable[[], bool]
+    since: float
+
+
+class Batcher:
+    """Answers requests in the order they came.
+
+    A batch is what waits when the model becomes free, as far as it has the same number of flow steps and fits.
+
+    Args:
+        max_wait: seconds that a request may wait for others to join its batch; 0 = it never waits for that.
+    """
+
+    def __init__(self, sample: Sample, metrics: Metrics, *, max_wait: float = 0.0):
+        self._sample, self._metrics, self._max_wait = sample, metrics, max_wait
+        self._jobs: collections.deque[_Job] = collections.deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._failures = 0
+        self._thread = threading.Thread(target=self._run, name="hvd-serve-model", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def healthy(self) -> bool:
+        """False once the thread has ended, or when batch after batch fails."""
+        return self._thread.is_alive() and self._failures < _BROKEN_AFTER
+
+    def submit(self, request: Request, wanted: Callable[[], bool]) -> "concurrent.futures.Future[Answer]":
+        """The future answer. A request that is no longer `wanted` when its turn comes is cancelled instead.
+
+        The future raises `Refused` when the answer would not be finite.
+        """
+        job = _Job(request, concurrent.futures.Future(), wanted, time.monotonic())
+        with self._changed:
+            if self._stopping or not self._thread.is_alive():
+                raise Refused("the server is stopping")
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.future
+
+    def stop(self, timeout: float) -> None:
+        """Answer what waits and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            while jobs := self._take():
+                try:
+                    self._answer(jobs)
+                except Exception as error:
+                    self._failures += 1
+                    traceback.print_exc(file=sys.stderr)
+                    for job in jobs:
+                        if not job.future.done():
+                            job.future.set_exception(error)
+                else:
+                    self._failures = 0
+        finally:
+            with self._changed:  # nobody waits for a thread that has ended
+                self._stopping = True
+                for job in self._jobs:
+                    job.future.cancel()
+
+    def _take(self) -> list[_Job]:
+        """The next batch, its futures running; [] to end."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._stopping)
+                if not self._jobs:
+                    return []
+                until = self._jobs[0].since + self._max_wait
+                while (left := until - time.monotonic()) > 0 and not self._stopping and not self._full():
+                    self._changed.wait(left)
+                chosen = self._choose()
+            wanted = [job for job in chosen if self._claim(job)]
+            if wanted:
+                return wanted
+
+    def _full(self) -> bool:
+        return sum(job.request.rows for job in self._jobs) >= self._sample.max_rows
+
+    def _choose(self) -> list[_Job]:
+        """The first job, and the others that go with it, in order; they leave the queue."""
+        steps, rows = self._jobs[0].request.num_flow_steps, 0
+        chosen: list[_Job] = []
+        others: collections.deque[_Job] = collections.deque()
+        for job in self._jobs:
+            if job.request.num_flow_steps == steps and rows + job.request.rows <= self._sample.max_rows:
+                chosen.append(job)
+                rows += job.request.rows
+            else:
+                others.append(job)
+        self._jobs = others
+        return chosen
+
+    def _claim(self, job: _Job) -> bool:
+        if job.wanted():
+            return job.future.set_running_or_notify_cancel()
+        job.future.cancel()
+        job.future.set_running_or_notify_cancel()
+        return False
+
+    def _answer(self, jobs: list[_Job]) -> None:
+        requests = [job.request for job in jobs]
+        rows = sum(request.rows for request in requests)
+        begin = time.monotonic()
+        found = self._sample(requests)
+        seconds = time.monotonic() - begin
+        self._metrics.batch(self._sample.size_for(rows), rows, seconds)
+        for job, actions in zip(jobs, found, strict=True):
+            if np.isfinite(actions).all():
+                job.future.set_result(Answer(actions, begin - job.since, seconds, rows))
+            else:
+                text = "the policy's actions are not finite for this observation: is it far from the training data?"
+                job.future.set_exception(Refused(text))

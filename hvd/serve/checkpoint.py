@@ -1,0 +1,77 @@
+"""A policy straight from a checkpoint in openpi's form (openpi's own, or of `hvd export`), without a run folder.
+
+The config says sizes, robot and keys; the statistics are those beside the checkpoint (<folder>/assets/*/
+norm_stats.json), else the experiment's shared ones.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from hvd.configs import Experiment
+from hvd.data import normalize
+from hvd.data.transforms import InputTransform
+from hvd.errors import UserError
+from hvd.models import precision, weights
+from hvd.models.pi0 import Pi0
+from hvd.robots import get_robot
+from hvd.storage import cache as storage
+from hvd.train import inference, mesh, pretrained, state
+from hvd.train import run_dir as runs
+from hvd.train.state import Graph
+
+
+def load_checkpoint(cfg: Experiment, path: str) -> inference.Policy:
+    """The policy whose parameters are the checkpoint's, every one of them.
+
+    openpi trains and samples with noise in the padded action dims too, so they get it here (an export of ours has
+    zeros as the weights of those dims, where noise reaches nothing).
+
+    Raises:
+        UserError: no checkpoint there, one that lacks parameters or has other shapes, norm stats of another robot.
+    """
+    transform = InputTransform.from_config(cfg, stats_for(cfg, path))
+    opened = pretrained.open_checkpoint(path, "--checkpoint")
+    graph = Graph(lambda rngs: Pi0(cfg.model, rngs), dtype_of=precision.inference(cfg.model.dtype))
+    model = state.named(graph.shapes)
+    found = weights.match(opened, model)
+    if found.initialised:
+        raise UserError(
+            f"{opened.source}: it lacks {len(found.initialised)} parameters of the model, {found.initialised[0]} "
+            "first: choose the variants of the checkpoint (model.paligemma_variant, model.action_expert_variant)"
+        )
+    print("\n".join(weights.report(opened, found, model)), flush=True)
+    mesh.use_compilation_cache(cfg.runs_dir)
+    devices = mesh.make_devices(1, jax.local_devices()[:1])
+    wanted = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.parameter(x.shape, x.dtype))
+        for name, x in model.items()
+    }
+    arrays = weights.read(opened, wanted)
+    params = state.nest({tuple(name.split("/")): x for name, x in arrays.items()})
+    if not bool(jnp.equal(jax.jit(state.all_finite)(params), 1.0)):
+        raise UserError(f"{opened.source}: its parameters are not finite")
+    return inference.Policy(cfg, transform, graph, params, noisy=np.ones(cfg.model.action_dim, np.float32))
+
+
+def stats_for(cfg: Experiment, path: str) -> normalize.Stats:
+    """The norm stats beside a local checkpoint if there is exactly one file of them, else the experiment's."""
+    found: list[Path] = []
+    if not storage.is_url(path):
+        root = Path(path).expanduser()
+        for folder in (root, root.parent) if root.name == "params" else (root,):
+            found += sorted((folder / "assets").glob(f"**/{runs.NORM_STATS}"))
+    if not found:
+        return normalize.load_shared(cfg)
+    if len(found) > 1:
+        raise UserError(f"--checkpoint {path}: {found[0]} and {found[1]} both lie beside it; leave the right one there")
+    stats = normalize.load(epath.Path(found[0]))
+    robot = get_robot(cfg.robot)
+    if stats["actions"].dim != robot.action_dim:
+        raise UserError(
+            f"{found[0]}: norm stats of {stats['actions'].dim} action dims, robot {robot.name} has {robot.action_dim}"
+        )
+    return stats

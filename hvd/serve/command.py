@@ -1,0 +1,297 @@
+"""hvd serve --config NAME | --run PATH: a trained policy behind openpi's websocket protocol.
+
+With --config NAME --checkpoint PATH the parameters are those of a checkpoint in openpi's form instead of a run's.
+
+    from openpi_client import websocket_client_policy
+    policy = websocket_client_policy.WebsocketClientPolicy("127.0.0.1", 8000)
+    actions = policy.infer({"state": state, "images": {"base_0_rgb": image}, "prompt": "carry the tote"})["actions"]
+
+Actions are raw and absolute, [action_horizon, robot's dims], as in the dataset. How many of a chunk are executed is the
+client's business (openpi_client.action_chunk_broker). A server is no run: SIGTERM and Ctrl-C end it with exit code 0,
+after it has answered what it was asked.
+"""
+
+import asyncio
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hvd import overrides
+from hvd.checks import check_config
+from hvd.configs import Experiment
+from hvd.errors import EXIT_COMPLETE, Stopped, UserError
+from hvd.robots import get_robot
+
+if TYPE_CHECKING:
+    from hvd.serve.connections import PolicyServer
+    from hvd.serve.metrics import Metrics
+    from hvd.serve.observation import RequestReader
+    from hvd.train.inference import Policy
+
+API_KEY = "HVD_API_KEY"
+_LOOPBACK = ("127.", "::1")
+_MAX_BATCH = 256
+_DRAIN_S = 20.0
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What the server itself is told (`usage` says what each means); other options are fields of the config."""
+
+    config: str = ""
+    run: str = ""
+    checkpoint: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    default_prompt: str = ""
+    num_flow_steps: int = 0
+    noise_seed: int = 0
+    max_batch: int = 8
+    max_wait_ms: float = 0.0
+    max_connections: int = 32
+    max_message_mb: float = 32.0
+    log_every_s: float = 60.0
+
+
+_NOTES = {
+    "config": "serve the policy run of this config; its fields say which (--exp-name, --runs-dir, --policy.run-name)",
+    "run": "serve this run folder",
+    "checkpoint": "with --config: serve this checkpoint of openpi's form (folder or gs://, s3:// URL), not a run",
+    "host": "address to listen on; 0.0.0.0 lets other machines in",
+    "port": "0 takes a free one and prints it",
+    "default_prompt": "for requests without one; else the datasets' if they have exactly one",
+    "num_flow_steps": "Euler steps of requests that name none; 0 = the run's",
+    "noise_seed": "of the noise of requests without a seed",
+    "max_batch": "requests that wait are computed together, up to so many",
+    "max_wait_ms": "how long a request may wait for others to join it",
+    "max_connections": "clients at the same time",
+    "max_message_mb": "MiB of one request",
+    "log_every_s": "seconds between log lines; 0 = none but the last",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """`hvd serve ...`; returns the exit code when the server was told to stop."""
+    if "-h" in argv or "--help" in argv:
+        print(usage())
+        return EXIT_COMPLETE
+    options, rest = parse(argv)
+    target = chosen(options, rest)
+    api_key = api_key_of(os.environ.get(API_KEY))
+    with bound(options.host, options.port) as sock:
+        if not sock.getsockname()[0].startswith(_LOOPBACK) and not api_key:
+            print(
+                f"--host {options.host}: whoever reaches it may use the policy; {API_KEY} can ask for a key", flush=True
+            )
+        try:
+            (server, batcher), metrics, line = build(target, options, api_key)
+            address = sock.getsockname()
+            host = f"[{address[0]}]" if ":" in address[0] else address[0]
+            line = f"serving {line} on ws://{host}:{address[1]}"
+            asyncio.run(_serve(server, metrics, sock, line, options.log_every_s))
+        except Stopped:  # the loop, once it runs, takes signals itself
+            print("stopped before the server was ready", flush=True)
+            return EXIT_COMPLETE
+        batcher.stop(_DRAIN_S)
+    print(f"stopped; {metrics.line(whole=True)}", flush=True)
+    return EXIT_COMPLETE
+
+
+def usage() -> str:
+    lines = ["usage: hvd serve --config NAME | --run PATH [options] [--dotted.field value]...", ""]
+    for field in dataclasses.fields(ServeOptions):
+        name = "--" + field.name.replace("_", "-")
+        lines.append(f"  {name:<18} {_NOTES[field.name]} (default: {field.default if field.default != '' else 'none'})")
+    lines += [
+        "",
+        f"With {API_KEY} set, clients must send that key (openpi_client: api_key=...).",
+        "GET /healthz and /metrics on the same port. SIGTERM: requests in flight are answered, then exit code 0.",
+    ]
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str]) -> tuple[ServeOptions, list[str]]:
+    """The server's own options, and the config's fields as they were. UserError for a value out of range."""
+    own = overrides.leaves(ServeOptions)
+    flags = overrides.split_flags(argv)
+    options = overrides.apply(ServeOptions(), [flag for flag in flags if flag.field in own])
+    rest = [arg for flag in flags if flag.field not in own for arg in (flag.token, *flag.values)]
+    ranges = {
+        "port": (0, 65_535),
+        "num_flow_steps": (0, 100),
+        "noise_seed": (0, 2**31 - 1),
+        "max_batch": (1, _MAX_BATCH),
+        "max_wait_ms": (0, 10_000),
+        "max_connections": (1, 10_000),
+        "max_message_mb": (0.01, 1024),
+        "log_every_s": (0, 1e6),
+    }
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+    return options, rest
+
+
+def chosen(options: ServeOptions, rest: Sequence[str]) -> Experiment | str:
+    """The experiment or the run folder to serve."""
+    if bool(options.config) == bool(options.run):
+        raise UserError("hvd serve needs one of --config NAME (`hvd configs` lists them) and --run PATH")
+    if options.run:
+        if options.checkpoint:
+            raise UserError("--checkpoint needs --config NAME, which says what the checkpoint is of; leave --run out")
+        if rest:
+            raise UserError(f"{rest[0]}: a run folder knows its own config; --run takes no fields of one")
+        return options.run
+    cfg = overrides.experiment(["--config", options.config, *rest])
+    check_config(cfg)
+    return cfg
+
+
+def api_key_of(value: str | None) -> str:
+    """The key that clients must send, "" for none; UserError for one that no header can carry."""
+    if value is None:
+        return ""
+    if not value or not value.isascii() or not value.isprintable() or value != value.strip():
+        raise UserError(f"{API_KEY} is empty or has other than plain printable characters: unset it, or set a key")
+    return value
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that owns the port but does not listen: until the policy is ready, clients are refused and try again."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--host {host}: no such address ({error})") from None
+    sock = socket.socket(family, kind, number)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}): choose another --port") from None
+    return sock
+
+
+def build(
+    target: Experiment | str, options: ServeOptions, api_key: str
+) -> tuple[tuple["PolicyServer", Any], "Metrics", str]:
+    """Load, compile, warm up. Returns (server, its batcher), its metrics, and a line about what it serves."""
+    from hvd.serve.batching import Batcher
+    from hvd.serve.connections import Limits, PolicyServer
+    from hvd.serve.metrics import Metrics
+    from hvd.serve.observation import RequestReader, default_prompt
+    from hvd.serve.sampler import Sampler, sizes_up_to
+    from hvd.train.inference import load_policy
+
+    begin = time.monotonic()
+    if options.checkpoint:
+        from hvd.serve.checkpoint import load_checkpoint
+
+        assert isinstance(target, Experiment)
+        policy = load_checkpoint(target, options.checkpoint)
+    else:
+        policy = load_policy(target)
+    cfg = policy.cfg
+    reader = RequestReader(
+        cfg,
+        policy.transform,
+        default_prompt=options.default_prompt or default_prompt(cfg),
+        num_flow_steps=options.num_flow_steps,
+        max_rows=options.max_batch,
+    )
+    sampler = Sampler(policy, sizes_up_to(options.max_batch))
+    loaded = time.monotonic()
+    print(f"loaded in {loaded - begin:.1f} s; compiling for batches of {_listed(sampler.sizes)}", flush=True)
+    sampler.warm(reader.read(example(policy, reader), seed=0))
+    print(f"compiled in {time.monotonic() - loaded:.1f} s", flush=True)
+    metrics = Metrics()
+    batcher = Batcher(sampler, metrics, max_wait=options.max_wait_ms / 1e3)
+    about = describe(options.checkpoint or target, policy, reader)
+    server = PolicyServer(
+        reader,
+        batcher,
+        metrics,
+        metadata=about,
+        limits=Limits(message=int(options.max_message_mb * 2**20), connections=options.max_connections, drain=_DRAIN_S),
+        api_key=api_key,
+        noise_seed=options.noise_seed,
+    )
+    line = (
+        f"{about['run']} ({about['config']}, {about['robot']}): state of {reader.state_dim} dims, "
+        f"{'cameras ' + ', '.join(reader.cameras) if reader.cameras else 'no camera'}, chunks of "
+        f"{about['action_horizon']} x {len(about['action_names'])} actions, "
+        f"{'prompt ' + repr(reader.default_prompt) if reader.default_prompt else 'no default prompt'}"
+    )
+    return (server, batcher), metrics, line
+
+
+def example(policy: "Policy", reader: "RequestReader") -> dict[str, Any]:
+    """An observation such as a client sends: the mean state, black images."""
+    import numpy as np
+
+    size = policy.cfg.model.image_size
+    images = {camera: np.zeros((size, size, 3), np.uint8) for camera in reader.cameras}
+    return {"state": policy.transform.stats["state"].mean, "images": images, "prompt": reader.default_prompt or "warm"}
+
+
+def describe(target: Experiment | str, policy: "Policy", reader: "RequestReader") -> dict[str, Any]:
+    """The metadata that each client is sent."""
+    from hvd.train import run_dir as runs
+
+    cfg = policy.cfg
+    return {
+        "server": f"hvd {runs.code_version()}",
+        "config": cfg.name,
+        "run": target.policy_dir if isinstance(target, Experiment) else os.fspath(target),
+        "robot": cfg.robot,
+        "action_names": list(get_robot(cfg.robot).action_names),
+        "action_horizon": cfg.model.action_horizon,
+        "action_dim": cfg.model.action_dim,
+        "state_dim": reader.state_dim,
+        "state_keys": list(reader.state_keys),
+        "cameras": dict(reader.cameras),
+        "image_size": cfg.model.image_size,
+        "default_prompt": reader.default_prompt,
+        "num_flow_steps": reader.num_flow_steps,
+    }
+
+
+async def _serve(
+    server: "PolicyServer", metrics: "Metrics", sock: socket.socket, line: str, log_every_s: float
+) -> None:
+    """Until a signal: the first one lets requests in flight be answered, the second one ends it."""
+    loop = asyncio.get_running_loop()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def signalled(number: signal.Signals) -> None:
+        (hurry if stop.is_set() else stop).set()
+        print(f"{number.name}: stopping", file=sys.stderr, flush=True)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        loop.add_signal_handler(number, signalled, number)
+    log = asyncio.ensure_future(_log(metrics, log_every_s)) if log_every_s else None
+    await server.run(sock, stop, hurry, lambda: print(line, flush=True))
+    if log is not None:
+        log.cancel()
+
+
+async def _log(metrics: "Metrics", every_s: float) -> None:
+    seen = 0
+    while True:
+        await asyncio.sleep(every_s)
+        if metrics.requests != seen:
+            seen = metrics.requests
+            print(metrics.line(), flush=True)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

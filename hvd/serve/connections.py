@@ -1,0 +1,250 @@
+"""openpi's websocket protocol: metadata on connect, then one reply per observation; /healthz and /metrics beside it.
+
+A reply is a binary message {"actions": [K,A], "policy_timing": {...}, "server_timing": {...}, "seed": int}; what went
+wrong with a request is a text message of one line, which openpi's client raises, and the connection goes on.
+"""
+
+import asyncio
+import concurrent.futures
+import hmac
+import http
+import logging
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response
+from websockets.protocol import State
+
+from hvd.serve import msgpack as serve_msgpack
+from hvd.serve.batching import Answer, Batcher
+from hvd.serve.metrics import Metrics
+from hvd.serve.observation import MAX_SEED, Refused, Request, RequestReader
+
+_SMALL = 1 << 16  # bytes of a message that is read on the spot; larger ones hold images, and take a thread
+_GRACE = 0.2  # seconds for requests that were sent before the client could know that the server stops
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may take from the others.
+
+    Attributes:
+        message: bytes of a request; up to twice as many are read and refused, more close the connection.
+        connections: at the same time.
+        ping, pong: seconds between pings, and until a client that does not answer one is dropped.
+        send: seconds for a client to take its reply.
+        open: seconds for the websocket handshake.
+        drain: seconds for requests in flight when the server stops.
+    """
+
+    message: int = 32 << 20
+    connections: int = 32
+    ping: float = 20.0
+    pong: float = 40.0
+    send: float = 20.0
+    open: float = 10.0
+    drain: float = 20.0
+
+
+class PolicyServer:
+    """Serves one policy on one socket until it is told to stop.
+
+    Args:
+        metadata: sent to each client that connects.
+        api_key: clients must send `Authorization: Api-Key <it>`; "" = anybody may come.
+        noise_seed: of the seeds of requests that name none.
+    """
+
+    def __init__(
+        self,
+        reader: RequestReader,
+        batcher: Batcher,
+        metrics: Metrics,
+        *,
+        metadata: Mapping[str, Any],
+        limits: Limits | None = None,
+        api_key: str = "",
+        noise_seed: int = 0,
+    ):
+        self._reader, self._batcher, self._metrics = reader, batcher, metrics
+        self._metadata, self._limits = serve_msgpack.pack(dict(metadata)), limits or Limits()
+        self._api_key = api_key
+        self._seeds = np.random.default_rng(noise_seed)
+        self._threads = concurrent.futures.ThreadPoolExecutor(4, "hvd-serve-read")
+        self._open: set[ServerConnection] = set()
+        self._busy: set[ServerConnection] = set()
+        self._stopping = False
+        self._said = 0.0
+
+    async def run(self, sock: socket.socket, stop: asyncio.Event, hurry: asyncio.Event, started: Callable) -> None:
+        """Serve on the bound socket until `stop`; then answer what is in flight, unless `hurry` is set too."""
+        logger = logging.getLogger("hvd.serve")
+        logger.setLevel(logging.CRITICAL)  # the library reports each port scan with a traceback
+        server = await serve(
+            self._client,
+            sock=sock,
+            process_request=self._http,
+            origins=[None],  # no web page: a browser on this machine could otherwise reach a server on 127.0.0.1
+            compression=None,
+            max_size=2 * self._limits.message,
+            max_queue=1,
+            open_timeout=self._limits.open,
+            ping_interval=self._limits.ping,
+            ping_timeout=self._limits.pong,
+            close_timeout=5,
+            logger=logger,
+        )
+        started()
+        await stop.wait()
+        await self._drain(server, hurry)
+        self._threads.shutdown(wait=False)
+
+    async def _drain(self, server: Server, hurry: asyncio.Event) -> None:
+        self._stopping = True
+        server.close(close_connections=False)
+        await asyncio.sleep(_GRACE)
+        leaving = [asyncio.ensure_future(self._leave(connection)) for connection in self._open - self._busy]
+        ends = [asyncio.ensure_future(server.wait_closed()), asyncio.ensure_future(hurry.wait())]
+        await asyncio.wait(ends, timeout=self._limits.drain, return_when=asyncio.FIRST_COMPLETED)
+        for connection in self._open:
+            connection.transport.abort()
+        await asyncio.wait([ends[0], *leaving], timeout=5)
+        ends[1].cancel()
+
+    async def _leave(self, connection: ServerConnection) -> None:
+        await connection.close(CloseCode.GOING_AWAY, "the server is stopping")
+
+    @property
+    def ready(self) -> bool:
+        return self._batcher.healthy and not self._stopping
+
+    def _http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
+        """Plain HTTP answers, and who may not connect; None lets a websocket open."""
+        path = request.path.partition("?")[0]
+        if path == "/healthz":
+            status = http.HTTPStatus.OK if self.ready else http.HTTPStatus.SERVICE_UNAVAILABLE
+            return connection.respond(status, "ok\n" if self.ready else "not ready\n")
+        if path == "/metrics":
+            return connection.respond(
+                http.HTTPStatus.OK, self._metrics.prometheus(ready=self.ready, waiting=self._batcher.waiting)
+            )
+        if self._api_key:
+            given = request.headers.get_all("Authorization")
+            expected = f"Api-Key {self._api_key}"
+            if len(given) != 1 or not hmac.compare_digest(given[0].encode(), expected.encode()):
+                response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "send Authorization: Api-Key <key>\n")
+                response.headers["WWW-Authenticate"] = "Api-Key"
+                return response
+        if len(self._open) >= self._limits.connections:
+            text = f"{self._limits.connections} clients are connected already\n"
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, text)
+        return None
+
+    async def _client(self, connection: ServerConnection) -> None:
+        self._open.add(connection)
+        self._metrics.connections = len(self._open)
+        last: float | None = None
+        try:
+            await connection.send(self._metadata)
+            while not (self._stopping and last is not None):
+                message = await connection.recv()
+                self._busy.add(connection)
+                try:
+                    last = await self._exchange(connection, message, last)
+                finally:
+                    self._busy.discard(connection)
+                if last is None:
+                    return
+            await self._leave(connection)
+        except ConnectionClosed:
+            pass  # theirs to say when it is over
+        finally:
+            self._open.discard(connection)
+            self._metrics.connections = len(self._open)
+
+    async def _exchange(self, connection: ServerConnection, message: str | bytes, last: float | None) -> float | None:
+        """Answer one message; returns the seconds it took, or None when nobody was there to hear the answer."""
+        begin = time.monotonic()
+        try:
+            reply = await self._answer(connection, message, last, begin)
+            outcome = "answered"
+        except Refused as refused:
+            reply, outcome = f"error: {refused}", "refused"
+            self._say(connection, reply)
+        except asyncio.CancelledError:
+            if connection.state is State.OPEN:
+                raise
+            self._metrics.request("abandoned", time.monotonic() - begin)
+            return None
+        except Exception as error:
+            reply, outcome = f"error: the server failed ({type(error).__name__}); its log says why", "failed"
+            traceback.print_exc(file=sys.stderr)
+        try:
+            async with asyncio.timeout(self._limits.send):
+                await connection.send(reply)
+        except (ConnectionClosed, TimeoutError):  # it has gone, or does not read
+            connection.transport.abort()
+            self._metrics.request("abandoned", time.monotonic() - begin)
+            return None
+        seconds = time.monotonic() - begin
+        self._metrics.request(outcome, seconds)
+        return seconds
+
+    async def _answer(
+        self, connection: ServerConnection, message: str | bytes, last: float | None, begin: float
+    ) -> bytes:
+        """The packed reply."""
+        seed = int(self._seeds.integers(MAX_SEED + 1))
+        if len(message) <= _SMALL:
+            request = self._read(message, seed)
+        else:
+            loop = asyncio.get_running_loop()
+            request = await loop.run_in_executor(self._threads, self._read, message, seed)
+        prepared = time.monotonic() - begin
+        future = self._batcher.submit(request, lambda: connection.state is State.OPEN)
+        answer: Answer = await asyncio.wrap_future(future)
+        timing = {
+            "infer_ms": 1e3 * (time.monotonic() - begin),
+            "prepare_ms": 1e3 * prepared,
+            "wait_ms": 1e3 * answer.waited,
+            "batch_rows": answer.rows,
+        }
+        if last is not None:
+            timing["prev_total_ms"] = 1e3 * last
+        reply = {
+            "actions": answer.actions if request.batched else answer.actions[0],
+            "policy_timing": {"infer_ms": 1e3 * answer.inference},
+            "server_timing": timing,
+        }
+        if request.noise is None:
+            reply["seed"] = int(request.seeds[0])
+        return serve_msgpack.pack(reply)
+
+    def _read(self, message: str | bytes, seed: int) -> Request:
+        if isinstance(message, str):
+            raise Refused("a text message; an observation is a binary message, msgpack as openpi_client sends it")
+        if len(message) > self._limits.message:
+            found, most = len(message) / 2**20, self._limits.message / 2**20
+            raise Refused(f"the message has {found:.1f} MiB, at most {most:g} are taken: resize images before sending")
+        try:
+            decoded = serve_msgpack.unpack(message)
+        except serve_msgpack.Malformed as error:
+            raise Refused(f"not a msgpack message of openpi's form: {error}") from None
+        return self._reader.read(decoded, seed)
+
+    def _say(self, connection: ServerConnection, line: str) -> None:
+        """A refused request in the log, one a second at most: a robot asks many times a second."""
+        if time.monotonic() - self._said >= 1.0:
+            self._said = time.monotonic()
+            address = connection.remote_address
+            print(f"refused {address[0]}:{address[1]}: {line}", file=sys.stderr, flush=True)

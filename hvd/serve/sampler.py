@@ -1,0 +1,88 @@
+"""The policy compiled beforehand for a few batch sizes, so that no request ever waits for a compilation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
+
+from hvd.data.transforms import Observation
+from hvd.serve.observation import Request, batch_of
+from hvd.train.inference import Policy
+
+
+class Sampler:
+    """Actions for several requests at once.
+
+    A row's noise depends on its own seed alone, and is that of `Policy.act` for one row with key(seed): a reply does
+    not depend on which other requests were answered with it, but for the last bits of the matrix products.
+
+    Args:
+        sizes: batch sizes to compile, ascending; a batch is filled up to the next one.
+    """
+
+    def __init__(self, policy: Policy, sizes: Sequence[int]):
+        self._policy, self.sizes = policy, tuple(sizes)
+        model = policy.cfg.model
+        self._chunk = (model.action_horizon, model.action_dim)
+
+        def sample(
+            params: Any,
+            observation: Observation,
+            seeds: UInt32[Array, "b"],
+            noise: Float[Array, "b k a"],
+            given: Bool[Array, "b"],
+            num_steps: Int[Array, ""],
+        ) -> Float[Array, "b k a"]:
+            drawn = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (1, *self._chunk))[0])(seeds)
+            noise = jnp.where(given[:, None, None], noise, drawn)
+            return policy.denoise(params, observation, noise, num_steps)
+
+        self._jitted = jax.jit(sample)
+        self._compiled: dict[int, Any] = {}
+
+    @property
+    def max_rows(self) -> int:
+        return self.sizes[-1]
+
+    def size_for(self, rows: int) -> int:
+        """The smallest compiled batch that holds `rows`."""
+        return next(size for size in self.sizes if size >= rows)
+
+    def warm(self, request: Request) -> None:
+        """Compile every size, with the shapes of `request`, and run it once."""
+        for size in self.sizes:
+            inputs = self._inputs([request], size)
+            self._compiled[size] = self._jitted.lower(self._policy.params, *inputs).compile()
+            jax.block_until_ready(self._compiled[size](self._policy.params, *inputs))
+
+    def __call__(self, requests: Sequence[Request]) -> list[Float32[np.ndarray, "b k a"]]:
+        """Raw absolute actions of each request, whose flow steps must be equal; together at most `max_rows` rows."""
+        size = self.size_for(sum(request.rows for request in requests))
+        inputs = self._inputs(requests, size)
+        normalised = jax.device_get(self._compiled[size](self._policy.params, *inputs))
+        with np.errstate(over="ignore", invalid="ignore"):  # who asks for the impossible is told so by the caller
+            actions = self._policy.transform.actions_out(normalised, batch_of(requests, size)[1])
+        ends = np.cumsum([request.rows for request in requests])
+        return [actions[end - request.rows : end] for request, end in zip(requests, ends, strict=True)]
+
+    def _inputs(self, requests: Sequence[Request], size: int) -> tuple[Any, ...]:
+        observation, _ = batch_of(requests, size)
+        seeds, given = np.zeros(size, np.uint32), np.zeros(size, bool)
+        noise = np.zeros((size, *self._chunk), np.float32)
+        at = 0
+        for request in requests:
+            rows = slice(at, at + request.rows)
+            seeds[rows] = request.seeds
+            if request.noise is not None:
+                noise[rows], given[rows] = request.noise, True
+            at += request.rows
+        return observation, seeds, noise, given, np.int32(requests[0].num_flow_steps)
+
+
+def sizes_up_to(max_batch: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and max_batch itself."""
+    powers = [2**i for i in range(max_batch.bit_length()) if 2**i < max_batch]
+    return (*powers, max_batch)

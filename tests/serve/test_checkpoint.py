@@ -1,0 +1,85 @@
+"""A policy from a checkpoint of openpi's form alone."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hvd import cli, export
+from hvd.errors import EXIT_USER, UserError
+from hvd.models import gemma
+from hvd.models.lora import LoraConfig
+from hvd.serve import command as serve
+from hvd.serve.checkpoint import load_checkpoint, stats_for
+from hvd.train.inference import load_policy
+from tests import served
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield served.train(tmp_path_factory.mktemp("checkpoint"))
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def exported(cfg, tmp_path_factory) -> Path:
+    return export.export(cfg, export.Export(to=str(tmp_path_factory.mktemp("export") / "policy")))
+
+
+def act(policy):
+    observation = served.observation(np.random.default_rng(0))
+    images = {camera: image[None] for camera, image in observation["images"].items()}
+    return policy.act(observation["state"][None], images, [observation["prompt"]], jax.random.key(0))
+
+
+@pytest.mark.parametrize("given", [".", "params"])
+def test_an_export_acts_as_its_run_does(cfg, exported, given):
+    """Also with noise in the dims that the robot does not have: the export's weights of those are 0."""
+    moved = dataclasses.replace(cfg, runs_dir="nowhere", assets_dir="nowhere")
+    np.testing.assert_allclose(act(load_checkpoint(moved, str(exported / given))), act(load_policy(cfg)), atol=1e-5)
+
+
+def test_noise_reaches_the_padded_dims_of_openpi_s_own(cfg, exported, tmp_path):
+    """Without the zeros of an export, the initial noise of those dims changes the actions, as it does in openpi."""
+    whole = export.export(cfg, export.Export(to=str(tmp_path / "whole"), keep_padding=True))
+    assert not np.allclose(act(load_checkpoint(cfg, str(whole))), act(load_policy(cfg)), atol=1e-5)
+
+
+def test_without_stats_beside_it_the_experiment_s_are_used(cfg, exported, tmp_path):
+    (tmp_path / "alone").symlink_to(exported / "params")
+    found = stats_for(cfg, str(tmp_path / "alone"))["state"]
+    np.testing.assert_array_equal(found.mean, load_policy(cfg).transform.stats["state"].mean)
+
+
+def test_what_does_not_fit(cfg, exported, tmp_path, monkeypatch):
+    with_lora = dataclasses.replace(gemma.VARIANTS["dummy"], lora=LoraConfig(rank=2, alpha=2.0))
+    monkeypatch.setattr(gemma, "VARIANTS", {**gemma.VARIANTS, "dummy_lora": with_lora})
+    model = dataclasses.replace(cfg.model, action_expert_variant="dummy_lora")
+    with pytest.raises(UserError, match=r"it lacks \d+ parameters of the model, PaliGemma/.*lora"):
+        load_checkpoint(dataclasses.replace(cfg, model=model), str(exported))
+    with pytest.raises(UserError, match="no Orbax checkpoint there"):
+        load_checkpoint(cfg, str(tmp_path))
+    with pytest.raises(UserError, match="norm stats of 21 action dims, robot r1_pro has 23"):
+        load_checkpoint(dataclasses.replace(cfg, robot="r1_pro"), str(exported))
+    other = tmp_path / "assets" / "other"
+    other.mkdir(parents=True)
+    (tmp_path / "assets" / "norm_stats.json").write_text("{}")
+    (other / "norm_stats.json").write_text(json.dumps({}))
+    with pytest.raises(UserError, match="both lie beside it"):
+        load_checkpoint(cfg, str(tmp_path))
+
+
+def test_it_is_built_into_a_server(cfg, exported):
+    options = serve.ServeOptions(config="tiny", checkpoint=str(exported), max_batch=1)
+    (server, batcher), _, line = serve.build(cfg, options, "")
+    batcher.stop(10)
+    assert str(exported) in line and not server.ready
+
+
+def test_it_needs_a_config(capsys):
+    assert cli.main(["serve", "--run", "x", "--checkpoint", "y"]) == EXIT_USER
+    assert "--checkpoint needs --config NAME" in capsys.readouterr().err
