@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from openpi_client import msgpack_numpy as theirs
 
-from hvd.serve.command import msgpack as ours
+from hvd.serve import msgpack as ours
 
 DTYPES = st.one_of(
     arrays.boolean_dtypes(),
