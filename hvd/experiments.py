@@ -180,6 +180,8 @@ def value_r1() -> Experiment:
     """R1, the value stage: Q per level, exponential, on pi0_base's frozen trunk with a value expert of 300M.
 
     Command: python launch/submit.py --stage value --config value_r1 --data DATASETS
+    Devices and memory: 14.4 GiB on one GPU, 8.6 on each of two, 2.5 on each of eight (`hvd plan`).
+    Hours: about 2.6 on one H100 at 40 % of its peak (125 TFLOP a step, counted; not measured).
     """
     return _r1("value_r1", "r1")
 
@@ -188,6 +190,7 @@ def value_r1_flat() -> Experiment:
     """R1, the value stage with one flat Q: the ablation of the hierarchy.
 
     Command: python launch/submit.py --stage value --config value_r1_flat --data DATASETS
+    Devices, memory, hours: as value_r1.
     """
     return _r1("value_r1_flat", "r1_flat")
 
@@ -196,6 +199,8 @@ def pi0_r1() -> Experiment:
     """R1, all of pi0 (3.2 B) trained from pi0_base, each level weighted by its advantage.
 
     Command: python launch/submit.py --stage policy --config pi0_r1 --data DATASETS (after value_r1)
+    Devices and memory: 61 GiB on one GPU, 34 on each of two, 8.7 on each of eight (`hvd plan`): 1 x 80 GB to 8 x 24 GB.
+    Hours: about 3.9 on one H100, 0.5 on eight, at 40 % of their peak (184 TFLOP a step, counted; not measured).
     """
     return _r1("pi0_r1", "r1", lora=False)
 
@@ -204,6 +209,7 @@ def pi0_r1_flat() -> Experiment:
     """As pi0_r1, one weight per chunk by the flat Q of value_r1_flat.
 
     Command: python launch/submit.py --stage policy --config pi0_r1_flat --data DATASETS (after value_r1_flat)
+    Devices, memory, hours: as pi0_r1.
     """
     return _r1("pi0_r1_flat", "r1_flat", lora=False)
 
@@ -212,6 +218,7 @@ def pi0_r1_imitation() -> Experiment:
     """As pi0_r1, plain imitation of the optimal set: the baseline.
 
     Command: python launch/submit.py --stage policy --config pi0_r1_imitation --data DATASETS
+    Devices, memory, hours: as pi0_r1.
     """
     return _r1("pi0_r1_imitation", "r1", lora=False, weighting="none", suboptimal_share=0.0)
 
@@ -220,6 +227,8 @@ def pi0_r1_lora() -> Experiment:
     """R1, pi0 with LoRA on both experts (468 M trained) from pi0_base: the published setting.
 
     Command: python launch/submit.py --stage policy --config pi0_r1_lora --data DATASETS (after value_r1)
+    Devices and memory: 9.6 GiB on each of two GPUs of 24 GB, 15 on one alone with --fsdp_devices 1 (`hvd plan`).
+    Hours: about 1.4 on two H100, at 40 % of their peak (136 TFLOP a step, counted; not measured).
     """
     return _r1("pi0_r1_lora", "r1", fsdp=2)
 
@@ -228,6 +237,7 @@ def pi0_r1_lora_flat() -> Experiment:
     """As pi0_r1_lora, one weight per chunk by the flat Q of value_r1_flat.
 
     Command: python launch/submit.py --stage policy --config pi0_r1_lora_flat --data DATASETS (after value_r1_flat)
+    Devices, memory, hours: as pi0_r1_lora.
     """
     return _r1("pi0_r1_lora_flat", "r1_flat", fsdp=2)
 
@@ -236,6 +246,7 @@ def pi0_r1_lora_imitation() -> Experiment:
     """As pi0_r1_lora, plain imitation of the optimal set: the baseline.
 
     Command: python launch/submit.py --stage policy --config pi0_r1_lora_imitation --data DATASETS
+    Devices, memory, hours: as pi0_r1_lora.
     """
     return _r1("pi0_r1_lora_imitation", "r1", fsdp=2, weighting="none", suboptimal_share=0.0)
 

@@ -168,7 +168,8 @@ class Planner:
         return Verdict(cfg, stage, cluster, limit, self.measure(request))
 
     def advise(self, verdict: Verdict) -> tuple[plan_advice.Change, Verdict] | None:
-        """The cheapest change that makes the stage fit."""
+        """The cheapest change that makes the stage fit. Compiles for minutes."""
+        _say(f"{verdict.stage} stage {plan_report.conclusion(verdict)}; looking for what would (--no-advice does not)")
 
         def judge(flags: list[str], cluster: Cluster) -> Verdict | None:
             try:
