@@ -84,7 +84,9 @@ def test_killed_and_resumed_runs_are_the_undisturbed_run(data_folder, tmp_path):
                 _again(folder)
                 continue
             sent[stage] += 1
-            assert code == (-signal.SIGKILL if number == signal.SIGKILL else EXIT_STOPPED), child.text()
+            # A process that has not yet said how it takes a SIGTERM dies of it, and a shell calls that 143 as well
+            deaf = number == signal.SIGTERM and not child.text()
+            assert code == (-number if number == signal.SIGKILL or deaf else EXIT_STOPPED), child.text()
             assert not (folder / "complete.json").exists()
         child = children.start(f"train-{stage}", settings)
         assert child.end() == EXIT_COMPLETE, child.text()
