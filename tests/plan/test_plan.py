@@ -318,4 +318,4 @@ def test_the_gpus_compiler_works_without_a_gpu(tmp_path):
     found = Measurer(tmp_path)(request(argv, per_node=2, nodes=2, compiler="cuda"))
     parts = found.categories()
     assert sum(parts.values()) == found.peak > sum(found.state.values())
-    assert parts["activations"] > 0 and parts["temporaries"] > 0
+    assert parts["gradients"] > 0 and parts["temporaries"] > 0
