@@ -55,6 +55,7 @@ RULES: dict[str, Rule] = {
     "seed": _NOT_NEGATIVE,
     "fsdp_devices": _NOT_NEGATIVE,
     "num_workers": _NOT_NEGATIVE,
+    "hang_timeout": _NOT_NEGATIVE,
     "model.action_dim": _AT_LEAST_1,
     "model.action_horizon": _AT_LEAST_1,
     "model.max_token_len": _AT_LEAST_1,

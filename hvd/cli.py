@@ -1,13 +1,14 @@
 """hvd <step> --config NAME [--dotted.field value]...
 
 Each step is the `main` of one module, imported only when it runs. Exit codes: 0 complete; 2 the user's mistake (one
-line); 143 stopped by a signal after saving, run me again; 130 interrupted; 1 anything else: a run that cannot go on
-says why in a line, a bug gives a traceback.
+line); 143 stopped by a signal after saving, run me again; 75 lost a companion process, 76 hung: worth a few more
+attempts; 130 interrupted; 1 anything else: a run that cannot go on says why in a line, a bug gives a traceback.
 """
 
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import importlib
 import inspect
 import io
@@ -16,6 +17,7 @@ import re
 import signal
 import sys
 import tempfile
+import traceback
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +26,20 @@ from typing import NoReturn
 from hvd import overrides
 from hvd.checks import check_config
 from hvd.configs import Experiment
-from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, Failed, Stopped, UserError, nearest
+from hvd.errors import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_LOST,
+    EXIT_STOPPED,
+    EXIT_USER,
+    Failed,
+    Lost,
+    Stopped,
+    UserError,
+    nearest,
+)
 from hvd.experiments import CONFIGS
+from hvd.train import job, processes
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -46,6 +60,7 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
         "convert": Step("hvd.data.convert", "recordings (JoyLo HDF5) -> LeRobot v3.0 dataset", own_flags=True),
         "plan": Step("hvd.plan.command", "does a run fit its devices? without the devices", own_flags=True),
         "norm-stats": Step("hvd.data.normalize", "normalisation statistics of the optimal set"),
+        "prepare": Step("hvd.prepare", "all that a stage needs before it trains: the steps above, where they apply"),
         "train-value": Step("hvd.train.value", "value stage: V and the levels' Q"),
         "advantages": Step("hvd.train.advantages", "V, Q, A and weights of every frame the policy will visit"),
         "train-policy": Step("hvd.train.policy", "policy stage: weighted flow matching, or imitation"),
@@ -53,6 +68,7 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
         "report": Step("hvd.report.command", "report.html of the experiment"),
         "serve": Step("hvd.serve.command", "a trained policy behind openpi's websocket protocol", own_flags=True),
         "export": Step("hvd.export", "a complete run as a checkpoint of openpi", own_flags=True),
+        "jobs": Step("hvd.jobs.command", "submitted jobs: list, logs, cancel, wait", own_flags=True),
         "verify": Step("hvd.train.complete", "is the run complete, undamaged and finite?"),
     }
 )
@@ -74,12 +90,23 @@ def usage() -> str:
 
 
 def command() -> NoReturn:
-    """The command `hvd`: `main` as a process."""
-    code, disk_full = _main(sys.argv[1:])
-    if disk_full:
-        # Whoever still holds a file complains at exit, Orbax's threads array by array: the one line would be lost in it
+    """The command `hvd`: `main` as a process; a scheduler's job is told how it ended (hvd.train.job)."""
+    if processes.several():
+        faulthandler.enable()  # JAX aborts a process whose companions have gone: say where it was
+    try:
+        code, disk_full = _main(sys.argv[1:])
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        code, disk_full = EXIT_FAILED, False
+    job.tell_exit(code)
+    # Whoever still holds a file complains at exit, Orbax's threads array by array: the one line would be lost in it.
+    # And one of several processes that fails must not wait for the others to leave with it: they wait for this one.
+    if disk_full or (processes.several() and code not in (EXIT_COMPLETE, EXIT_STOPPED)):
         with contextlib.suppress(OSError):
             sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -96,9 +123,13 @@ def _main(argv: list[str]) -> tuple[int, bool]:
         return _to_code(argv), False
     except Exception as error:
         line = no_space(error)
-        if line is None:
+        if line is not None:
+            return _fail(line), True
+        lost = processes.lost_companion(error)
+        if lost is None:
             raise
-        return _fail(line), True
+        print(f"lost: {lost}; run the same command again to go on", file=sys.stderr)
+        return EXIT_LOST, False
 
 
 def _to_code(argv: list[str]) -> int:
@@ -110,6 +141,9 @@ def _to_code(argv: list[str]) -> int:
     except Failed as error:
         print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except Lost as error:
+        print(f"lost: {error}; run the same command again to go on", file=sys.stderr)
+        return EXIT_LOST
     except Stopped as stop:
         print(f"stopped: {stop}; run the same command again to go on", file=sys.stderr)
         return EXIT_STOPPED

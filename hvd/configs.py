@@ -212,6 +212,8 @@ class Experiment:
     num_workers: int = 4  # decoding threads of a process
     image_cache: bool = False  # decode each video once into a memory-mapped file of model-sized frames
     wandb: bool = False
+    accelerator: Literal["gpu", "cpu"] = "gpu"  # what the launcher asks a cluster for
+    hang_timeout: float = 1800.0  # seconds without a step after which a run prints all stacks and ends; 0 = never
     model: ModelConfig = field(default_factory=ModelConfig)
     norm: NormConfig = field(default_factory=NormConfig)
     optimal_data: DataConfig = field(default_factory=DataConfig)

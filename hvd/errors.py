@@ -6,6 +6,8 @@ from collections.abc import Iterable
 EXIT_COMPLETE = 0
 EXIT_FAILED = 1  # anything that is neither of the others: a bug, a broken machine
 EXIT_USER = 2  # the user's mistake: never retried
+EXIT_LOST = 75  # another process of the run, or a service it needs, has gone (EX_TEMPFAIL): worth a few more attempts
+EXIT_HUNG = 76  # no progress for too long (hvd.train.watchdog): worth a few more attempts
 EXIT_STOPPED = 143  # stopped by a signal after saving: run me again (128 + SIGTERM)
 
 
@@ -18,6 +20,10 @@ class UserError(Exception):
 
 class Failed(Exception):
     """The run cannot go on, and it is not the user's mistake (a non-finite loss). Its text is one line; exit code 1."""
+
+
+class Lost(Exception):
+    """Something outside that the run needs has gone: a companion, the scheduler. One line; exit code 75."""
 
 
 class Stopped(Exception):

@@ -49,6 +49,7 @@ def demo() -> Experiment:
     value_steps, policy_steps = 1_500, 3_000
     return Experiment(
         name="demo",
+        accelerator="cpu",
         sim=SimConfig(task="tote"),
         model=_TINY,
         norm=NormConfig(std_floor=0.02),
@@ -95,6 +96,7 @@ def g1() -> Experiment:
     value_steps, policy_steps = 1_000, 2_500
     return Experiment(
         name="g1",
+        accelerator="cpu",
         robot="g1",
         # 60 actions are 2 s at 30 Hz, as 20 are for the R1 at 10 Hz
         model=dataclasses.replace(_TINY, cameras=("base_0_rgb",), action_horizon=60),

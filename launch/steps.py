@@ -3,10 +3,10 @@
 A step may be asked for again and again: each one finds out by itself what is done already.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hvd import prepare
 from hvd.configs import Experiment
 from hvd.errors import UserError
 
@@ -29,6 +29,7 @@ class Task:
     spread: bool = False
 
 
+MakeTask = Callable[..., Task]
 Group = tuple[Task, ...]  # tasks that do not wait for each other
 
 
@@ -37,24 +38,43 @@ def plan(cfg: Experiment, stage: str, options: Sequence[str], overwrite: bool = 
     if stage not in STAGES:
         raise UserError(f"--stage {stage!r} is not one of {', '.join(STAGES)}")
 
+    task = _tasks(options, overwrite)
+    value = [*_prepare(cfg, options), (task("norm-stats"),), (task("train-value", spread=True),)]
+    policy = [
+        *([(task("advantages", spread=True),)] if needs_value(cfg) else []),
+        tuple(task("train-policy", *extra, name=name, spread=True) for name, extra in _runs(cfg).items()),
+    ]
+    return {"value": value, "policy": policy, "all": value + policy + _results(cfg, task)}[stage]
+
+
+def after(cfg: Experiment, options: Sequence[str], overwrite: bool = False) -> list[Group]:
+    """What comes after the two stages where they are jobs of their own: the baselines, evaluation, report."""
+    task = _tasks(options, overwrite)
+    baselines = {name: extra for name, extra in _runs(cfg).items() if extra}
+    trained = [(task("train-policy", *extra, name=name, spread=True),) for name, extra in baselines.items()]
+    return [*trained, *_results(cfg, task)]
+
+
+def _runs(cfg: Experiment) -> dict[str, tuple[str, ...]]:
+    """The policy runs that are compared: name -> its options."""
+    return {cfg.policy.run_name: ()} | (
+        {name: ("--policy.run_name", name, *flags) for name, flags in BASELINES.items()}
+        if cfg.evaluate.baselines
+        else {}
+    )
+
+
+def _results(cfg: Experiment, task: MakeTask) -> list[Group]:
+    evaluations = (task("evaluate", *extra, name=f"evaluate-{name}") for name, extra in _runs(cfg).items())
+    return [*((one,) for one in evaluations), (task("report"),)]
+
+
+def _tasks(options: Sequence[str], overwrite: bool) -> MakeTask:
     def task(step: str, *extra: str, name: str = "", spread: bool = False) -> Task:
         again = ("--overwrite",) if overwrite and step in ("train-value", "train-policy") else ()
         return Task(name or step, (step, *options, *extra, *again), spread)
 
-    runs = {cfg.policy.run_name: ()}
-    if cfg.evaluate.baselines:
-        runs |= {name: ("--policy.run_name", name, *flags) for name, flags in BASELINES.items()}
-
-    value = [*_prepare(cfg, options), (task("norm-stats"),), (task("train-value", spread=True),)]
-    policy = [
-        *([(task("advantages", spread=True),)] if needs_value(cfg) else []),
-        tuple(task("train-policy", *extra, name=name, spread=True) for name, extra in runs.items()),
-    ]
-    after = [
-        *((task("evaluate", *extra, name=f"evaluate-{name}"),) for name, extra in runs.items()),
-        (task("report"),),
-    ]
-    return {"value": value, "policy": policy, "all": value + policy + after}[stage]
+    return task
 
 
 def needs_value(cfg: Experiment) -> bool:
@@ -67,9 +87,5 @@ def _prepare(cfg: Experiment, options: Sequence[str]) -> list[Group]:
     if not cfg.sim.task:
         return []
     groups: list[Group] = [(Task("simulate", ("simulate", *options)),)]
-    for role, data in cfg.datasets():
-        folder = {"optimal": "optimal", "suboptimal": "mixed"}[role]
-        recordings = os.path.join(cfg.exp_dir, "recordings", folder)
-        args = ("convert", "--raw-dirs", recordings, "--repo-id", data.repo_id, "--root", str(data.path()))
-        groups.append((Task(f"convert-{folder}", args),))
+    groups += [(Task(f"convert-{name}", ("convert", *args)),) for name, args in prepare.conversions(cfg)]
     return groups

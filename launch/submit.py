@@ -1,7 +1,8 @@
 """One command for both stages: python launch/submit.py --stage all|value|policy [--config NAME] [--field value]...
 
-Checks what can be checked, then runs the stage's steps, here or (see the README) on a cluster. A rerun goes on where
-the last one stopped. Exit codes: 0 complete, 2 the user's mistake, 143 stopped after saving, 1 anything else.
+Checks what can be checked, then runs the stage's steps here, or puts them into the queue of a Slurm cluster. A rerun
+goes on where the last one stopped. Exit codes: 0 complete (or queued), 2 the user's mistake, 143 stopped after saving,
+1 anything else.
 """
 
 import dataclasses
@@ -23,8 +24,8 @@ from hvd import overrides
 from hvd.checks import check_config, check_datasets, check_devices, check_weights, check_writable
 from hvd.cli import take_overwrite
 from hvd.configs import Experiment
-from hvd.errors import EXIT_COMPLETE, EXIT_USER, UserError
-from launch import fit, local, steps
+from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USER, Failed, UserError
+from launch import fit, local, site, slurm, steps
 
 CLUSTERS = ("auto", "local", "slurm", "kubernetes")
 
@@ -42,6 +43,7 @@ class Submit:
     data: str = ""
     devices: str = ""
     plan: bool = True
+    after: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,26 +56,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
+    except Failed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def usage() -> str:
     lines = ["usage: python launch/submit.py [--stage all] [--dotted.field value]...", ""]
     notes = {
         "stage": "all, value or policy (needs a complete value run)",
-        "nodes": "processes of jax.distributed; on this machine they share its cores or GPUs",
-        "cluster": "auto, local, slurm or kubernetes; auto is local where there is neither of the others",
+        "nodes": "nodes of a job; on this machine processes that share its cores or GPUs",
+        "cluster": "auto, local, slurm or kubernetes; auto is Slurm where it answers, else this machine",
         "config": "`hvd configs` lists them",
-        "dry_run": "print the commands, run nothing",
+        "dry_run": "print the commands, or the batch scripts, and run nothing",
         "detach": "run in the background; prints the process id and the log",
         "data": "a LeRobot dataset, or the folder that holds the config's repo_ids",
         "devices": "of a node, such as 8xh100-80gb, for the memory plan; on this machine nvidia-smi is asked",
         "plan": "refuse a job that cannot fit its devices (`hvd plan`); --no-plan submits it all the same",
+        "after": "Slurm: start only after this job has completed, such as the value job of --stage policy",
     }
     for field in dataclasses.fields(Submit):
         name = "--" + field.name.replace("_", "-")
         lines.append(f"  {name:<12} {notes[field.name]} (default: {field.default if field.default != '' else 'none'})")
     lines += [
         "  --overwrite  delete the stage's run directories and start again (default: --resume, go on)",
+        "  --slurm.partition gpu, --slurm.time 4:00:00, ...  any setting of slurm/site.toml",
         "",
         "Every field of the config can be set: --exp-name my_run --model.method expectile --value.batch_size 128.",
         "`hvd train-policy --help --config NAME` lists the fields with their values.",
@@ -83,14 +90,27 @@ def usage() -> str:
 
 def submit(argv: list[str]) -> int:
     """Parse, check, and run or print. Raises UserError; nothing is written before everything has been checked."""
-    options, rest = parse(argv)
+    options, rest, for_site = parse(argv)
     rest, overwrite = take_overwrite(rest)
     passed_on = ["--config", options.config, *(["--data", options.data] if options.data else []), *rest]
     cfg = overrides.experiment(passed_on)
     place = choose_cluster(options.cluster)
-    if place != "local":
-        raise UserError(f"--cluster {place} is not built yet (it comes with its own issue); use --cluster local")
-    check(cfg, options)
+    if place == "kubernetes":
+        raise UserError("--cluster kubernetes is not built yet (it comes with its own issue); use local or slurm")
+    if place == "slurm":
+        return to_slurm(cfg, options, passed_on, for_site, overwrite)
+    for flag, given in (("--after", options.after), (for_site[0].token if for_site else "", for_site)):
+        if given:
+            raise UserError(f"{flag} is for --cluster slurm, this is {place}")
+    return here(cfg, options, passed_on, overwrite, argv)
+
+
+def here(cfg: Experiment, options: Submit, passed_on: list[str], overwrite: bool, argv: Sequence[str]) -> int:
+    """Run the steps on this machine."""
+    found = local.gpus()
+    if found and len(found) < options.nodes:
+        raise UserError(f"--nodes {options.nodes}: this machine has only {len(found)} GPU(s) to divide among them")
+    check(cfg, options, local.devices(options.nodes), options.nodes)
     plan = steps.plan(cfg, options.stage, passed_on, overwrite)
     log_dir = logs(cfg)
     if options.dry_run:
@@ -107,28 +127,57 @@ def submit(argv: list[str]) -> int:
     return code
 
 
-def parse(argv: Sequence[str]) -> tuple[Submit, list[str]]:
-    """The launcher's own options, and the rest as it was."""
+def to_slurm(
+    cfg: Experiment, options: Submit, passed_on: list[str], for_site: list[overrides.Flag], overwrite: bool
+) -> int:
+    """Put the stage's jobs into Slurm's queue, or print their scripts."""
+    if options.after and not options.after.isdigit():
+        raise UserError(f"--after {options.after!r} is no job id")
+    settings = site.load(for_site)
+    gpus = slurm.gpus(cfg, settings, asked=any(flag.field == "gpus_per_node" for flag in for_site))
+    jobs = slurm.jobs(cfg, options.stage, passed_on, options.nodes, settings, gpus, overwrite)
+    check(cfg, options, *slurm.devices(jobs[0].request, settings))
+    if options.dry_run:
+        for job in jobs:
+            waits = slurm.dependency(f"<id of the {job.after} job>" if job.after else options.after)
+            if len(jobs) > 1 or waits:
+                print(f"# ---- sbatch {' '.join([*waits, f'{job.request.stage}.sbatch'])}")
+            print(job.script, end="")
+        return EXIT_COMPLETE
+    kind = f"{gpus}x{settings.gpu}" if gpus and settings.gpu else ""
+    if options.plan and (options.devices or kind):
+        fit.check(options.stage, passed_on, options.devices or kind, options.nodes)
+    for job in jobs:
+        print(slurm.describe(job), flush=True)
+    slurm.check(jobs)
+    for job, number in zip(jobs, slurm.submit(jobs, options.after), strict=True):
+        waits = f", after the {job.after} job" if job.after else ""
+        print(f"{job.request.stage}: job {number}{waits}; log {site.JOBS_DIR}/{number}.log")
+    print("follow them: hvd jobs; hvd jobs logs ID -f")
+    return EXIT_COMPLETE
+
+
+def parse(argv: Sequence[str]) -> tuple[Submit, list[str], list[overrides.Flag]]:
+    """The launcher's own options, the rest as it was, and the flags of the Slurm site without their prefix."""
     own = overrides.leaves(Submit)
     flags = overrides.split_flags(argv)
+    for_site = [dataclasses.replace(f, field=f.field[6:]) for f in flags if f.field.startswith("slurm.")]
+    flags = [flag for flag in flags if not flag.field.startswith("slurm.")]
     options = overrides.apply(Submit(), [flag for flag in flags if flag.field in own or flag.field[3:] in own])
     rest = [flag for flag in flags if not (flag.field in own or flag.field[3:] in own)]
     if options.nodes < 1:
         raise UserError(f"--nodes {options.nodes} must be at least 1")
-    return options, [arg for flag in rest for arg in (flag.token, *flag.values)]
+    return options, [arg for flag in rest for arg in (flag.token, *flag.values)], for_site
 
 
 def choose_cluster(asked: str) -> str:
-    """The place a job runs at: what was asked for; auto is this machine, and says so where a cluster was found."""
+    """The place a job runs at: what was asked for; auto is Slurm where it answers, else this machine."""
     if asked != "auto":
         return asked
-    found = []
-    if shutil.which("sbatch"):
-        found.append("slurm (sbatch)")
+    if slurm.available():
+        return "slurm"
     if kubernetes_context():
-        found.append("kubernetes (kubectl has a context)")
-    if found:
-        print(f"--cluster auto: {' and '.join(found)} found but not built yet; running on this machine", flush=True)
+        print("--cluster auto: kubernetes (kubectl has a context) found but not built yet; running on this machine")
     return "local"
 
 
@@ -140,18 +189,15 @@ def kubernetes_context() -> bool:
     return asked.returncode == 0 and bool(asked.stdout.strip())
 
 
-def check(cfg: Experiment, options: Submit) -> None:
-    """Everything that can be known before a step runs; raises UserError."""
+def check(cfg: Experiment, options: Submit, devices: int, processes: int) -> None:
+    """Everything that can be known before a step runs; raises UserError. `devices`: of all processes."""
     check_config(cfg)
-    found = local.gpus()
-    if found and len(found) < options.nodes:
-        raise UserError(f"--nodes {options.nodes}: this machine has only {len(found)} GPU(s) to divide among them")
-    check_devices(cfg, local.devices(options.nodes), options.nodes)
+    check_devices(cfg, devices, processes)
     check_datasets(cfg)
     check_weights(cfg, ("value", "policy") if options.stage == "all" else (options.stage,))
     check_writable(cfg.exp_dir)
     check_writable(cfg.assets_dir)
-    if options.stage == "policy" and steps.needs_value(cfg):
+    if options.stage == "policy" and steps.needs_value(cfg) and not options.after:
         from hvd.train.complete import check_complete
 
         check_complete(cfg.value_dir, stage="value", cfg=cfg)

@@ -10,6 +10,9 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("HVD_TEST_PLATFORM", "cpu")
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import submitit  # noqa: F401  # first: its logging set-up closes the handlers there are, and absl's has pytest's stderr
+
+# isort: split
 import jax
 import pytest
 from jaxtyping import install_import_hook

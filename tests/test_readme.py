@@ -67,7 +67,7 @@ def test_a_command_is_understood(command, capsys):
             args, _ = cli.take_overwrite(args)
             check_config(overrides.experiment(args))
         case ["python", "launch/submit.py", *args]:
-            options, rest = submit.parse(args)
+            options, rest, _ = submit.parse(args)
             given = ["--config", options.config, *(["--data", options.data] if options.data else []), *rest]
             cfg = overrides.experiment(given)
             check_config(cfg)

@@ -23,7 +23,7 @@ from hvd.data import normalize
 from hvd.data.dataset import Dataset, split_episodes
 from hvd.data.loader import Batcher, SampleSpec, Source
 from hvd.errors import UserError
-from hvd.train import advantage_table, complete, inference, mesh, preemption, stage_data
+from hvd.train import advantage_table, complete, inference, mesh, preemption, stage_data, watchdog
 from hvd.train import run_dir as runs
 from hvd.train.advantage_table import Values
 from hvd.train.complete import Complete
@@ -64,7 +64,7 @@ def ensure(cfg: Experiment, devices: Devices, value: Complete, datasets: dict[st
         if devices.is_main:
             print(f"{folder}: up to date, {known['rows']} frames", flush=True)
         return
-    with preemption.deferred():
+    with preemption.deferred(), watchdog.watch(cfg.hang_timeout):
         values = _evaluate(cfg, devices, datasets, rows, _Shards(folder / "shards" / key[:16]))
     if devices.is_main:
         splits = {role: split_episodes(d, cfg.evaluate.val_fraction, cfg.seed)[1] for role, d in datasets.items()}
@@ -175,6 +175,7 @@ def _shard(
         got_v, got_q, stop = jax.device_get(out)
         v[where], q[where] = got_v[:count], got_q[:count]
         bar.update(count)
+        watchdog.progress()
         if stop:
             preemption.raise_stopped(f"in the advantages pass; {bar.n} of {bar.total} frames done")
 

@@ -21,8 +21,9 @@ from etils import epath
 from hvd.configs import Experiment, StageConfig
 from hvd.data import normalize
 from hvd.data.loader import Loader
-from hvd.errors import Failed, UserError
-from hvd.train import complete, host_memory, preemption, state
+from hvd.errors import EXIT_LOST, EXIT_USER, Failed, Lost, UserError
+from hvd.train import complete, host_memory, owner, preemption, state, watchdog
+from hvd.train import job as jobs
 from hvd.train import run_dir as runs
 from hvd.train.checkpoints import Checkpoints
 from hvd.train.mesh import Devices
@@ -74,17 +75,35 @@ def claim(data: StageData, folder: str, devices: Devices, inputs: dict[str, str]
     """Make the folder this run's (--overwrite: emptied first): config.yaml and the norm stats are written.
 
     Raises:
-        UserError: it holds another run, or what --overwrite does not delete; nothing is changed then.
+        UserError: another job works on it, it holds another run, or what --overwrite does not delete; nothing is
+            changed then.
+        Lost: whether another job works on it cannot be found out.
     """
     cfg, stage = data.cfg, data.stage
     runs.check_startable(folder, cfg, stage, inputs, overwrite=overwrite)
     devices.barrier("checked")  # nobody writes before all have looked
+    _own(folder, devices)
     if devices.is_main:
         if overwrite:
             runs.delete(folder)
         runs.write_config(folder, cfg, stage, inputs)
+        jobs.tell_begun(folder)
         normalize.save(epath.Path(folder) / runs.NORM_STATS, data.transform.stats)
     devices.barrier("claimed")
+
+
+def _own(folder: str, devices: Devices) -> None:
+    """Claim the folder for this job; where the main process is refused, all of them end."""
+    refused: UserError | Lost | None = None
+    if devices.is_main:
+        try:
+            owner.claim(folder)
+        except (UserError, Lost) as error:
+            refused = error
+    code = {UserError: EXIT_USER, Lost: EXIT_LOST}.get(type(refused), 0)
+    code = int(devices.from_main(np.asarray(code)))
+    if code:
+        raise refused or (Lost if code == EXIT_LOST else UserError)(f"{folder}: the main process says why")
 
 
 def run(job: Job) -> None:
@@ -93,6 +112,10 @@ def run(job: Job) -> None:
     devices, stage_cfg = job.devices, getattr(job.cfg, job.stage)
     steps: int = stage_cfg.num_train_steps
     with contextlib.ExitStack() as stack:
+        stack.enter_context(watchdog.watch(job.cfg.hang_timeout))
+        if devices.is_main:
+            stack.callback(owner.release, job.folder)
+            jobs.tell_run(job.stage, job.folder, steps)
         checkpoints = Checkpoints(job.folder, job.program.graph, stage_cfg.keep_period)
         stack.callback(checkpoints.close)
         start = int(devices.from_main(np.asarray(checkpoints.latest() or 0)))
@@ -181,6 +204,7 @@ class _Trainer:
             if first:  # compiled by itself, so that the step does not need its memory on top of the compiler's
                 self._step = self._step.lower(self.state, batch, self._devices.flag()).compile()
                 host_memory.give_back()
+                watchdog.progress()
             # No array may come or go by the way: a hidden transfer would make every step wait for the host
             with jax.transfer_guard("disallow"):
                 self.state, out = self._step(self.state, batch, self._devices.flag())
@@ -214,6 +238,7 @@ class _Trainer:
             *values, stopped = jax.device_get(self._evaluate(self.state, batch, index, self._devices.flag())).tolist()
             if stop or stopped:
                 self._stop()
+            watchdog.progress()
             for name, value in zip(self._val_names, values, strict=True):
                 totals[name] = totals.get(name, 0.0) + value / len(self._validation)
         _check_finite(done, totals, "validation")
@@ -225,6 +250,7 @@ class _Trainer:
             return False
         (done, out, waited), self._pending = self._pending, None
         values, visited = jax.device_get(out)
+        watchdog.progress()
         *numbers, stop = values.tolist()
         metrics = dict(zip(self._names, numbers, strict=True))
         _check_finite(done, metrics, "training")
@@ -239,15 +265,23 @@ class _Trainer:
         self._telemetry.flush()
         self._checkpoints.save(self._done, self.state, self._telemetry.state())
         self._saved = self._done
+        watchdog.progress()
 
     def _stop(self) -> None:
         self._read()
         asked = time.perf_counter()
         self._save()
         self._checkpoints.wait()
-        seconds = round(time.perf_counter() - asked, 3)
-        self._telemetry.event("stop", step=self._done, signal=preemption.requested(), save_seconds=seconds)
-        preemption.raise_stopped(f"at step {self._done}, saved in {seconds:.1f} s")
+        seconds, grace = round(time.perf_counter() - asked, 3), jobs.grace_seconds()
+        told = {"save_seconds": seconds} | ({"grace_seconds": grace} if grace else {})
+        self._telemetry.event("stop", step=self._done, signal=preemption.requested(), **told)
+        of_grace = f" of {grace:.0f} s grace" if grace else ""
+        if grace and seconds > grace / 2 and self._devices.is_main:
+            print(
+                f"warning: saving took {seconds:.1f} s, more than half of the {grace:.0f} s grace: ask for more",
+                flush=True,
+            )
+        preemption.raise_stopped(f"at step {self._done}, saved in {seconds:.1f} s{of_grace}")
 
 
 _VALIDATION_SEED = 0x7A11D

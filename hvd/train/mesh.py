@@ -26,39 +26,34 @@ from jaxtyping import Array, Int
 from hvd.accelerators import MEMORY_FRACTION
 from hvd.configs import Experiment
 from hvd.errors import UserError
-from hvd.train import parameter_rules, preemption
+from hvd.train import parameter_rules, preemption, processes
 
 MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # share of a GPU that jax may take
-ENVIRONMENT = ("HVD_COORDINATOR", "HVD_NUM_PROCESSES", "HVD_PROCESS_ID")
 
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def initialize() -> None:
-    """Join the other processes, if the environment names any, before the first use of a device. May be called again.
+    """Join the other processes, if the environment names any (hvd.train.processes), before the first use of a device.
 
-    HVD_COORDINATOR (host:port), HVD_NUM_PROCESSES and HVD_PROCESS_ID must all be set, or none.
+    May be called again. A run that was promised GPUs (HVD_EXPECT_GPUS, set by batch scripts) and finds none is refused.
     """
     if not any(os.environ.get(name) for name in MEMORY_VARIABLES):
         os.environ[MEMORY_VARIABLES[0]] = str(MEMORY_FRACTION)  # what `hvd plan` counts on; jax itself takes 0.75
-    given = [name for name in ENVIRONMENT if os.environ.get(name)]
-    if not given or jax.distributed.is_initialized():
+    if jax.distributed.is_initialized() or (found := processes.group()) is None:
         return
-    missing = [name for name in ENVIRONMENT if name not in given]
-    if missing:
-        raise UserError(
-            f"{missing[0]} is not set, but {given[0]} is: a group of processes needs {', '.join(ENVIRONMENT)}"
-        )
-    try:
-        count, index = int(os.environ["HVD_NUM_PROCESSES"]), int(os.environ["HVD_PROCESS_ID"])
-    except ValueError as error:
-        raise UserError(f"HVD_NUM_PROCESSES and HVD_PROCESS_ID must be whole numbers: {error}") from error
-    if not 0 <= index < count:
-        raise UserError(f"HVD_PROCESS_ID {index} is not below HVD_NUM_PROCESSES {count}")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # jax's own preemption service would take SIGTERM away from us
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(os.environ["HVD_COORDINATOR"], count, index, cluster_detection_method="deactivate")
+    jax.distributed.initialize(
+        found.coordinator,
+        found.count,
+        found.index,
+        local_device_ids=found.local_devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=processes.COLD_START_SECONDS,
+        shutdown_timeout_seconds=60,
+    )
 
 
 def use_compilation_cache(runs_dir: str) -> None:
@@ -175,8 +170,18 @@ def start(cfg: Experiment, *, fsdp: int | None = None) -> Devices:
     if cfg.deterministic:
         be_deterministic()
     initialize()
+    check_gpus()
     use_compilation_cache(cfg.runs_dir)
     return make_devices(cfg.fsdp_devices if fsdp is None else fsdp, nodes=_nodes())
+
+
+def check_gpus() -> None:
+    """UserError where the job was given GPUs and jax has found none: it would train on the CPU without a word."""
+    if os.environ.get("HVD_EXPECT_GPUS", "0") not in ("", "0") and jax.default_backend() != "gpu":
+        raise UserError(
+            f"the job has GPUs, but jax finds none (its platform is {jax.default_backend()!r}): install hvd[cuda12] "
+            "and look at nvidia-smi on the node, or ask for no GPUs (--accelerator cpu)"
+        )
 
 
 def be_deterministic() -> None:

@@ -19,6 +19,7 @@ from hvd.train import (
     flops,
     gradients,
     inference,
+    job,
     loop,
     mesh,
     preemption,
@@ -105,6 +106,7 @@ def main(cfg: Experiment, overwrite: bool = False) -> None:
 
 def _main(cfg: Experiment, overwrite: bool) -> None:
     folder, own = cfg.policy_dir, cfg.policy
+    overwrite = overwrite and not job.has_begun(folder)
 
     # --- what can be refused before anything heavy; rule 1: only on a complete value run
     weighted = own.weighting != "none"

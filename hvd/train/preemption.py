@@ -8,13 +8,13 @@ does not end at once in the warm-up either, since the others would wait for it; 
 """
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
 from hvd.errors import Stopped
+from hvd.train import processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -25,7 +25,7 @@ _deferring: list[None] = []
 
 def _on_signal(number: int, frame: object) -> None:
     _received.append(signal.Signals(number).name)
-    if not _deferring and os.environ.get("HVD_NUM_PROCESSES", "1") == "1":
+    if not _deferring and not processes.several():
         raise_stopped("before the first step")
 
 

@@ -6,6 +6,7 @@
     metrics.jsonl      one line a logged step; tb/ holds the same for TensorBoard
     checkpoints/STEP/  Orbax: params (for inference), train_state, loop
     complete.json      written last (hvd.train.complete)
+    owner.json         which job works on it now (hvd.train.owner)
 
 Imports no jax: launchers and `hvd verify` read run folders too. Folders may be remote (gs://...): etils.epath.
 """
@@ -35,6 +36,7 @@ CONFIG = "config.yaml"
 NORM_STATS = "norm_stats.json"
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
+OWNER = "owner.json"
 
 # Fields of a stage that may change while it is the same run: how long, how often, what is written.
 _LOOSE_STAGE = {
@@ -237,7 +239,8 @@ def _check_deletable(path: epath.Path) -> None:
         return
     if not path.is_dir():
         raise UserError(f"{path} is a file, not a run directory: --overwrite does not delete it")
-    if any(path.iterdir()) and read(path) is None:
+    held = [entry.name for entry in path.iterdir() if OWNER not in entry.name]
+    if held and read(path) is None:
         raise UserError(f"{path} is not a run directory (it has no {CONFIG}): --overwrite does not delete it")
 
 
@@ -249,7 +252,7 @@ def delete(run_dir: os.PathLike | str) -> None:
         return
     (path / COMPLETE).unlink(missing_ok=True)
     for entry in path.iterdir():
-        if entry.name == CONFIG:
+        if entry.name == CONFIG or OWNER in entry.name:  # who deletes it owns it
             continue
         if entry.is_dir():
             entry.rmtree()

@@ -95,26 +95,55 @@ def fake(folder: Path, name: str, script: str) -> None:
     "programs, said",
     [
         ({}, ""),
-        ({"sbatch": "exit 0"}, "slurm (sbatch) found but not built yet"),
+        ({"scontrol": "exit 1"}, ""),  # Slurm's programs are there, a cluster is not
         ({"kubectl": "echo my-cluster"}, "kubernetes (kubectl has a context) found but not built yet"),
         ({"kubectl": "exit 1"}, ""),
     ],
 )
-def test_auto_is_this_machine_and_says_what_it_found(tmp_path, monkeypatch, capsys, programs, said):
-    for name, script in programs.items():
+def test_auto_is_this_machine_where_there_is_no_cluster(tmp_path, monkeypatch, capsys, programs, said):
+    for name, script in {"scontrol": "exit 1", **programs}.items():
         fake(tmp_path / "bin", name, script)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin") + ":/usr/bin:/bin" if programs else str(tmp_path))
-    if programs.keys() <= {"sbatch"} and os.path.exists("/usr/bin/kubectl"):
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin" if programs else str(tmp_path))
+    if programs.keys() <= {"scontrol"} and os.path.exists("/usr/bin/kubectl"):
         monkeypatch.setattr(submit, "kubernetes_context", lambda: False)
     assert submit.choose_cluster("auto") == "local"
     printed = capsys.readouterr().out
     assert said in printed and bool(printed) == bool(said)
 
 
-def test_options_of_the_launcher_and_of_the_config_are_told_apart():
-    options, rest = submit.parse(["--stage", "value", "--seed", "3", "--dry-run", "--exp_name=x", "--nodes", "2"])
+def test_auto_is_slurm_where_it_answers_but_not_inside_a_job(tmp_path, monkeypatch):
+    fake(tmp_path / "bin", "scontrol", "[ $1 = ping ]")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(submit, "kubernetes_context", lambda: False)
+    assert submit.choose_cluster("auto") == "slurm"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert submit.choose_cluster("auto") == "local"
+
+
+def test_options_of_the_launcher_of_the_site_and_of_the_config_are_told_apart():
+    argv = [
+        "--stage",
+        "value",
+        "--seed",
+        "3",
+        "--dry-run",
+        "--exp_name=x",
+        "--nodes",
+        "2",
+        "--slurm.gpus-per-node",
+        "4",
+    ]
+    options, rest, for_site = submit.parse(argv)
     assert options == submit.Submit(stage="value", nodes=2, dry_run=True)
     assert rest == ["--seed", "3", "--exp_name", "x"]
+    assert [(flag.field, flag.values) for flag in for_site] == [("gpus_per_node", ("4",))]
+
+
+@pytest.mark.parametrize("flags", [("--slurm.time", "1:00"), ("--after", "17")])
+def test_what_is_for_slurm_is_refused_elsewhere(capsys, flags):
+    assert submit.main(["--stage", "value", "--cluster", "local", *flags]) == 2
+    assert f"{flags[0]} is for --cluster slurm" in capsys.readouterr().err
 
 
 def test_devices_are_counted_without_jax(monkeypatch):

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 
 from hvd.errors import Stopped, UserError
 from hvd.experiments import get_config
-from hvd.train import mesh, policy, preemption, state
+from hvd.train import mesh, policy, preemption, processes, state
 from hvd.train.mesh import Devices
 
 
@@ -135,7 +135,7 @@ def test_mistakes():
     ],
 )
 def test_half_an_environment(monkeypatch, values, message):
-    for name, value in zip(mesh.ENVIRONMENT, values, strict=True):
+    for name, value in zip(processes.ENVIRONMENT, values, strict=True):
         if value is not None:
             monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):

@@ -1,0 +1,292 @@
+"""The folders of submitted jobs, and how far the runs are that they train.
+
+    slurm/jobs/ID.log        what the job printed, all its starts
+    slurm/jobs/ID/job.json   from the launcher: stage, options, run folder, the job it waits for
+    slurm/jobs/ID/run.json   from the trainer, once it starts: run folder, steps
+    slurm/jobs/ID/restarts   one line a restart: time, number, cause, text
+    slurm/jobs/ID/end        one line when the job ended for good: time, exit code, text
+
+Each of them may be missing, or be half written: a job of plain sbatch has no job.json, a killed one no end.
+"""
+
+import datetime
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hvd.errors import UserError
+
+JOBS_DIR = "HVD_JOBS_DIR"
+_DEFAULT = Path("slurm/jobs")
+_ID = re.compile(r"[0-9]{1,18}")
+_TAIL = 64 << 10
+
+
+@dataclass(frozen=True)
+class End:
+    """The job's own last word."""
+
+    time: datetime.datetime | None
+    exit_code: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the folder says of a job; "" and None for what it does not.
+
+    Attributes:
+        cluster: whom to ask about it; "slurm" where nobody said.
+        after: ids of the jobs that it waits for.
+        causes: of its restarts: cause -> how often.
+        steps: how many the trainer was told to do.
+        base: the folder that `run_dir` is relative to.
+    """
+
+    id: str
+    log: Path
+    base: Path
+    cluster: str = "slurm"
+    stage: str = ""
+    name: str = ""
+    exp_dir: str = ""
+    run_dir: str = ""
+    submitted: str = ""
+    after: tuple[str, ...] = ()
+    steps: int | None = None
+    causes: Mapping[str, int] = field(default_factory=dict)
+    end: End | None = None
+
+    @property
+    def experiment(self) -> str:
+        return self.run_dir or self.exp_dir
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the job's run is: the run's, whichever of its jobs brought it there.
+
+    Attributes:
+        step_s: seconds of a step, of the last line of metrics.jsonl.
+        checkpoint: last saved step.
+    """
+
+    step: int | None = None
+    total: int | None = None
+    step_s: float | None = None
+    checkpoint: int | None = None
+    complete: bool = False
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to the last step at the last rate."""
+        if self.step is None or self.total is None or self.step_s is None:
+            return None
+        return max(0, self.total - self.step) * self.step_s
+
+
+def folder(given: str = "") -> Path:
+    """The jobs folder: --jobs-dir, else $HVD_JOBS_DIR, else slurm/jobs here."""
+    return Path(given or os.environ.get(JOBS_DIR) or _DEFAULT)
+
+
+def is_id(text: str) -> bool:
+    return bool(_ID.fullmatch(text))
+
+
+def ids(jobs: Path) -> list[str]:
+    """Ids that have a folder or a log, oldest first; [] where there is no jobs folder.
+
+    UserError where it cannot be read.
+    """
+    try:
+        names = [entry.name for entry in os.scandir(jobs)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{jobs}: cannot be read as a folder of jobs ({error.strerror})") from None
+    found = {name.removesuffix(".log") for name in names}
+    return sorted((name for name in found if is_id(name)), key=int)
+
+
+def read(jobs: Path, job: str) -> Job:
+    """What the folder says of the job. Never fails: what is missing, half written or not ours is left out."""
+    place = jobs / job
+    said, run = _json(place / "job.json"), _json(place / "run.json")
+    return Job(
+        id=job,
+        log=jobs / f"{job}.log",
+        base=base(jobs),
+        cluster=_text(said, "cluster") or "slurm",
+        stage=_text(run, "stage") or _text(said, "stage"),
+        name=_text(said, "name"),
+        exp_dir=_text(said, "exp_dir"),
+        run_dir=_text(run, "run_dir") or _text(said, "run_dir"),
+        submitted=_text(said, "submitted"),
+        after=tuple(re.findall(r"[0-9]+", _text(said, "after"))),
+        steps=_number(run, "steps"),
+        causes=_causes(place / "restarts"),
+        end=_end(place / "end"),
+    )
+
+
+def last_sign(jobs: Path, job: Job) -> datetime.datetime | None:
+    """When the job ended, by its own word; else when it last left a trace."""
+    if job.end is not None and job.end.time is not None:
+        return job.end.time
+    times = []
+    for path in (job.log, jobs / job.id):
+        try:
+            times.append(path.stat().st_mtime)
+        except OSError:
+            continue
+    return datetime.datetime.fromtimestamp(max(times), datetime.UTC) if times else None
+
+
+def progress(job: Job) -> Progress:
+    """How far its run is, by the run's folder; Progress() where the job trains none or has not begun."""
+    if not job.run_dir:
+        return Progress(total=job.steps)
+    if "://" in job.run_dir:
+        return _remote_progress(job)
+    run = job.base / job.run_dir
+    line = _last_train_line(run / "metrics.jsonl")
+    return Progress(
+        step=_number(line, "step"),
+        total=job.steps if job.steps is not None else _configured_steps(str(run), job.stage),
+        step_s=_rate(line),
+        checkpoint=_last_number(run / "checkpoints"),
+        complete=(run / "complete.json").is_file(),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- job's folder
+
+
+def base(jobs: Path) -> Path:
+    """Where the job was submitted, if slurm/jobs is where it usually is; else here."""
+    absolute = Path(os.path.abspath(jobs))  # not resolve(): slurm/jobs may be a link to a larger disk
+    return absolute.parents[1] if absolute.parts[-2:] == _DEFAULT.parts else Path.cwd()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(data: Mapping[str, Any], key: str) -> str:
+    value = data.get(key)
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+
+
+def _number(data: Mapping[str, Any], key: str) -> int | None:
+    value = data.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return []
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _causes(path: Path) -> dict[str, int]:
+    words = [line.split() for line in _lines(path)]
+    return dict(Counter(line[2] for line in words if len(line) > 2))
+
+
+def _end(path: Path) -> End | None:
+    for line in reversed(_lines(path)):
+        when, code, text = [*line.split(maxsplit=2), "", ""][:3]
+        if re.fullmatch(r"[0-9]{1,3}", code):
+            return End(_time(when), int(code), text.strip())
+    return None
+
+
+def _time(text: str) -> datetime.datetime | None:
+    try:
+        return datetime.datetime.fromisoformat(text).astimezone(datetime.UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------- run's folder
+
+
+def _last_train_line(path: Path) -> dict[str, Any]:
+    """Read from the end: the file of a long run has many megabytes."""
+    try:
+        with path.open("rb") as file:
+            size, want = file.seek(0, os.SEEK_END), _TAIL
+            while True:
+                file.seek(max(0, size - want))
+                found = _last_train(file.read(want))
+                if found or want >= size:
+                    return found
+                want *= 8
+    except OSError:
+        return {}
+
+
+def _last_train(data: bytes) -> dict[str, Any]:
+    for text in reversed(data.splitlines()):
+        try:
+            line = json.loads(text)
+        except ValueError:  # the line that is being written, or the first one of the part that was read
+            continue
+        if isinstance(line, dict) and line.get("split") == "train":
+            return line
+    return {}
+
+
+def _rate(line: Mapping[str, Any]) -> float | None:
+    value = line.get("time/step_s")
+    return float(value) if isinstance(value, int | float) and 0 < value < float("inf") else None
+
+
+def _last_number(path: Path) -> int | None:
+    try:
+        return max((int(entry.name) for entry in os.scandir(path) if is_id(entry.name)), default=None)
+    except OSError:
+        return None
+
+
+def _configured_steps(run: str, stage: str) -> int | None:
+    """num_train_steps of config.yaml, where the trainer has not said it."""
+    from hvd.train import run_dir as runs
+
+    try:
+        record = runs.read(run)
+        return None if record is None else getattr(record.config, stage or record.stage).num_train_steps
+    except (UserError, OSError, ValueError, AttributeError):  # another version's; the table goes without
+        return None
+
+
+def _remote_progress(job: Job) -> Progress:
+    """The same of gs:// and s3://."""
+    from etils import epath
+
+    try:
+        run = epath.Path(job.run_dir)
+        metrics, saved = run / "metrics.jsonl", run / "checkpoints"
+        line = _last_train(metrics.read_bytes()) if metrics.exists() else {}
+        steps = [int(entry.name) for entry in saved.iterdir() if is_id(entry.name)] if saved.exists() else []
+        return Progress(
+            step=_number(line, "step"),
+            total=job.steps if job.steps is not None else _configured_steps(job.run_dir, job.stage),
+            step_s=_rate(line),
+            checkpoint=max(steps, default=None),
+            complete=(run / "complete.json").exists(),
+        )
+    except Exception:  # no library for it, no credentials, no network: each has its own errors; a table is no place
+        return Progress(total=job.steps)

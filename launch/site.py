@@ -1,0 +1,148 @@
+"""What jobs ask a Slurm site for: slurm/site.toml, on top of it the user's own file, on top of that the flags."""
+
+import dataclasses
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hvd import overrides
+from hvd.accelerators import get as get_accelerator
+from hvd.errors import UserError, nearest
+
+SITE_FILE = Path("slurm") / "site.toml"  # of the working directory, which is the checkout
+JOBS_DIR = Path("slurm") / "jobs"
+
+
+@dataclass(frozen=True)
+class Site:
+    """The fields of site.toml; slurm/site.toml says what each means and has the same defaults (a test compares)."""
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    reservation: str = ""
+    exclude: str = ""
+    time: str = "1-00:00:00"
+    exclusive: bool = False
+    requeue: bool = True
+    gpus_per_node: int = 8
+    gres_type: str = ""
+    gpu: str = ""
+    tasks_per_node: int = 1
+    cpus_per_gpu: int = 12
+    mem_per_gpu: str = "100G"
+    cpus: int = 2
+    mem: str = "6G"
+    grace: int = 300
+    node_failures: int = 3
+    container: Literal["pyxis", "apptainer", "none"] = "none"
+    image: str = ""
+    mounts: tuple[str, ...] = ()
+    command: str = ""
+    setup: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+
+def load(flags: Sequence[overrides.Flag] = ()) -> Site:
+    """The site's settings. `flags`: the user's, without their prefix `slurm.`.
+
+    Raises:
+        UserError: a file that cannot be read, an unknown name, a value of a wrong kind or one that makes no sense.
+    """
+    site = Site()
+    for path in (SITE_FILE, user_file()):
+        if path.is_file():
+            site = read(path, site)
+    site = overrides.apply(site, flags)
+    check(site)
+    return site
+
+
+def user_file() -> Path:
+    given = os.environ.get("HVD_SITE")
+    if given and not Path(given).is_file():
+        raise UserError(f"HVD_SITE {given} is no file")
+    return Path(given) if given else Path("~/.config/hvd/site.toml").expanduser()
+
+
+def read(path: Path, site: Site) -> Site:
+    """`site` with what the file sets."""
+    try:
+        data = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    kinds = typing.get_type_hints(Site)
+    for name, value in data.items():
+        if name not in kinds:
+            raise UserError(f"{path}: unknown setting {name!r}{nearest(name, kinds)}")
+        data[name] = _typed(kinds[name], value, f"{path}: {name}")
+    return dataclasses.replace(site, **data)
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise UserError(f"{where} needs a list of texts, has {value!r}")
+        return tuple(value)
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise UserError(f"{where} {value!r} is not one of {', '.join(typing.get_args(kind))}")
+        return value
+    if type(value) is not kind:
+        needs = {str: "a text", int: "a whole number", bool: "true or false"}[kind]
+        raise UserError(f"{where} needs {needs}, has {value!r}")
+    return value
+
+
+def check(site: Site) -> None:
+    """Raise UserError for a setting that no cluster could mean."""
+    for name in ("tasks_per_node", "cpus_per_gpu", "cpus"):
+        if getattr(site, name) < 1:
+            raise UserError(f"slurm.{name} {getattr(site, name)} must be at least 1")
+    for name in ("gpus_per_node", "node_failures", "grace"):
+        if getattr(site, name) < 0:
+            raise UserError(f"slurm.{name} {getattr(site, name)} must not be negative")
+    for name in ("mem", "mem_per_gpu"):
+        if not re.fullmatch(r"\d+[KMGT]?", getattr(site, name)):
+            raise UserError(f"slurm.{name} {getattr(site, name)!r} is no size such as 64G")
+    if site.gpus_per_node and site.gpus_per_node % site.tasks_per_node:
+        raise UserError(
+            f"slurm.tasks_per_node {site.tasks_per_node} does not divide slurm.gpus_per_node {site.gpus_per_node}"
+        )
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED", site.time):
+        raise UserError(f"slurm.time {site.time!r} is no time such as 4:00:00 or 2-12:00:00")
+    limit = seconds(site.time)
+    if limit is not None and site.grace >= limit:
+        raise UserError(f"slurm.grace {site.grace} s is not less than slurm.time {site.time}")
+    if site.container != "none" and not site.image:
+        raise UserError(f"slurm.container {site.container} needs slurm.image")
+    if site.gpu:
+        get_accelerator(site.gpu)
+    words = [getattr(site, f.name) for f in dataclasses.fields(site) if f.type is str and f.name != "command"]
+    for text in [*words, *site.extra, *site.mounts]:
+        if "\n" in text or re.search(r"[\s'\"`$;&|<>()\\]", text):
+            raise UserError(f"slurm settings: {text!r} holds a character that a batch script does not take")
+    for text in (site.command, *site.setup):
+        if "\n" in text:
+            raise UserError(f"slurm settings: {text!r} is more than one line")
+
+
+def seconds(time: str) -> int | None:
+    """Of Slurm's time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]; None = none."""
+    if time == "UNLIMITED":
+        return None
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, secs = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, secs = parts
+    else:
+        hours, minutes, secs = 0, *[*parts, 0][:2]
+    return int(days or 0) * 86_400 + hours * 3_600 + minutes * 60 + secs

@@ -1,0 +1,104 @@
+"""Settings of a Slurm site: where they come from, and what is refused."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hvd import overrides
+from hvd.errors import UserError
+from launch import site
+from launch.site import Site
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """(working directory, home), both empty."""
+    work, home = tmp_path / "work", tmp_path / "home"
+    for folder in (work / "slurm", home / ".config" / "hvd"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("HVD_SITE", raising=False)
+    return work, home
+
+
+def test_the_shipped_file_has_every_setting_with_its_default():
+    shipped = tomllib.loads((ROOT / site.SITE_FILE).read_text())
+    defaults = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(Site()).items()}
+    assert shipped == defaults
+    site.check(Site())
+
+
+def test_later_sources_win(folders, monkeypatch):
+    work, home = folders
+    assert site.load() == Site()
+    (work / "slurm" / "site.toml").write_text(
+        'partition = "a"\nmem = "1G"\ntime = "1:00:00"\nsetup = ["module load x"]'
+    )
+    (home / ".config" / "hvd" / "site.toml").write_text('partition = "b"\nmem = "2G"')
+    flags = overrides.split_flags(["--partition", "c", "--no-requeue", "--extra", "--nice=5"])
+    flags = [dataclasses.replace(flag, field=flag.field) for flag in flags]
+    found = site.load([flag for flag in flags if flag.field in ("partition", "no_requeue")])
+    assert (found.partition, found.mem, found.time) == ("c", "2G", "1:00:00")
+    assert found.setup == ("module load x",) and not found.requeue
+    other = home / "other.toml"
+    other.write_text('qos = "q"')
+    monkeypatch.setenv("HVD_SITE", str(other))
+    assert site.load().qos == "q" and site.load().partition == "a"
+    monkeypatch.setenv("HVD_SITE", str(home / "none.toml"))
+    with pytest.raises(UserError, match="is no file"):
+        site.load()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("partion = 'x'", "unknown setting 'partion'; nearest: partition"),
+        ("cpus = '2'", "cpus needs a whole number, has '2'"),
+        ("cpus = true", "cpus needs a whole number, has True"),
+        ("requeue = 1", "requeue needs true or false"),
+        ("setup = 'x'", "setup needs a list of texts"),
+        ("container = 'docker'", "container 'docker' is not one of pyxis, apptainer, none"),
+        ("partition = ", "Invalid value"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_file(folders, text, message):
+    path = folders[0] / "slurm" / "site.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        site.load()
+    assert str(error.value).startswith("slurm/site.toml: ")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tasks_per_node": 0}, "slurm.tasks_per_node 0 must be at least 1"),
+        ({"tasks_per_node": 3}, "does not divide slurm.gpus_per_node 8"),
+        ({"gpus_per_node": -1}, "must not be negative"),
+        ({"mem": "64GB"}, "slurm.mem '64GB' is no size"),
+        ({"time": "an hour"}, "is no time"),
+        ({"time": "5"}, "slurm.grace 300 s is not less than slurm.time 5"),
+        ({"container": "pyxis"}, "needs slurm.image"),
+        ({"gpu": "h10"}, "unknown device 'h10'"),
+        ({"partition": "a\n#SBATCH --uid=0"}, "holds a character"),
+        ({"extra": ("--wrap=$(id)",)}, "holds a character"),
+        ({"setup": ("a\nb",)}, "more than one line"),
+    ],
+)
+def test_settings_that_no_cluster_could_mean(changes, message):
+    with pytest.raises(UserError) as error:
+        site.check(dataclasses.replace(Site(), **changes))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "time, want",
+    [("30", 1800), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-2:03:04", 93784), ("UNLIMITED", None)],
+)
+def test_times(time, want):
+    assert site.seconds(time) == want

@@ -1,0 +1,344 @@
+"""What a run has to do with its scheduler: finding its companions, telling how it ended, owning its folder, hanging."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from hvd import cli
+from hvd.errors import EXIT_HUNG, EXIT_LOST, Lost, UserError
+from hvd.jobs import slurm as slurm_queue
+from hvd.train import job, loop, mesh, owner, processes
+from hvd.train import run_dir as runs
+from hvd.train.processes import Group
+from tests.train import factory
+
+STEP = {
+    "SLURM_JOB_ID": "1000",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+PORT = 12_288 + (1000 * 31 + 2) % 20_480
+
+
+# ------------------------------------------------------------------------------------------------- finding companions
+
+
+@pytest.mark.parametrize(
+    "changes, want",
+    [
+        ({}, Group(f"gpu003:{PORT}", 4, 3)),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, Group(f"gpu003:{PORT}", 4, 3, (1,))),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, Group(f"gpu003:{PORT}", 4, 3, (2, 3))),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, Group(f"gpu003:{PORT}", 4, 3)),  # Slurm has divided them
+        (
+            {"SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_LOCALID": "0", "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
+            Group(f"gpu003:{PORT}", 4, 3),  # alone on its node: all of its devices
+        ),
+        ({"SLURM_STEP_NODELIST": "login1"}, Group(f"login1:{PORT}", 4, 3)),
+        ({"SLURM_STEP_NODELIST": "a-[7,9]-ib,b1"}, Group(f"a-7-ib:{PORT}", 4, 3)),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"HVD_COORDINATOR": "h:1", "HVD_NUM_PROCESSES": "2", "HVD_PROCESS_ID": "0"}, Group("h:1", 2, 0)),
+    ],
+)
+def test_the_tasks_of_a_step_are_the_processes_of_a_run(changes, want):
+    assert processes.group(STEP | changes) == want
+    assert processes.several(STEP | changes) == (want is not None)
+
+
+def test_a_batch_script_is_not_a_step():
+    env = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_NODELIST": "a[1-4]"}
+    assert processes.group(env) is None and not processes.several(env) and processes.rank(env) == 0
+
+
+def test_steps_and_jobs_have_ports_of_their_own():
+    ports = {
+        processes.group(STEP | {"SLURM_JOB_ID": str(j), "SLURM_STEP_ID": str(s)}) for j in range(50) for s in (0, 1)
+    }
+    assert len(ports) == 100
+
+
+def test_gpus_that_cannot_be_divided():
+    with pytest.raises(UserError, match="3 GPUs of a node cannot be divided among its 2 tasks"):
+        processes.group(STEP | {"CUDA_VISIBLE_DEVICES": "0,1,2"})
+
+
+def test_a_job_with_gpus_refuses_to_train_on_the_cpu(monkeypatch):
+    mesh.check_gpus()
+    monkeypatch.setenv("HVD_EXPECT_GPUS", "1")
+    with pytest.raises(UserError, match=r"jax finds none \(its platform is 'cpu'\)"):
+        mesh.check_gpus()
+
+
+# ------------------------------------------------------------------------------------------------ telling how it ended
+
+
+@pytest.mark.parametrize("argv, code", [(["configs"], 0), (["nonsense"], 2)])
+def test_a_process_leaves_its_exit_code(tmp_path, argv, code):
+    env = os.environ | STEP | {"HVD_JOB_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "hvd.cli", *argv], env=env, capture_output=True, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "exit" / "3").read_text() == f"{code}\n"
+
+
+FAILS = """
+    import sys
+    from hvd import cli
+    def fail(argv):
+        raise {error}
+    cli.run = fail
+    cli.command()
+"""
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (
+            "RuntimeError('FAILED_PRECONDITION: Gloo all-reduce failed: Connection closed by peer [10.0.0.1]')",
+            75,
+            "lost: ",
+        ),
+        ("RuntimeError('a bug')", 1, "RuntimeError: a bug"),
+        ("ValueError('NCCL is a word')", 1, "ValueError"),
+        ("__import__('hvd.errors').errors.Lost('slurmctld')", 75, "lost: slurmctld"),
+    ],
+)
+def test_a_lost_companion_is_told_from_a_bug(tmp_path, error, code, said):
+    env = os.environ | STEP | {"HVD_JOB_DIR": str(tmp_path)}
+    program = textwrap.dedent(FAILS).format(error=error)
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, (tmp_path / "exit" / "3").read_text()) == (code, f"{code}\n"), done.stderr
+    assert said in done.stderr
+
+
+def test_alone_there_is_nobody_to_lose(monkeypatch):
+    monkeypatch.delenv("HVD_NUM_PROCESSES", raising=False)
+    assert processes.lost_companion(RuntimeError("Gloo: Connection closed by peer")) is None
+
+
+def test_a_restart_does_not_overwrite_what_its_job_has_begun(tmp_path, monkeypatch):
+    assert not job.has_begun("runs/x/value")
+    job.tell_begun("runs/x/value")
+    assert not job.has_begun("runs/x/value"), "without a job nothing is kept"
+    monkeypatch.setenv("HVD_JOB_DIR", str(tmp_path))
+    job.tell_begun("runs/x/value")
+    assert job.has_begun("runs/x/value") and not job.has_begun("runs/x/policy")
+
+
+# ------------------------------------------------------------------------------------------------- owning a run folder
+
+
+@pytest.fixture
+def other():
+    """Another living process of this machine, as an owner."""
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        started = owner._started(process.pid) or ""
+        yield dataclasses.replace(owner.myself({}), pid=process.pid, started=started), process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def hold(folder, held):
+    folder.mkdir(exist_ok=True)
+    (folder / runs.OWNER).write_text(json.dumps(dataclasses.asdict(held)))
+
+
+def test_a_folder_is_claimed_once_and_released(tmp_path, other):
+    folder = tmp_path / "run"
+    owner.claim(folder)
+    owner.claim(folder)  # the same process again: a later step
+    assert json.loads((folder / runs.OWNER).read_text())["pid"] == os.getpid()
+    owner.release(folder)
+    assert not list(folder.iterdir())
+    held, process = other
+    hold(folder, held)
+    with pytest.raises(UserError, match=f"is being worked on by process {process.pid} on {socket.gethostname()}: wait"):
+        owner.claim(folder)
+    owner.release(folder)
+    assert (folder / runs.OWNER).exists(), "it is not ours to release"
+    process.kill()
+    process.wait()
+    owner.claim(folder)  # a dead one's
+    assert [path.name for path in folder.iterdir()] == [runs.OWNER]
+
+
+def test_a_process_id_that_came_again_is_another_process(tmp_path, other):
+    hold(tmp_path, dataclasses.replace(other[0], started="1"))
+    owner.claim(tmp_path)
+
+
+def test_a_process_of_another_machine_is_believed_to_live(tmp_path, other):
+    hold(tmp_path, dataclasses.replace(other[0], machine="elsewhere", host="far"))
+    with pytest.raises(UserError, match=r"process \d+ on far.*if it is gone for good, delete .*owner.json"):
+        owner.claim(tmp_path)
+
+
+@pytest.mark.parametrize("alive", [True, False, None])
+def test_a_job_is_asked_of_slurm_and_not_of_the_clock(tmp_path, monkeypatch, other, alive):
+    monkeypatch.setattr(slurm_queue, "alive", lambda number: {"77": alive}[number])
+    monkeypatch.delenv("HVD_LIVE_JOBS", raising=False)
+    hold(tmp_path, dataclasses.replace(other[0], job="77", host="gpu7"))
+    if alive is None:
+        with pytest.raises(Lost, match="Slurm cannot be asked"):
+            owner.claim(tmp_path)
+    elif alive:
+        with pytest.raises(UserError, match="is being worked on by Slurm job 77 on gpu7: wait for it"):
+            owner.claim(tmp_path)
+    else:
+        owner.claim(tmp_path)
+
+
+def test_in_a_container_the_batch_script_has_asked(tmp_path, monkeypatch, other):
+    hold(tmp_path, dataclasses.replace(other[0], job="77", host="gpu7"))
+    monkeypatch.setenv("HVD_LIVE_JOBS", "1 77 8")
+    with pytest.raises(UserError, match="job 77"):
+        owner.claim(tmp_path)
+    monkeypatch.setenv("HVD_LIVE_JOBS", "1 777 8")
+    owner.claim(tmp_path)
+
+
+def test_a_requeued_job_is_the_same_owner_on_another_node(tmp_path, monkeypatch, other):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "c")
+    hold(tmp_path, dataclasses.replace(other[0], job="77", cluster="c", machine="x", host="gpu9"))
+    owner.claim(tmp_path)
+    hold(tmp_path, dataclasses.replace(other[0], job="77", cluster="d", machine="x", host="gpu9"))
+    with pytest.raises(UserError, match="job 77 on gpu9"):
+        owner.claim(tmp_path)
+
+
+def test_of_many_that_find_a_dead_owner_one_gets_the_folder(tmp_path, other):
+    held, process = other
+    process.kill()
+    process.wait()
+    hold(tmp_path / "run", held)
+    code = (
+        f"import time; from hvd.train import owner; owner.claim({str(tmp_path / 'run')!r}); "
+        "print('mine', flush=True); time.sleep(30)"
+    )
+    racers = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    try:
+        deadline = time.monotonic() + 60
+        while sum(r.poll() is not None for r in racers) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        losers = [r for r in racers if r.poll() is not None]
+        assert all("is being worked on by" in r.communicate()[1] for r in losers) and len(losers) == 5
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()
+
+
+def test_a_damaged_claim_is_named(tmp_path):
+    (tmp_path / runs.OWNER).write_text("{}")
+    with pytest.raises(UserError, match=r"owner.json is damaged .*delete it"):
+        owner.claim(tmp_path)
+
+
+def test_overwriting_leaves_the_claim_and_a_claim_alone_is_no_run(tmp_path):
+    owner.claim(tmp_path)
+    runs.delete(tmp_path)
+    assert (tmp_path / runs.OWNER).exists()
+
+
+def test_training_refuses_a_folder_at_work(tmp_path, other, capsys):
+    factory.make_data(tmp_path)
+    cfg = factory.experiment(tmp_path)
+    hold_in = tmp_path / "runs" / "tiny" / "value"
+    hold_in.mkdir(parents=True)
+    hold(hold_in, other[0])
+    before = sorted(path.name for path in hold_in.rglob("*"))
+    with pytest.raises(UserError, match="is being worked on by process"):
+        from hvd.train import value
+
+        value.main(cfg)
+    assert sorted(path.name for path in hold_in.rglob("*")) == before, "nothing is touched"
+
+
+# -------------------------------------------------------------------------------------------------------------- hanging
+
+
+HANGS = """
+    import sys, threading, time
+    from hvd.train import watchdog
+    def somewhere_deep():
+        time.sleep(60)
+    with watchdog.watch({seconds}):
+        for _ in range({steps}):
+            time.sleep(0.3)
+            watchdog.progress()
+        somewhere_deep()
+"""
+
+
+def test_a_hang_prints_all_stacks_and_ends(tmp_path):
+    program = textwrap.dedent(HANGS).format(seconds=1.0, steps=6)
+    env = os.environ | STEP | {"HVD_JOB_DIR": str(tmp_path)}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == EXIT_HUNG
+    assert time.monotonic() - began > 1.8 + 1.0, "steps are progress"
+    assert "hang: no progress for" in done.stderr and "process 3 on" in done.stderr
+    assert "somewhere_deep" in done.stderr and "in _watch" in done.stderr
+    assert (tmp_path / "exit" / "3").read_text() == f"{EXIT_HUNG}\n"
+
+
+def test_a_watch_that_is_closed_lets_go():
+    program = (
+        textwrap.dedent(HANGS).format(seconds=0.8, steps=2).replace("\n    somewhere_deep()\n", "\ntime.sleep(2)\n")
+    )
+    assert program.endswith("\ntime.sleep(2)\n")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- the grace
+
+
+def test_a_save_is_measured_against_the_grace(tmp_path, monkeypatch, capsys):
+    from hvd.errors import Stopped
+    from hvd.train import preemption, value
+
+    factory.make_data(tmp_path)
+    monkeypatch.setenv("HVD_GRACE_SECONDS", "0.001")
+    real = loop.Checkpoints.save
+
+    def save(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", save)
+    with pytest.raises(Stopped, match=r"saved in .* s of 0 s grace"):
+        value.main(factory.experiment(tmp_path))
+    assert "more than half of the 0 s grace: ask for more" in capsys.readouterr().out
+    events = [json.loads(line) for line in (tmp_path / "runs/tiny/value/events.jsonl").read_text().splitlines()]
+    stop = next(event for event in events if event["event"] == "stop")
+    assert stop["grace_seconds"] == 0.001 and stop["save_seconds"] > 0
+    assert not (tmp_path / "runs/tiny/value" / runs.OWNER).exists(), "the folder is free again"
+    assert preemption.requested() is None
+
+
+def test_exit_codes_are_all_different():
+    codes = [cli.EXIT_COMPLETE, cli.EXIT_FAILED, cli.EXIT_USER, cli.EXIT_STOPPED, EXIT_LOST, EXIT_HUNG]
+    assert len(set(codes)) == 6
