@@ -160,7 +160,7 @@ if [ "$attempt" -gt 0 ]; then
   [ "$(lost)" -le "$node_failures" ] || end 1 "gave up after $(lost) node failures, killed or hung processes"
 fi
 rm -rf "$job/cause" "$job/end"
-echo "hvd: job $SLURM_JOB_ID, attempt $attempt on $SLURM_JOB_NODELIST: ${{options[*]}}"
+echo "hvd: job $SLURM_JOB_ID, attempt $attempt on $SLURM_JOB_NODELIST: ${{options[*]@Q}}"
 """
 
 _DECISIONS = """# --- what is decided when a step has failed

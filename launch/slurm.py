@@ -151,10 +151,11 @@ def submit(jobs: Sequence[Job], after: str = "") -> list[str]:
             waits_for = ids.get(job.after, after)
             ids[job.request.stage] = number = _hand_over(job, dependency(waits_for))
             _record(job, number, waits_for)
+    except OSError as error:
+        _take_back(list(ids.values()))
+        raise Failed(f"{error.filename or JOBS_DIR}: {error.strerror or error}") from error
     except BaseException:
-        if ids:
-            subprocess.run(["scancel", *ids.values()], check=False, timeout=_ANSWER_SECONDS)
-            print(f"cancelled again: job {', '.join(ids.values())}", file=sys.stderr)
+        _take_back(list(ids.values()))
         raise
     return list(ids.values())
 
@@ -170,10 +171,17 @@ def _hand_over(job: Job, options: Sequence[str]) -> str:
             return job.script
 
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            written.append(submission_file_path)
             return ["sbatch", *options, str(submission_file_path)]
 
+        @staticmethod
+        def _get_job_id_from_submission_command(string: bytes | str) -> str:
+            accepted.append(SlurmExecutor._get_job_id_from_submission_command(string))
+            return accepted[-1]
+
     JOBS_DIR.mkdir(parents=True, exist_ok=True)
-    before = set(JOBS_DIR.glob(".submission_file_*.sh"))
+    written: list[Path] = []  # not what a glob finds: that may be another submission's, on its way to sbatch
+    accepted: list[str] = []
     try:
         executor = Executor(folder=JOBS_DIR / "%j")
         executor.update_parameters(nodes=job.request.nodes, ntasks_per_node=job.site.tasks_per_node)
@@ -181,9 +189,18 @@ def _hand_over(job: Job, options: Sequence[str]) -> str:
     except FailedJobError as error:
         line = next((x for x in reversed(str(error).splitlines()) if "error" in x), str(error).strip() or repr(error))
         raise UserError(f"sbatch refuses the {job.request.stage} job: {line.removeprefix('sbatch: ')}") from error
+    except BaseException:
+        _take_back(accepted)  # the queue has it, and nobody would know
+        raise
     finally:
-        for link in set(JOBS_DIR.glob(".submission_file_*.sh")) - before:  # submitit leaves a link to the script
+        for link in written:  # submitit leaves a link to the script
             link.unlink(missing_ok=True)
+
+
+def _take_back(ids: Sequence[str]) -> None:
+    if ids:
+        subprocess.run(["scancel", *ids], check=False, timeout=_ANSWER_SECONDS)
+        print(f"cancelled again: job {', '.join(ids)}", file=sys.stderr)
 
 
 def _record(job: Job, number: str, after: str) -> None:

@@ -139,3 +139,14 @@ def test_without_sbatch(cluster, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     assert submit.main(["--stage", "value", "--cluster", "slurm"]) == 2
     assert "there is no sbatch here" in capsys.readouterr().err
+
+
+def test_what_slurm_has_accepted_is_taken_back_when_it_cannot_be_recorded(cluster, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "slurm/jobs/100")
+
+    monkeypatch.setattr(slurm, "_record", full)
+    assert submit.main(["--stage", "value"]) == 1
+    printed = capsys.readouterr().err
+    assert "cancelled again: job 100" in printed and "failed: slurm/jobs/100: No space left on device" in printed
+    assert calls(cluster)[-1] == "scancel 100"
