@@ -164,14 +164,17 @@ echo "hvd: job $SLURM_JOB_ID, attempt $attempt on $SLURM_JOB_NODELIST: ${{option
 """
 
 _DECISIONS = """# --- what is decided when a step has failed
-slurm() { (trap '' TERM && exec scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null); }
-cause() { # why the steps were asked to stop
+ask() { (trap '' TERM && exec "$@" 2>/dev/null); } # also when Slurm's SIGTERM comes in between
+slurm() { ask scontrol show job -o "$SLURM_JOB_ID"; }
+cause() { # why the steps were asked to stop, or Slurm ends the attempt
   local job_now end
   job_now=$(slurm)
   end=${job_now##* EndTime=}
   case $job_now in
     *" PreemptTime="[0-9]*) echo "preempted" ;;
-    *) if [ $(($(date -d "${end%% *}" +%s 2>/dev/null || echo 9999999999) - $(date +%s))) -le $((grace + 90)) ]; then
+    *) if [ -n "$(ask sinfo -h -N -n "$SLURM_JOB_NODELIST" -t down,fail,error -o %N)" ]; then
+         echo "node-failure"
+       elif [ $(($(date -d "${end%% *}" +%s 2>/dev/null || echo 9999999999) - $(date +%s))) -le $((grace + 90)) ]; then
          echo "time-limit"
        else
          echo "requeued"
@@ -183,8 +186,7 @@ trap 'echo "$(cause) ended by Slurm" >"$job/cause"' TERM
 again() { # CAUSE TEXT: back into the queue under the same id
   echo "$1 $2" >"$job/cause"
   echo "hvd: job $SLURM_JOB_ID goes back into the queue: $1, $2"
-  # Slurm's SIGTERM for this script may come before the answer, and would end the program that waits for it
-  if (trap '' TERM && exec scontrol requeue "$SLURM_JOB_ID"); then exit 143; fi
+  if ask scontrol requeue "$SLURM_JOB_ID"; then exit 143; fi
   end 143 "$1, $2; Slurm does not requeue it: submit it again to go on"
 }
 infrastructure() { # CAUSE TEXT: the same, so many times
@@ -207,6 +209,7 @@ verdict() { # STEP CODE TASKS: by what each process said; one that was killed ha
       exit 143 ;;
   esac
   if has 76; then infrastructure hang "$1 made no progress, see the stacks in the log"; fi
+  if [ "$2" = 134 ]; then infrastructure lost "$1: a process did not answer JAX's heartbeats"; fi
   if has 75; then infrastructure lost "$1 lost a process or a service"; fi
   [ -z "$saved" ] || again "$(cause)" "$1 has saved"
   infrastructure killed "$1: srun ended with $2"

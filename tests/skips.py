@@ -1,7 +1,7 @@
 """Which skips CI accepts: tests whose machine CI is not, and reference data that are not part of a checkout."""
 
 # Markers of tests that need what an ordinary CI machine lacks.
-MARKERS_CI_MAY_SKIP = ("gpu", "slurm", "kubernetes", "image")
+MARKERS_CI_MAY_SKIP = ("gpu", "kubernetes", "image")
 # Beginnings of reasons; see tests/folders.py: a clone without ../shared beside it has no golden arrays and no G1 data.
 REASONS_CI_MAY_SKIP = (
     "HVD_GOLDEN",
@@ -9,6 +9,7 @@ REASONS_CI_MAY_SKIP = (
     "got empty parameter set",
     # what the machine itself may lack, whatever is installed
     "no CUDA compiler",  # jax's CUDA plugin: 2.5 GB
+    "no Slurm here: namespaces and daemons need root",
     "one core only",
     "no OpenGL on this machine",
     "no user namespaces here",

@@ -13,7 +13,7 @@ from hvd.data import convert
 from hvd.plan import command as plan
 from hvd.plan import devices as plan_devices
 from hvd.serve import command as serve
-from launch import steps, submit
+from launch import site, steps, submit
 from tests.folders import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -62,12 +62,15 @@ def test_a_command_is_understood(command, capsys):
                 plan_devices.parse(options.devices, options.nodes)
         case ["hvd", "--help" | "configs" | "train-value", *rest] if not rest or "--help" in rest:
             assert cli.main(words[3:]) == 0
+        case ["hvd", "jobs", *args]:
+            assert cli.main(["jobs", *args, "--help"]) == 0
         case ["hvd", step, *args]:
             assert step in cli.STEPS
             args, _ = cli.take_overwrite(args)
             check_config(overrides.experiment(args))
         case ["python", "launch/submit.py", *args]:
-            options, rest, _ = submit.parse(args)
+            options, rest, for_site = submit.parse(args)
+            site.load(for_site)
             given = ["--config", options.config, *(["--data", options.data] if options.data else []), *rest]
             cfg = overrides.experiment(given)
             check_config(cfg)
@@ -88,12 +91,15 @@ def test_every_option_that_is_named_exists():
         for line in README.partition("## Coming from")[2].splitlines()
     ]
     text = README.partition("## Coming from")[0] + "\n".join(ours)
+    text = re.sub(r"sbatch .*", "", text)  # its options are Slurm's
+    known |= {f"slurm.{name}" for name in overrides.leaves(site.Site)}
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_.-]*[a-z0-9])", text))
     assert len(named) > 20
     unknown = {
         name for name in named if not {name.replace("-", "_"), name.replace("-", "_").removeprefix("no_")} & known
     }
     unknown -= set(cli.STEPS)  # arrows of the picture: recordings --convert--> dataset
+    unknown -= {"slurm.NAME", "slurm"}
     assert unknown <= {"value.batchsize"}, "the typing mistake that the README shows is the only unknown option"
 
 

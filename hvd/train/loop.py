@@ -204,7 +204,6 @@ class _Trainer:
             if first:  # compiled by itself, so that the step does not need its memory on top of the compiler's
                 self._step = self._step.lower(self.state, batch, self._devices.flag()).compile()
                 host_memory.give_back()
-                watchdog.progress()
             # No array may come or go by the way: a hidden transfer would make every step wait for the host
             with jax.transfer_guard("disallow"):
                 self.state, out = self._step(self.state, batch, self._devices.flag())

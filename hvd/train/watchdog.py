@@ -20,23 +20,30 @@ from hvd.train import job, processes
 _LAST_WORDS_SECONDS = 5.0  # the first process that ends takes the others with it: they print before that
 _WITHOUT_PYTHON_SECONDS = 60.0
 
+_WARM_UP = 10  # times longer: reading weights and compiling are no steps
+
 _last = time.monotonic()
+_stepping = False
 
 
 def progress() -> None:
-    """Tell that something was done: a step, a batch of an evaluation, a compilation."""
-    global _last
-    _last = time.monotonic()
+    """Tell that something was done: a step, a batch of an evaluation."""
+    global _last, _stepping
+    _last, _stepping = time.monotonic(), True
 
 
 @contextlib.contextmanager
 def watch(seconds: float) -> Iterator[None]:
-    """While this is open, `seconds` without `progress` end the process with EXIT_HUNG. 0 = no watch."""
+    """While this is open, `seconds` without `progress` end the process with EXIT_HUNG. 0 = no watch.
+
+    Until the first `progress` it waits ten times as long.
+    """
+    global _last, _stepping
     if seconds <= 0:
         yield
         return
     done = threading.Event()
-    progress()
+    _last, _stepping = time.monotonic(), False
     thread = threading.Thread(target=_watch, args=(seconds, done), name="watchdog", daemon=True)
     thread.start()
     try:
@@ -50,9 +57,10 @@ def watch(seconds: float) -> Iterator[None]:
 def _watch(seconds: float, done: threading.Event) -> None:
     while not done.wait(min(5.0, seconds / 8)):
         # For the case that a call into C keeps Python's lock for good: this one needs no Python to fire
-        faulthandler.dump_traceback_later(seconds + _WITHOUT_PYTHON_SECONDS, exit=True, file=2)
+        limit = seconds if _stepping else _WARM_UP * seconds
+        faulthandler.dump_traceback_later(limit + _WITHOUT_PYTHON_SECONDS, exit=True, file=2)
         idle = time.monotonic() - _last
-        if idle > seconds and not done.is_set():
+        if idle > limit and not done.is_set():
             _end(idle)
 
 
