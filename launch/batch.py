@@ -172,7 +172,7 @@ cause() { # why the steps were asked to stop, or Slurm ends the attempt
   end=${job_now##* EndTime=}
   case $job_now in
     *" PreemptTime="[0-9]*) echo "preempted" ;;
-    *) if [ -n "$(ask sinfo -h -N -n "$SLURM_JOB_NODELIST" -t down,fail,error -o %N)" ]; then
+    *) if [ -n "$(ask sinfo -h -N -n "$SLURM_JOB_NODELIST" -t down,fail -o %N)" ]; then
          echo "node-failure"
        elif [ $(($(date -d "${end%% *}" +%s 2>/dev/null || echo 9999999999) - $(date +%s))) -le $((grace + 90)) ]; then
          echo "time-limit"

@@ -46,7 +46,11 @@ def replacing(target: Path) -> Iterator[Path]:
             temporary = work / target.name
             yield temporary
             if temporary.exists():
-                os.replace(temporary, target)
+                try:
+                    os.replace(temporary, target)
+                except OSError:
+                    if not target.is_dir():  # else another process was first: what it made is the same
+                        raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
             _drop_if_empty(target.parent)
@@ -60,7 +64,10 @@ def _alone(target: Path) -> Iterator[None]:
         with _disk_errors(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
             lock = path.open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            break  # a file system without locks: work is done twice at worst, each result is moved into place whole
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
                 break

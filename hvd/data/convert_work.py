@@ -81,6 +81,8 @@ class WorkFolder:
         except BlockingIOError:
             self._file.close()
             raise UserError(f"{self.path}: another hvd convert is writing this dataset; wait for it") from None
+        except OSError:
+            pass  # a file system without locks: two at once are then not noticed
         self.segments.mkdir(exist_ok=True)
         self._read()
         return self

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from hvd.data import cache
 from hvd.data.cache import cached, replacing
 from hvd.errors import UserError
 
@@ -70,3 +71,27 @@ def test_disk_errors(tmp_path, number, message):
         temporary.write_text("half")
         raise OSError(number, "it is so")
     assert not list(tmp_path.iterdir())
+
+
+def test_without_locks_what_two_make_at_once_is_whole(tmp_path, monkeypatch):
+    """A network file system may have none: the second one's folder finds the first one's in its place."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cache.fcntl, "flock", no_locks)
+    target = tmp_path / "made"
+
+    def make(path, inner=None):
+        path.mkdir()
+        (path / "content").write_text("whole")
+        if inner:
+            inner()
+
+    def second():
+        with cache._alone(target), replacing(target) as temporary:
+            make(temporary)
+
+    assert cached(target, lambda path: make(path, second)) == target
+    assert (target / "content").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
