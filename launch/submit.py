@@ -136,7 +136,7 @@ def to_slurm(
     settings = site.load(for_site)
     gpus = slurm.gpus(cfg, settings, asked=any(flag.field == "gpus_per_node" for flag in for_site))
     jobs = slurm.jobs(cfg, options.stage, passed_on, options.nodes, settings, gpus, overwrite)
-    check(cfg, options, *slurm.devices(jobs[0].request, settings))
+    check(cfg, options, *slurm.devices(jobs[0].request, settings), on_cluster=True)
     if options.dry_run:
         for job in jobs:
             waits = slurm.dependency(f"<id of the {job.after} job>" if job.after else options.after)
@@ -189,7 +189,7 @@ def kubernetes_context() -> bool:
     return asked.returncode == 0 and bool(asked.stdout.strip())
 
 
-def check(cfg: Experiment, options: Submit, devices: int, processes: int) -> None:
+def check(cfg: Experiment, options: Submit, devices: int, processes: int, *, on_cluster: bool = False) -> None:
     """Everything that can be known before a step runs; raises UserError. `devices`: of all processes."""
     check_config(cfg)
     check_devices(cfg, devices, processes)
@@ -197,7 +197,9 @@ def check(cfg: Experiment, options: Submit, devices: int, processes: int) -> Non
     check_weights(cfg, ("value", "policy") if options.stage == "all" else (options.stage,))
     check_writable(cfg.exp_dir)
     check_writable(cfg.assets_dir)
-    if options.stage == "policy" and steps.needs_value(cfg) and not options.after:
+    # a script is printed for later, and --after is a value job that is not complete yet: the job itself asks again
+    later = bool(options.after) or (options.dry_run and on_cluster)
+    if options.stage == "policy" and steps.needs_value(cfg) and not later:
         from hvd.train.complete import check_complete
 
         check_complete(cfg.value_dir, stage="value", cfg=cfg)

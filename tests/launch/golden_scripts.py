@@ -32,7 +32,7 @@ CASES = {
     + ("--slurm.extra", '["--mail-type=FAIL", "--nice=100"]'),
     "overwrite": ("--stage", "all", "--overwrite"),
 }
-SHIPPED = {"value.sbatch": ("--stage", "value"), "awr.sbatch": ("--stage", "policy", "--after", "0")}
+SHIPPED = {"value.sbatch": ("--stage", "value"), "awr.sbatch": ("--stage", "policy")}
 
 
 def render(args: tuple[str, ...], data: Path) -> str:
@@ -44,11 +44,6 @@ def render(args: tuple[str, ...], data: Path) -> str:
         code = submit.main([*argv, "--cluster", "slurm", "--dry-run"])
     assert code == 0, code
     return out.getvalue().replace(str(data), "/data")
-
-
-def shipped(args: tuple[str, ...], data: Path) -> str:
-    """The same without the line that tells of a dependency: users give that to sbatch themselves."""
-    return "".join(line for line in render(args, data).splitlines(True) if not line.startswith("# ----"))
 
 
 def make_data(folder: Path) -> Path:
@@ -68,4 +63,4 @@ if __name__ == "__main__":
         for name, args in CASES.items():
             (GOLDEN / f"{name}.sbatch").write_text(render(args, data))
         for name, args in SHIPPED.items():
-            (ROOT / "slurm" / name).write_text(shipped(args, data))
+            (ROOT / "slurm" / name).write_text(render(args, data))

@@ -24,7 +24,7 @@ def test_golden(name, tmp_path):
 
 @pytest.mark.parametrize("name", golden_scripts.SHIPPED)
 def test_the_shipped_files_are_what_a_dry_run_prints_for_the_default_site(name, tmp_path):
-    text = golden_scripts.shipped(golden_scripts.SHIPPED[name], tmp_path)
+    text = golden_scripts.render(golden_scripts.SHIPPED[name], tmp_path)
     assert text == (golden_scripts.ROOT / "slurm" / name).read_text()
 
 
