@@ -143,7 +143,13 @@ def test_a_half_failed_start_leaves_nothing(tmp_path, monkeypatch):
         pytest.skip(lacking)
     cluster = SlurmCluster(tmp_path, nodes=2)
     monkeypatch.setattr("tests.clusters.slurm_config.NODE_INIT", "echo no such machine; exit 1\n")
-    monkeypatch.setattr(cluster, "wait_idle", lambda timeout: 1 / 0)
+
+    def fails(timeout):
+        logs = Path(cluster.layout.log)
+        daemons.wait_until(lambda: any("no such machine" in p.read_text() for p in logs.iterdir()), 30, "a node's word")
+        return 1 / 0
+
+    monkeypatch.setattr(cluster, "wait_idle", fails)
     with pytest.raises(ZeroDivisionError) as raised:
         cluster.up()
     assert "no such machine" in "".join(raised.value.__notes__)
