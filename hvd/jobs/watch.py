@@ -170,18 +170,21 @@ class Tail:
 
 
 def start_of_last(file, lines: int) -> int:
-    """Where in the binary file its last `lines` lines begin; 0 lines means all of it."""
+    """Where in the binary file its last `lines` lines begin; 0 lines means all of it.
+
+    Each state of a progress bar counts as a line: a run of a day leaves thousands of them without a newline.
+    """
     at = file.seek(0, os.SEEK_END)
     if lines == 0 or at == 0:
         return 0
     file.seek(at - 1)
-    left = lines if file.read(1) != b"\n" else lines + 1  # the end of the last line is no beginning of one
+    left = lines if file.read(1) not in (b"\n", b"\r") else lines + 1  # the end of the last line is no beginning of one
     while at > 0:
         begin = max(0, at - _BLOCK)
         file.seek(begin)
         block = file.read(at - begin)
         place = len(block)
-        while (place := block.rfind(b"\n", 0, place)) >= 0:
+        while (place := max(block.rfind(end, 0, place) for end in (b"\n", b"\r"))) >= 0:
             left -= 1
             if left == 0:
                 return begin + place + 1

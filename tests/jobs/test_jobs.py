@@ -373,6 +373,12 @@ def test_the_last_lines_are_those_of_tail(monkeypatch, block, text, lines):
     assert file.read().decode() == "".join(text.splitlines(keepends=True)[-lines:])
 
 
+def test_each_state_of_a_progress_bar_is_a_line():
+    file = io.BytesIO(b"start\n" + b"".join(b"\r%d%%" % i for i in range(100)) + b"\nend\n")
+    file.seek(watch.start_of_last(file, 3))
+    assert file.read() == b"98%\r99%\nend\n"
+
+
 def test_a_log_that_is_not_there(slurm, submitted, capsys):
     submitted("8", log=None)
     submitted("9", log=None)
