@@ -216,10 +216,17 @@ verdict() { # STEP CODE TASKS: by what each process said; one that was killed ha
 }
 """
 
-_STEP = """step() {{ # one|all NAME ARGUMENT...: a step of hvd on the first task or on all of them
+_STEP = """port() {{ # of this node, where process 0 will be: one that nobody listens on
+  local candidate
+  for candidate in $(shuf -i 12288-32767 -n 50); do
+    (exec 3<>"/dev/tcp/127.0.0.1/$candidate") 2>/dev/null || break
+  done
+  echo "$candidate"
+}}
+step() {{ # one|all NAME ARGUMENT...: a step of hvd on the first task or on all of them
   local tasks=$SLURM_NTASKS where=() code=0 last pid
   [ "$1" = all ] || {{ tasks=1 where=(--nodes=1 --ntasks=1); }}
-  [ "$tasks" = 1 ] || where+=(--label)
+  [ "$tasks" = 1 ] || {{ where+=(--label); HVD_COORDINATOR_PORT=$(port); export HVD_COORDINATOR_PORT; }}
   shift
   rm -rf "$job/exit"
   echo "hvd: $(now) $1 on $tasks task(s)"

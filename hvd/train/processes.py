@@ -76,9 +76,11 @@ def _slurm(env: Mapping[str, str]) -> Group | None:
     count = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     if count == 1 or "SLURM_STEP_NODELIST" not in env:
         return None
-    # steps of a job follow one another quickly, and jobs share nodes: a port of its own for each
-    number = int(env["SLURM_JOB_ID"]) * 31 + int(env.get("SLURM_STEP_ID", "0"))
-    port = _PORTS[number % len(_PORTS)]
+    # The batch script has looked for a free one. Without it, one of its own for each step: they follow one another
+    # quickly, jobs share nodes, and an attempt that found its port taken must not find it so again
+    step, restarts = (int(env.get(name, "0")) for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    number = int(env["SLURM_JOB_ID"]) * 31 + step + 7919 * restarts
+    port = int(env.get("HVD_COORDINATOR_PORT", "0")) or _PORTS[number % len(_PORTS)]
     return Group(
         f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}",
         count,

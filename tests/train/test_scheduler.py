@@ -50,6 +50,7 @@ PORT = 12_288 + (1000 * 31 + 2) % 20_480
         ({"SLURM_STEP_NODELIST": "login1"}, Group(f"login1:{PORT}", 4, 3)),
         ({"SLURM_STEP_NODELIST": "a-[7,9]-ib,b1"}, Group(f"a-7-ib:{PORT}", 4, 3)),
         ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"HVD_COORDINATOR_PORT": "2000"}, Group("gpu003:2000", 4, 3)),
         ({"HVD_COORDINATOR": "h:1", "HVD_NUM_PROCESSES": "2", "HVD_PROCESS_ID": "0"}, Group("h:1", 2, 0)),
     ],
 )
@@ -68,6 +69,8 @@ def test_steps_and_jobs_have_ports_of_their_own():
         processes.group(STEP | {"SLURM_JOB_ID": str(j), "SLURM_STEP_ID": str(s)}) for j in range(50) for s in (0, 1)
     }
     assert len(ports) == 100
+    again = processes.group(STEP | {"SLURM_RESTART_COUNT": "1"})
+    assert again is not None and again != processes.group(STEP)
 
 
 def test_gpus_that_cannot_be_divided():
