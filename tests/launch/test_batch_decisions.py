@@ -1,0 +1,183 @@
+"""What the batch script makes of a step's end: done, back into the queue, failed. The script runs; Slurm is faked."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import batch
+from launch.batch import Request, Step
+from launch.site import Site
+
+REQUEST = Request("value", (Step("one", ("prepare",)), Step("all", ("train-value",))), ("--config", "demo"), 2, 0)
+SOON = "2020-01-01T00:00:00"  # an end of the job that is near, or over
+RUNNING = "JobId=7 JobName=x JobState=RUNNING Reason=None Restarts=0 PreemptTime=None EndTime=Unknown"
+
+# $1 = number of tasks; the processes of the step say what $FOLDER/said holds, "-" says nothing
+SRUN = """#!/bin/bash
+echo "$*" >>"$FOLDER/srun"
+case "$*" in *prepare*) exit 0 ;; esac
+mkdir -p "$HVD_JOB_DIR/exit"; rank=0
+for code in $(cat "$FOLDER/said"); do [ $code = - ] || echo $code >"$HVD_JOB_DIR/exit/$rank"; rank=$((rank + 1)); done
+[ ! -e "$FOLDER/terminate" ] || { kill -TERM $PPID; sleep 0.3; }
+exit $(cat "$FOLDER/code")
+"""
+SCONTROL = """#!/bin/bash
+case $1 in
+  show) cat "$FOLDER/job" ;;
+  requeue) echo "$2" >>"$FOLDER/requeued"; exit $(cat "$FOLDER/requeue-code" 2>/dev/null || echo 0) ;;
+esac
+"""
+SINFO = '#!/bin/bash\ncat "$FOLDER/down" 2>/dev/null\n'
+
+
+@pytest.fixture
+def attempt(tmp_path):
+    """Runs the script once; returns (exit code, what it printed, the job's folder)."""
+    (tmp_path / "bin").mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "sinfo": SINFO, "squeue": "#!/bin/bash\n"}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    script = tmp_path / "job.sh"
+    script.write_text(batch.render(REQUEST, Site()))
+
+    def run(said: str, code: int, *, job: str = RUNNING, restarts: int = 0, **files: str):
+        for name, text in {"said": said, "code": str(code), "job": job, **files}.items():
+            (tmp_path / name.replace("_", "-")).write_text(text)
+        env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "FOLDER": str(tmp_path),
+            "SLURM_JOB_ID": "7",
+            "SLURM_NTASKS": "2",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_RESTART_COUNT": str(restarts),
+        }
+        done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr, tmp_path / "slurm" / "jobs" / "7"
+
+    return run
+
+
+def requeued(folder: Path) -> bool:
+    return (folder.parents[2] / "requeued").exists()
+
+
+def test_a_stage_that_is_complete(attempt):
+    code, _, folder = attempt("0 0", 0)
+    assert code == 0 and (folder / "end").read_text().endswith(" 0 complete\n") and not requeued(folder)
+    first, second = (folder.parents[2] / "srun").read_text().splitlines()
+    assert "--nodes=1 --ntasks=1" in first and "prepare --config demo" in first
+    assert "--label" in second and "--kill-on-bad-exit=1" in second and "train-value --config demo" in second
+
+
+@pytest.mark.parametrize(
+    "said, srun, job, cause",
+    [
+        ("143 143", 143, RUNNING.replace("PreemptTime=None", f"PreemptTime={SOON}"), "preempted"),
+        ("143 143", 143, RUNNING.replace("EndTime=Unknown", f"EndTime={SOON}"), "time-limit"),
+        ("143 143", 143, RUNNING, "requeued"),  # somebody's signal
+        ("143 0", 143, RUNNING, "requeued"),
+        ("143 143", 143, RUNNING.replace("RUNNING", "SIGNALING"), "requeued"),
+        (
+            "143 143",
+            143,
+            RUNNING.replace("RUNNING", "COMPLETING").replace("Reason=None", "Reason=TimeLimit"),
+            "time-limit",
+        ),
+        ("143 -", 137, RUNNING, "killed"),
+        ("- -", 137, RUNNING, "killed"),
+        ("143 -", 143, RUNNING, "killed"),  # srun's 143 hides the 137
+        ("75 -", 143, RUNNING, "lost"),
+        ("- -", 134, RUNNING, "lost"),
+        ("76 -", 137, RUNNING, "hang"),
+        ("76 75", 76, RUNNING, "hang"),
+        ("- -", 1, RUNNING, "killed"),  # srun itself failed
+    ],
+)
+def test_back_into_the_queue(attempt, said, srun, job, cause):
+    code, printed, folder = attempt(said, srun, job=job)
+    assert code == 143 and requeued(folder), printed
+    assert (folder / "cause").read_text().split()[0] == cause
+    assert not (folder / "end").exists() and f"goes back into the queue: {cause}" in printed
+
+
+@pytest.mark.parametrize(
+    "said, srun, code, text",
+    [
+        ("2 2", 2, 2, "a mistake to be mended"),
+        ("2 -", 137, 2, "a mistake to be mended"),
+        ("75 2", 75, 2, "a mistake to be mended"),
+        ("1 75", 75, 1, "train-value failed"),
+        ("1 -", 143, 1, "train-value failed"),  # the other one was told to go
+        ("- -", 127, 2, "could not be started"),
+    ],
+)
+def test_errors_are_never_tried_again(attempt, said, srun, code, text):
+    got, printed, folder = attempt(said, srun)
+    assert got == code and not requeued(folder), printed
+    assert text in (folder / "end").read_text()
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING", "NODE_FAIL"])
+@pytest.mark.parametrize("said", ["143 143", "- 75"])
+def test_what_slurm_has_decided_stays_decided(attempt, state, said):
+    """To requeue a cancelled job would bring it back."""
+    code, _, folder = attempt(said, 143, job=RUNNING.replace("RUNNING", state))
+    assert code == 143 and not requeued(folder) and not (folder / "end").exists()
+
+
+def test_a_lost_node_is_told_from_a_requeue(attempt):
+    decided = RUNNING.replace("RUNNING", "COMPLETING")
+    _, _, folder = attempt("75 -", 143, job=decided, terminate="", down="n2\n")
+    assert (folder / "cause").read_text() == "node-failure ended by Slurm\n"
+    (folder.parents[2] / "down").unlink()
+    attempt("75 -", 143, job=decided, terminate="")
+    assert (folder / "cause").read_text() == "requeued ended by Slurm\n"
+
+
+def test_sigterm_to_the_script_does_not_hide_what_the_step_said(attempt):
+    code, printed, folder = attempt("2 2", 2, terminate="")
+    assert code == 2 and (folder / "end").exists(), printed
+
+
+def test_causes_are_recorded_at_the_restart_and_node_failures_have_a_budget(attempt):
+    attempt("143 143", 143)
+    for number in range(1, 4):
+        code, _, folder = attempt("- -", 137, restarts=number)
+        assert code == 143
+    (folder.parents[2] / "requeued").unlink()
+    code, _, folder = attempt("- -", 137, restarts=4)
+    lines = (folder / "restarts").read_text().splitlines()
+    assert [line.split()[1:3] for line in lines] == [
+        ["1", "requeued"],
+        ["2", "killed"],
+        ["3", "killed"],
+        ["4", "killed"],
+    ]
+    assert code == 1 and not requeued(folder), "three were the budget"
+    assert "gave up after 3 restarts for such reasons" in (folder / "end").read_text()
+
+
+def test_an_attempt_that_left_no_word_went_down_with_its_node(attempt):
+    ends = [attempt("0 0", 0, restarts=number) for number in range(1, 4)]
+    assert [code for code, _, _ in ends] == [0, 0, 0]
+    folder = ends[-1][2]
+    assert [line.split()[2] for line in (folder / "restarts").read_text().splitlines()] == ["node-failure"] * 3
+    code, printed, folder = attempt("0 0", 0, restarts=4)
+    assert code == 1 and "gave up after 4 node failures" in printed
+    assert not (folder.parents[2] / "srun").read_text().splitlines()[6:], "nothing was started any more"
+
+
+def test_preemptions_have_no_budget(attempt):
+    preempted = RUNNING.replace("PreemptTime=None", f"PreemptTime={SOON}")
+    ends = [attempt("143 143", 143, job=preempted, restarts=number) for number in range(12)]
+    folder = ends[-1][2]
+    assert [code for code, _, _ in ends] == [143] * 12 and requeued(folder)
+    assert {line.split()[2] for line in (folder / "restarts").read_text().splitlines()} == {"preempted"}
+
+
+def test_a_cluster_that_does_not_requeue(attempt):
+    code, _, folder = attempt("143 143", 143, requeue_code="1")
+    assert code == 143 and "Slurm does not requeue it: submit it again" in (folder / "end").read_text()
