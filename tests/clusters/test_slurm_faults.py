@@ -18,7 +18,7 @@ from tests.clusters.site import STEPS, Site
 from tests.clusters.slurm_cluster import SlurmCluster, missing
 from tests.train import compare
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
 DISTURBANCES = ("preempted", "time-limit", "requeued", "killed", "node", "batch-host", "hang")
 AT_STEP = 30  # past the first checkpoint, before the second validation
@@ -85,12 +85,12 @@ def runs(tmp_path_factory):
     if lacking := missing():
         pytest.skip(lacking)
     root = tmp_path_factory.mktemp("faults")
-    with SlurmCluster(root / "cluster", nodes=2 * len(DISTURBANCES) + 4, cpus=2, grace=20, kill_wait=15) as cluster:
+    with SlurmCluster(root / "cluster", nodes=2 * len(DISTURBANCES) + 4, cpus=2, grace=20, kill_wait=25) as cluster:
         shared = root / "shared"
         calm = Site(root / "calm", cluster, shared)
         quick = ("--value.val_batches", "0")
         (reference,) = calm.submit("--stage", "value", "--nodes", "2", *quick)
-        cluster.wait_state(reference, "COMPLETED", timeout=300)
+        cluster.wait_state(reference, "COMPLETED", timeout=600)
 
         found: dict[str, Disturbed] = {}
         for how in DISTURBANCES:
@@ -111,7 +111,7 @@ def runs(tmp_path_factory):
             time.sleep(0.1)
         for how, d in found.items():
             try:
-                cluster.wait_state(d.job, "COMPLETED", timeout=420)
+                cluster.wait_state(d.job, "COMPLETED", timeout=900)
             except AssertionError as error:
                 pytest.fail(f"{how}: {error}\n{d.site.log(d.job)}")
             d.saw["restarts"] = cluster.show(d.job)["Restarts"]
@@ -160,7 +160,7 @@ def test_what_is_announced_loses_no_step(runs, how):
     stop = next(event for event in events if event["event"] == "stop")
     again = [event for event in events if event["event"] == "start"][1]
     assert again["step"] == stop["step"] >= AT_STEP
-    assert stop["grace_seconds"] == 20.0 and stop["save_seconds"] < 10.0
+    assert stop["grace_seconds"] == 20.0 and stop["save_seconds"] < 20.0
 
 
 def test_a_hung_rank_is_found_and_the_stacks_of_the_others_are_in_the_log(runs):

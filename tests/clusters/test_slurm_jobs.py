@@ -14,7 +14,7 @@ import pytest
 from tests.clusters.site import STEPS, Site, until
 from tests.clusters.slurm_cluster import SlurmCluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 
 BOOKS = ("none", "accounting")
 
@@ -36,7 +36,7 @@ def cells(site: Site) -> dict[str, dict[str, str]]:
 
 
 def wait(site: Site, job: str) -> int:
-    return site.hvd("jobs", "wait", job, "--timeout", "120", check=False).returncode
+    return site.hvd("jobs", "wait", job, "--timeout", "300", check=False).returncode
 
 
 def forget(cluster: SlurmCluster) -> None:

@@ -12,7 +12,7 @@ from hvd.jobs.slurm import ENDED
 from tests.clusters.site import STEPS, Site, until
 from tests.clusters.slurm_cluster import SlurmCluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 
 # The README's line.
 AFTER = "sbatch --dependency=afterok:$V --kill-on-invalid-dep=yes slurm/awr.sbatch"
@@ -47,7 +47,7 @@ def pair(slurm, tmp_path_factory):
     os.kill(training[0], signal.SIGKILL)
     for job in (value, policy):
         try:
-            slurm.wait_state(job, "COMPLETED", timeout=240)
+            slurm.wait_state(job, "COMPLETED", timeout=500)
         except AssertionError as error:
             pytest.fail(f"{error}\n{site.log(value)}\n{site.log(policy)}")
     return site, value, policy

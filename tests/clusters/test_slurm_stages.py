@@ -9,7 +9,7 @@ import pytest
 from tests.clusters.site import STEPS, Site, until
 from tests.train import compare
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

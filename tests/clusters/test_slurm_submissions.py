@@ -14,7 +14,7 @@ from tests.clusters import daemons
 from tests.clusters.site import Site, until
 from tests.clusters.slurm_cluster import SlurmCluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 COMMANDS, AT_A_TIME = 20, 4  # each a process; from one folder, as a sweep's script would do
 CALLS = 80  # one after the other
