@@ -81,7 +81,7 @@ class Site:
     def call(self, *argv: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """A command in the folder."""
         done = subprocess.run(
-            argv, cwd=self.folder, env=self.env | env, capture_output=True, text=True, check=False, timeout=300
+            argv, cwd=self.folder, env=self.env | env, capture_output=True, text=True, check=False, timeout=600
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
@@ -126,7 +126,7 @@ class Site:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 180.0) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = 400.0) -> None:
     """Wait for it; an AssertionError that names it after so long."""
     end = time.monotonic() + seconds
     while not condition():
