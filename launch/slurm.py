@@ -20,6 +20,7 @@ from pathlib import Path
 
 from hvd.configs import Experiment
 from hvd.errors import Failed, UserError
+from hvd.jobs import slurm as queue
 from launch import batch, steps
 from launch.batch import Request, Step
 from launch.site import JOBS_DIR, Site
@@ -239,6 +240,6 @@ def _sbatch(options: Sequence[str], script: str) -> subprocess.CompletedProcess[
 def _refusal(answer: subprocess.CompletedProcess[str], what: str, job: Job) -> UserError | Failed:
     lines = [line.removeprefix("sbatch: ") for line in answer.stderr.splitlines() if line.strip()]
     line = next((x for x in lines if "error" in x or "failure" in x), lines[-1] if lines else "no reason given")
-    if "contact slurm controller" in answer.stderr or "Connection refused" in answer.stderr:
+    if queue.unanswered(answer.stderr):
         return Failed(f"Slurm does not answer: {line}")
     return UserError(f"Slurm cannot run {what}: {line} (asked for: {describe(job)}; see slurm/site.toml)")

@@ -244,7 +244,7 @@ def _ask(command: Sequence[str], tries: int = 3) -> subprocess.CompletedProcess[
 
 def _answer(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     done = _run(command)
-    if done.returncode and _unanswered(done.stderr):
+    if done.returncode and unanswered(done.stderr):
         raise Unreachable(f"Slurm cannot be asked: {_complaint(done)}")
     return done
 
@@ -272,13 +272,13 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         raise Unreachable(f"Slurm cannot be asked: {command[0]} did not answer within {_TIMEOUT_S:g} s") from None
 
 
-def _unanswered(stderr: str) -> bool:
+def unanswered(stderr: str) -> bool:
     """Is it about the way to the controller, rather than about the job?"""
     return bool(
         re.search(
             r"unable to contact|connect failure|connection (refused|timed out)|timed out|zero bytes|"
             r"communication (connection|shutdown|send|receive)|standby mode|protocol authentication|munge|"
-            r"configuration|resource temporarily unavailable|name resolution|unexpected message",
+            r"configuration source|fetch.config|resource temporarily unavailable|name resolution|unexpected message",
             stderr,
             re.IGNORECASE,
         )
