@@ -49,8 +49,15 @@ class Site:
     extra: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Flags:
+    """What the settings are called on the command line: --slurm.NAME."""
+
+    slurm: Site
+
+
 def load(flags: Sequence[overrides.Flag] = ()) -> Site:
-    """The site's settings. `flags`: the user's, without their prefix `slurm.`.
+    """The site's settings. `flags`: the user's, those of fields `slurm.NAME`.
 
     Raises:
         UserError: a file that cannot be read, an unknown name, a value of a wrong kind or one that makes no sense.
@@ -59,7 +66,7 @@ def load(flags: Sequence[overrides.Flag] = ()) -> Site:
     for path in (SITE_FILE, user_file()):
         if path.is_file():
             site = read(path, site)
-    site = overrides.apply(site, flags)
+    site = overrides.apply(_Flags(site), flags).slurm
     check(site)
     return site
 

@@ -134,7 +134,7 @@ def to_slurm(
     if options.after and not options.after.isdigit():
         raise UserError(f"--after {options.after!r} is no job id")
     settings = site.load(for_site)
-    gpus = slurm.gpus(cfg, settings, asked=any(flag.field == "gpus_per_node" for flag in for_site))
+    gpus = slurm.gpus(cfg, settings, asked=any(flag.field == "slurm.gpus_per_node" for flag in for_site))
     jobs = slurm.jobs(cfg, options.stage, passed_on, options.nodes, settings, gpus, overwrite)
     check(cfg, options, *slurm.devices(jobs[0].request, settings), on_cluster=True)
     if options.dry_run:
@@ -158,10 +158,10 @@ def to_slurm(
 
 
 def parse(argv: Sequence[str]) -> tuple[Submit, list[str], list[overrides.Flag]]:
-    """The launcher's own options, the rest as it was, and the flags of the Slurm site without their prefix."""
+    """The launcher's own options, the rest as it was, and the flags of the Slurm site."""
     own = overrides.leaves(Submit)
     flags = overrides.split_flags(argv)
-    for_site = [dataclasses.replace(f, field=f.field[6:]) for f in flags if f.field.startswith("slurm.")]
+    for_site = [flag for flag in flags if flag.field.startswith("slurm.")]
     flags = [flag for flag in flags if not flag.field.startswith("slurm.")]
     options = overrides.apply(Submit(), [flag for flag in flags if flag.field in own or flag.field[3:] in own])
     rest = [flag for flag in flags if not (flag.field in own or flag.field[3:] in own)]

@@ -40,9 +40,7 @@ def test_later_sources_win(folders, monkeypatch):
         'partition = "a"\nmem = "1G"\ntime = "1:00:00"\nsetup = ["module load x"]'
     )
     (home / ".config" / "hvd" / "site.toml").write_text('partition = "b"\nmem = "2G"')
-    flags = overrides.split_flags(["--partition", "c", "--no-requeue", "--extra", "--nice=5"])
-    flags = [dataclasses.replace(flag, field=flag.field) for flag in flags]
-    found = site.load([flag for flag in flags if flag.field in ("partition", "no_requeue")])
+    found = site.load(overrides.split_flags(["--slurm.partition", "c", "--slurm.no-requeue"]))
     assert (found.partition, found.mem, found.time) == ("c", "2G", "1:00:00")
     assert found.setup == ("module load x",) and not found.requeue
     other = home / "other.toml"
