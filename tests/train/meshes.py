@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hvd.configs import Experiment, LrSchedule, Optimizer
-from hvd.train import loop, mesh, parameter_rules, policy, state, value
+from hvd.train import loop, mesh, parameter_rules, policy, processes, state, value
 from hvd.train.checkpoints import Checkpoints
 from hvd.train.mesh import Devices
 from tests.train import factory
@@ -159,7 +159,7 @@ def main(out: str) -> None:
     (dims, _, place), *rest = parameter_rules.PARAMETER_RULES
     parameter_rules.PARAMETER_RULES = ((dims, 1 << 10, place), *rest)
     found: dict[str, np.ndarray] = {}
-    if os.environ.get(mesh.ENVIRONMENT[0]):
+    if os.environ.get(processes.ENVIRONMENT[0]):
         devices = mesh.start(dataclasses.replace(config("value"), runs_dir=os.path.dirname(out), fsdp_devices=4))
         for case in ("policy", "policy-lora", "value"):
             run = Run(case, devices)
