@@ -95,7 +95,8 @@ def command() -> NoReturn:
         faulthandler.enable()  # JAX aborts a process whose companions have gone: say where it was
     try:
         code, disk_full = _main(sys.argv[1:])
-    except SystemExit:
+    except SystemExit as stop:
+        job.tell_exit(stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_COMPLETE)
         raise
     except BaseException:
         traceback.print_exc()

@@ -165,7 +165,14 @@ echo "hvd: job $SLURM_JOB_ID, attempt $attempt on $SLURM_JOB_NODELIST: ${{option
 
 _DECISIONS = """# --- what is decided when a step has failed
 ask() { (trap '' TERM && exec "$@" 2>/dev/null); } # also when Slurm's SIGTERM comes in between
-slurm() { ask scontrol show job -o "$SLURM_JOB_ID"; }
+slurm() { # the job as Slurm has it; its controller may be silent for a moment
+  local line try
+  for try in 1 2 3 4; do
+    line=$(ask scontrol show job -o "$SLURM_JOB_ID") && [ -n "$line" ] && break
+    [ "$try" = 4 ] || sleep 3
+  done
+  echo "$line"
+}
 cause() { # why the steps were asked to stop, or Slurm ends the attempt
   local job_now end
   job_now=$(slurm)
@@ -203,6 +210,7 @@ verdict() { # STEP CODE TASKS: by what each process said; one that was killed ha
   saved=$([ "$(grep -cxE '0|143' <<<"$said")" = "$3" ] && echo yes)
   case $(slurm) in
     *" JobState=RUNNING "* | *" JobState=SIGNALING "*) ;;
+    "") end 143 "$1 ended with $2 and Slurm does not answer: submit it again to go on" ;;
     *" Reason=TimeLimit "*) [ -z "$saved" ] || again time-limit "$1 has saved at the very limit" ;;
     *) # Slurm has decided already: preempted, requeued, cancelled. To requeue a cancelled job would bring it back
       [ -s "$job/cause" ] || echo "$(cause) ended by Slurm" >"$job/cause"

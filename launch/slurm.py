@@ -95,21 +95,21 @@ def _own_arguments(task: steps.Task, options: Sequence[str]) -> list[str]:
 
 
 def with_command(site: Site) -> Site:
-    """The site, calling hvd as this very environment does where that is not the checkout's .venv."""
-    if site.command or site.container != "none":
+    """The site, calling hvd by this very Python where there is no .venv in the working directory."""
+    if site.command or site.container != "none" or Path(batch.PLAIN.split()[0]).exists():
         return site
-    usual = Path(batch.PLAIN.split()[0])
-    if usual.exists() and Path(sys.prefix).resolve() == usual.parent.parent.resolve():
-        return site
-    if not usual.exists() and Path.cwd() != Path(__file__).resolve().parents[1]:
-        return dataclasses.replace(site, command=f"{shlex.quote(sys.executable)} -m hvd.cli")
-    return site
+    return dataclasses.replace(site, command=_this_python())
+
+
+def _this_python() -> str:
+    return f"{shlex.quote(sys.executable)} -m hvd.cli"
 
 
 def check(jobs: Sequence[Job]) -> None:
     """UserError where the environment cannot do what is asked for, or Slurm says that it never could."""
     first = jobs[0]
-    if first.request.gpus and first.site.container == "none" and not first.site.command:
+    own = first.site.container == "none" and first.site.command in ("", _this_python())
+    if first.request.gpus and own:
         if importlib.util.find_spec("jax_cuda12_plugin") is None:
             raise UserError(
                 "the job asks for GPUs, but this environment's jax has no CUDA: `uv sync --extra cuda12`, or "

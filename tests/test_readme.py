@@ -7,13 +7,13 @@ import pytest
 
 import hvd.experiments as experiments
 from hvd import cli, export, overrides
-from hvd.checks import check_config
+from hvd.checks import check_config, check_devices
 from hvd.configs import Experiment
 from hvd.data import convert
 from hvd.plan import command as plan
 from hvd.plan import devices as plan_devices
 from hvd.serve import command as serve
-from launch import site, steps, submit
+from launch import site, slurm, steps, submit
 from tests.folders import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -70,11 +70,15 @@ def test_a_command_is_understood(command, capsys):
             check_config(overrides.experiment(args))
         case ["python", "launch/submit.py", *args]:
             options, rest, for_site = submit.parse(args)
-            site.load(for_site)
             given = ["--config", options.config, *(["--data", options.data] if options.data else []), *rest]
             cfg = overrides.experiment(given)
             check_config(cfg)
             assert steps.plan(cfg, options.stage, given)
+            # what is shown must be possible: the batches are divisible by the devices that a cluster would give
+            settings = site.load(for_site)
+            gpus = slurm.gpus(cfg, settings, asked=False)
+            job = slurm.jobs(cfg, options.stage, given, options.nodes, settings, gpus, False)[0]
+            check_devices(cfg, *slurm.devices(job.request, settings))
         case ["pytest", *paths]:
             assert all((ROOT / path).exists() for path in paths)
         case _:

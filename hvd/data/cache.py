@@ -48,8 +48,9 @@ def replacing(target: Path) -> Iterator[Path]:
             if temporary.exists():
                 try:
                     os.replace(temporary, target)
-                except OSError:
-                    if not target.is_dir():  # else another process was first: what it made is the same
+                except OSError as error:
+                    # A folder is there already: another process was first, and what it made is the same
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                         raise
         finally:
             shutil.rmtree(work, ignore_errors=True)

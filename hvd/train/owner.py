@@ -1,9 +1,11 @@
 """One job at a time works on a run directory: owner.json says which.
 
 No file locks (NFS may not have them), no time-outs, no file times: the file is put there by linking, which fails if
-there is one already, and whether the owner still lives is asked of Slurm, or of this machine's process table.
+there is one already (where there are no links, by exclusive creation), and whether the owner still lives is asked of
+Slurm, or of this machine's process table.
 """
 
+import errno
 import json
 import os
 import socket
@@ -95,6 +97,19 @@ def _linked(source: Path, target: Path) -> bool:
     except FileExistsError:
         # over NFS the answer to a link that succeeded may be lost, and the repeated call fails: look who it was
         return os.path.samefile(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        return _created(source, target)  # FUSE and exFAT have no links
+    return True
+
+
+def _created(source: Path, target: Path) -> bool:
+    try:
+        with target.open("x") as file:
+            file.write(source.read_text())
+    except FileExistsError:
+        return False
     return True
 
 

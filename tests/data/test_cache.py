@@ -73,6 +73,17 @@ def test_disk_errors(tmp_path, number, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_only_a_result_that_is_there_already_is_let_be(tmp_path, monkeypatch):
+    (tmp_path / "made").mkdir()
+
+    def read_only(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(cache.os, "replace", read_only)
+    with pytest.raises(OSError, match="Input/output"), replacing(tmp_path / "made") as temporary:
+        temporary.mkdir()
+
+
 def test_without_locks_what_two_make_at_once_is_whole(tmp_path, monkeypatch):
     """A network file system may have none: the second one's folder finds the first one's in its place."""
 

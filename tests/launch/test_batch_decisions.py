@@ -178,6 +178,12 @@ def test_preemptions_have_no_budget(attempt):
     assert {line.split()[2] for line in (folder / "restarts").read_text().splitlines()} == {"preempted"}
 
 
+def test_a_silent_controller_is_asked_again_and_then_said(attempt):
+    code, printed, folder = attempt("143 143", 143, job="")
+    assert code == 143 and not requeued(folder)
+    assert "Slurm does not answer: submit it again to go on" in (folder / "end").read_text(), printed
+
+
 def test_a_cluster_that_does_not_requeue(attempt):
     code, _, folder = attempt("143 143", 143, requeue_code="1")
     assert code == 143 and "Slurm does not requeue it: submit it again" in (folder / "end").read_text()

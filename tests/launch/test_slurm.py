@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import slurm, submit
+from launch.site import Site
 
 SBATCH = """#!{python}
 import os, pathlib, sys
@@ -116,11 +117,20 @@ def test_a_silent_controller_is_not_the_users_mistake(cluster, capsys):
 
 def test_gpus_need_a_jax_that_has_cuda(cluster, capsys, monkeypatch):
     monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(slurm, "with_command", lambda site: site)
     assert submit.main(["--stage", "value", "--accelerator", "gpu"]) == 2
     assert "this environment's jax has no CUDA: `uv sync --extra cuda12`" in capsys.readouterr().err
     assert submit.main(["--stage", "value"]) == 0, "the demo asks for none"
     assert "gpus" not in (cluster / "script-0").read_text().partition("hvd: ")[0]
+
+
+def test_hvd_is_called_as_the_working_directory_has_it(cluster):
+    python = f"{sys.executable} -m hvd.cli"
+    assert slurm.with_command(Site()).command == python, "no .venv here"
+    assert slurm.with_command(Site(command="mine")).command == "mine"
+    assert slurm.with_command(Site(container="pyxis", image="x")).command == ""
+    Path(".venv/bin").mkdir(parents=True)
+    Path(".venv/bin/python").touch()
+    assert slurm.with_command(Site()).command == "", "the script's own default"
 
 
 def test_the_batch_must_be_divisible_by_the_devices_of_all_nodes(cluster, capsys):

@@ -1,6 +1,7 @@
 """What a run has to do with its scheduler: finding its companions, telling how it ended, owning its folder, hanging."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -116,6 +117,7 @@ FAILS = """
         ),
         ("RuntimeError('a bug')", 1, "RuntimeError: a bug"),
         ("ValueError('NCCL is a word')", 1, "ValueError"),
+        ("SystemExit(2)", 2, ""),
         ("__import__('hvd.errors').errors.Lost('slurmctld')", 75, "lost: slurmctld"),
     ],
 )
@@ -249,6 +251,32 @@ def test_of_many_that_find_a_dead_owner_one_gets_the_folder(tmp_path, other):
         for racer in racers:
             racer.kill()
             racer.communicate()
+
+
+def test_where_there_are_no_links_a_file_is_created_exclusively(tmp_path, monkeypatch, other):
+    def no_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    owner.claim(tmp_path)
+    assert json.loads((tmp_path / runs.OWNER).read_text())["pid"] == os.getpid()
+    hold(tmp_path, other[0])
+    with pytest.raises(UserError, match="is being worked on by process"):
+        owner.claim(tmp_path)
+    other[1].kill()
+    other[1].wait()
+    owner.claim(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [runs.OWNER]
+
+
+def test_a_full_disk_is_not_taken_for_a_lack_of_links(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(OSError, match="No space left"):
+        owner.claim(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_claim_is_named(tmp_path):
