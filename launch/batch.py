@@ -191,6 +191,7 @@ cause() { # why the steps were asked to stop, or Slurm ends the attempt
 # Slurm ends the attempt: steps may still save, but this script may be killed before it has their word
 trap 'echo "$(cause) ended by Slurm" >"$job/cause"' TERM
 again() { # CAUSE TEXT: back into the queue under the same id
+  trap '' TERM # Slurm sends it at the requeue that is asked for here, which is not the cause
   echo "$1 $2" >"$job/cause"
   echo "hvd: job $SLURM_JOB_ID goes back into the queue: $1, $2"
   if ask scontrol requeue "$SLURM_JOB_ID"; then exit 143; fi

@@ -26,7 +26,10 @@ exit $(cat "$FOLDER/code")
 SCONTROL = """#!/bin/bash
 case $1 in
   show) cat "$FOLDER/job" ;;
-  requeue) echo "$2" >>"$FOLDER/requeued"; exit $(cat "$FOLDER/requeue-code" 2>/dev/null || echo 0) ;;
+  requeue)
+    echo "$2" >>"$FOLDER/requeued"
+    [ ! -e "$FOLDER/requeue-code" ] || exit $(cat "$FOLDER/requeue-code")
+    kill -TERM $PPID; sleep 0.2 ;; # Slurm ends the attempt, and may do so before the script has gone
 esac
 """
 SINFO = '#!/bin/bash\ncat "$FOLDER/down" 2>/dev/null\n'
@@ -135,6 +138,13 @@ def test_a_lost_node_is_told_from_a_requeue(attempt):
     (folder.parents[2] / "down").unlink()
     attempt("75 -", 143, job=decided, terminate="")
     assert (folder / "cause").read_text() == "requeued ended by Slurm\n"
+
+
+def test_a_requeue_that_the_script_asks_for_is_not_its_own_cause(attempt):
+    """Slurm's SIGTERM comes while scontrol still runs: the fake's does at every requeue."""
+    code, _, folder = attempt("76 -", 137)
+    assert code == 143 and requeued(folder)
+    assert (folder / "cause").read_text() == "hang train-value made no progress, see the stacks in the log\n"
 
 
 def test_sigterm_to_the_script_does_not_hide_what_the_step_said(attempt):
