@@ -1,0 +1,21 @@
+#!/bin/sh
+# trim.sh SITE_PACKAGES: take out what no run reads, about 300 MB. In the image's build stage; needs binutils.
+set -eu
+cd "$1"
+
+# The packages' own tests, and headers to compile against Arrow
+find . -mindepth 2 -type d -name tests -prune -exec rm -rf {} +
+rm -rf pyarrow/include
+
+# Symbol tables (.symtab): the linker reads .dynsym, which stays. Not what auditwheel rewrote (*.libs), whose sections
+# strip can tear apart, and not NVIDIA's libraries, which have none. A file that strip refuses is left as it is.
+find . \( -name '*.libs' -o -path ./nvidia \) -prune -o -type f \( -name '*.so' -o -name '*.so.*' \) -size +300k -print |
+  while read -r library; do
+    if strip --strip-unneeded -o "$library.stripped" "$library" 2>/dev/null; then
+      chmod --reference="$library" "$library.stripped"
+      mv "$library.stripped" "$library"
+    else
+      rm -f "$library.stripped"
+      echo "not stripped: $library"
+    fi
+  done
