@@ -13,7 +13,7 @@ from hvd.data import convert
 from hvd.plan import command as plan
 from hvd.plan import devices as plan_devices
 from hvd.serve import command as serve
-from launch import site, slurm, steps, submit
+from launch import kubernetes, site, slurm, steps, submit
 from tests.folders import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -69,13 +69,18 @@ def test_a_command_is_understood(command, capsys):
             args, _ = cli.take_overwrite(args)
             check_config(overrides.experiment(args))
         case ["python", "launch/submit.py", *args]:
-            options, rest, for_site = submit.parse(args)
+            options, rest, for_clusters = submit.parse(args)
             given = ["--config", options.config, *(["--data", options.data] if options.data else []), *rest]
             cfg = overrides.experiment(given)
             check_config(cfg)
             assert steps.plan(cfg, options.stage, given)
+            if options.cluster == "kubernetes":
+                assert kubernetes.render(
+                    cfg, options.stage, given, options.nodes, kubernetes.settings(for_clusters["kubernetes"])
+                )
+                return
             # what is shown must be possible: the batches are divisible by the devices that a cluster would give
-            settings = site.load(for_site)
+            settings = site.load(for_clusters["slurm"])
             gpus = slurm.gpus(cfg, settings, asked=False)
             job = slurm.jobs(cfg, options.stage, given, options.nodes, settings, gpus, False)[0]
             check_devices(cfg, *slurm.devices(job.request, settings))
@@ -97,6 +102,7 @@ def test_every_option_that_is_named_exists():
     text = README.partition("## Coming from")[0] + "\n".join(ours)
     text = re.sub(r"sbatch .*", "", text)  # its options are Slurm's
     known |= {f"slurm.{name}" for name in overrides.leaves(site.Site)}
+    known |= {f"kubernetes.{name}" for name in overrides.leaves(kubernetes.Settings)}
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_.-]*[a-z0-9])", text))
     assert len(named) > 20
     unknown = {

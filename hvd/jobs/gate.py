@@ -106,13 +106,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str]) -> int:
-    """`hvd gate --value-job NAME --policy-job NAME [--pods N] --config NAME ...`; 0 once the policy Job has ended."""
+    """`hvd gate [--value-job NAME] --policy-job NAME [--pods N] --config NAME ...`; 0 once the policy Job has ended."""
     parser = _Parser(
         prog="hvd gate",
         allow_abbrev=False,
         description="wait for the value Job, verify its run, release the policy Job; other options are the config's",
     )
-    parser.add_argument("--value-job", required=True)
+    parser.add_argument("--value-job", default="", help="none: only the run is verified")
     parser.add_argument("--policy-job", required=True)
     parser.add_argument("--pods", type=int, default=1, help="parallelism of the released Job")
     parser.add_argument("--appear", type=float, default=600, help="seconds to wait for a Job that is not there yet")
@@ -122,7 +122,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"hvd gate: --pods {options.pods} must be at least 1")
     cfg = overrides.experiment(rest)
     jobs = Jobs.of_this_pod()
-    await_complete(jobs, options.value_job, appear=options.appear, every=options.every)
+    if options.value_job:
+        await_complete(jobs, options.value_job, appear=options.appear, every=options.every)
     verify(cfg)
     hold_open(jobs, options.policy_job, options.pods, appear=options.appear, every=options.every)
     return EXIT_COMPLETE

@@ -1,7 +1,7 @@
 """A real Kubernetes cluster of one node on this machine, for tests: ../shared/tools/kubernetes/cluster.sh brings it up.
 
-Version 1.20.2, in network, mount and process namespaces of its own; needs root. kubectl is a newer one (Debian trixie's,
-1.32), as users have it: the one of Debian 12 knows neither `patches` in a kustomization nor today's defaults.
+Version 1.20.2, in network, mount and process namespaces of its own; needs root. kubectl is a newer one (1.32, Debian
+trixie's), as users have it: the one of Debian 12 does not know `patches` in a kustomization.
 """
 
 import json
