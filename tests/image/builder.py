@@ -128,7 +128,9 @@ def main() -> int:
             file, name = [*args.arguments, "localhost/hvd:cpu"][:2]
             call(ROOT / "docker" / "save.sh", build(**shown), Path(file).absolute(), name, **shown)
         case "run":
-            return call(*podman_run("localhost/hvd:cpu", *args.arguments), check=False, timeout=None, **shown).returncode
+            return call(
+                *podman_run("localhost/hvd:cpu", *args.arguments), check=False, timeout=None, **shown
+            ).returncode
         case "env":
             print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings().items()))
         case "remove":
