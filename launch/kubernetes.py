@@ -149,6 +149,9 @@ def _job(
         step = own[0] in ("train-value", "train-policy")
         container["args"] = [*own, *options, *(["--overwrite"] if overwrite and step else [])]
         container["image"] = asked.image or container["image"]
+    for volume in pod["volumes"]:
+        if asked.claim and volume["name"] == "storage" and "persistentVolumeClaim" in volume:
+            volume["persistentVolumeClaim"]["claimName"] = asked.claim
     if kind == "gate":
         _gate(pod["containers"][0]["args"], nodes, stage, after)
         return
@@ -158,9 +161,6 @@ def _job(
         raise UserError(f"kubernetes.overlay {asked.overlay}: its Jobs are not Indexed, --nodes {nodes} needs that")
     if spec["parallelism"] or not steps.needs_value(cfg):
         spec["parallelism"] = nodes
-    for volume in pod["volumes"]:
-        if asked.claim and volume["name"] == "storage" and "persistentVolumeClaim" in volume:
-            volume["persistentVolumeClaim"]["claimName"] = asked.claim
     _trainer(pod["containers"][0], nodes, asked)
     if asked.queue:
         doc["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = asked.queue

@@ -76,12 +76,12 @@ class KubernetesCluster:
         os.chown(self.storage, 10001, 10001)
         ready = self.folder / "kubeconfig"
         inside = f'cp "$KUBECONFIG" {shlex.quote(str(ready))}.tmp && mv {shlex.quote(str(ready))}.tmp '
-        inside += f"{shlex.quote(str(ready))} && exec sleep 86399"
+        inside += f"{shlex.quote(str(ready))} && exec cat"  # until our end of its input closes, however we end
         with (self.folder / "cluster.log").open("w") as log:
             self._process = subprocess.Popen(
                 [TOOLS / "cluster.sh", "run", "bash", "-c", inside],
                 env=os.environ | {"IMAGES": " ".join(map(str, self._images)), "KEEP_LOGS": str(self.folder / "logs")},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -92,7 +92,7 @@ class KubernetesCluster:
             # its certificate lies in the cluster's own folder, which is visible here
             (self.folder / "bin").mkdir()
             wrapper = self.folder / "bin" / "kubectl"
-            pid = self._sleeper().pid
+            pid = self._inside()
             wrapper.write_text(f'#!/bin/sh\nKUBECONFIG={ready} exec nsenter -t {pid} -n {CACHE / "kubectl"} "$@"\n')
             wrapper.chmod(0o755)
             self._make_volume()
@@ -102,23 +102,21 @@ class KubernetesCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process is not None
-        if self._process.poll() is None:
-            sleeper = self._sleeper()
-            if sleeper:
-                sleeper.kill()  # the tool then takes everything down
-            try:
-                self._process.wait(90)
-            except subprocess.TimeoutExpired:
-                for child in psutil.Process(self._process.pid).children(recursive=True):
-                    child.kill()
-                self._process.wait(30)
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.close()  # the tool then takes everything down
+        try:
+            self._process.wait(120)
+        except subprocess.TimeoutExpired:
+            for child in psutil.Process(self._process.pid).children(recursive=True):
+                child.kill()
+            self._process.wait(30)
 
-    def _sleeper(self) -> psutil.Process:
+    def _inside(self) -> int:
+        """A process in the cluster's network."""
         assert self._process is not None
         for child in psutil.Process(self._process.pid).children(recursive=True):
-            if child.cmdline() == ["sleep", "86399"]:
-                return child
+            if child.cmdline() == ["cat"]:
+                return child.pid
         raise AssertionError((self.folder / "cluster.log").read_text())
 
     def _make_volume(self) -> None:
