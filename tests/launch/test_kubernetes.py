@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def files() -> list[dict]:
     """What `kubectl apply -f k8s/value-job.yaml -f k8s/awr-job.yaml` reads."""
     return [
-        doc for name in ("value-job", "awr-job") for doc in yaml.safe_load_all((ROOT / "k8s" / f"{name}.yaml").open())
+        doc
+        for name in ("value-job", "awr-job")
+        for doc in yaml.safe_load_all((ROOT / "k8s" / f"{name}.yaml").read_text())
     ]
 
 
