@@ -10,7 +10,10 @@ from hvd.errors import UserError
 from hvd.jobs import kubernetes
 from hvd.jobs.kubernetes import KubernetesJob
 
-BAR = "value:   1%|  | 2/60 [00:10<01:59,  2.17s/step, loss=6.0]\rvalue:  52%|##  | 31/60 [00:15<00:14,  2.00step/s, loss=5.4]"
+BAR = (
+    "value:   1%|  | 2/60 [00:10<01:59,  2.17s/step, loss=6.0]\r"
+    "value:  52%|##  | 31/60 [00:15<00:14,  2.00step/s, loss=5.4]"
+)
 
 
 def a_job(name: str, component: str, *, condition: str = "", args: tuple[str, ...] = (), **spec) -> dict:
