@@ -65,6 +65,11 @@ def install() -> None:
     subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
 
 
+def uv() -> str:
+    """The program that `uv run` has started us with, or the one of the PATH."""
+    return os.environ.get("UV") or shutil.which("uv") or "uv"
+
+
 def settings() -> dict[str, str]:
     """Environment variables that make buildah, podman and docker/*.sh use a store of their own; writes their files."""
     root = folder()
@@ -81,12 +86,16 @@ def settings() -> dict[str, str]:
     }
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, **settings()}
+
+
 def call(*argv: str | Path, check: bool = True, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess[str]:
     """A command with those settings; its output is kept, and part of the AssertionError where it fails."""
     done = subprocess.run(
         [str(part) for part in argv],
         cwd=cwd,
-        env={**os.environ, **settings()},
+        env=environment(),
         **{"capture_output": True, "text": True, "timeout": 900, **options},
     )
     assert not check or done.returncode == 0, f"{shlex.join(map(str, argv))}\n{done.stdout or ''}{done.stderr or ''}"
@@ -128,7 +137,9 @@ def main() -> int:
             file, name = [*args.arguments, "localhost/hvd:cpu"][:2]
             call(ROOT / "docker" / "save.sh", build(**shown), Path(file).absolute(), name, **shown)
         case "run":
-            return call(*podman_run("localhost/hvd:cpu", *args.arguments), check=False, timeout=None, **shown).returncode
+            return call(
+                *podman_run("localhost/hvd:cpu", *args.arguments), check=False, timeout=None, **shown
+            ).returncode
         case "env":
             print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings().items()))
         case "remove":
