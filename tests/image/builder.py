@@ -95,20 +95,23 @@ def call(*argv: str | Path, check: bool = True, cwd: Path = ROOT, **options) -> 
     done = subprocess.run(
         [str(part) for part in argv],
         cwd=cwd,
-        env=environment(),
-        **{"capture_output": True, "text": True, "timeout": 900, **options},
+        **{"env": environment(), "capture_output": True, "text": True, "timeout": 900, **options},
     )
     assert not check or done.returncode == 0, f"{shlex.join(map(str, argv))}\n{done.stdout or ''}{done.stderr or ''}"
     return done
 
 
 def build(extra: str = "cpu", tag: str | None = None, *, source: Path = ROOT, **options) -> str:
-    """Build from `source` and give the image's tag."""
+    """Build from `source` and give the image's id, which stays when somebody else builds the same tag."""
     tag = tag or f"localhost/hvd:{extra}"
+    identity = Path(settings()["TMPDIR"]) / f"{os.getpid()}.id"
     if call("buildah", "inspect", "--type", "image", BASE, check=False).returncode:
         call(source / "docker" / "base.sh", folder() / "base.tar", **options)
-    call(source / "docker" / "build.sh", extra, tag, cwd=source, timeout=1800, **options)
-    return tag
+    flags = {**environment(), "BUILD_FLAGS": f"--iidfile {identity}"}
+    call(source / "docker" / "build.sh", extra, tag, cwd=source, timeout=1800, env=flags, **options)
+    text = identity.read_text().strip()
+    identity.unlink()
+    return text.removeprefix("sha256:")
 
 
 def podman_run(tag: str, *arguments: str, options: tuple[str, ...] = ()) -> list[str]:

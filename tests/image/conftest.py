@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
@@ -30,15 +32,15 @@ class Layer:
 
 @dataclasses.dataclass
 class Image:
-    tag: str
+    id: str
 
     def inspect(self) -> dict:
         """Configuration and layer ids."""
-        return json.loads(builder.call("buildah", "inspect", "--type", "image", self.tag).stdout)["OCIv1"]
+        return json.loads(builder.call("buildah", "inspect", "--type", "image", self.id).stdout)["OCIv1"]
 
     def run(self, *arguments: str, options: tuple[str, ...] = (), check: bool = True, timeout: int = 240):
         """`hvd ARGUMENTS` in it, restricted as a pod would be."""
-        return builder.call(*builder.podman_run(self.tag, *arguments, options=options), check=check, timeout=timeout)
+        return builder.call(*builder.podman_run(self.id, *arguments, options=options), check=check, timeout=timeout)
 
     def python(self, *arguments: str, options: tuple[str, ...] = (), check: bool = True):
         """`python ARGUMENTS` in it."""
@@ -54,11 +56,12 @@ def image() -> Image:
 
 
 @pytest.fixture(scope="session")
-def archive(image) -> Path:
-    """The image as a tar; one file for all sessions, since it has its size."""
-    path = builder.folder() / "hvd-cpu.tar"
-    builder.call(builder.ROOT / "docker" / "save.sh", image.tag, path)
-    return path
+def archive(image) -> Iterator[Path]:
+    """The image as a tar of its size; removed after the session."""
+    path = Path(builder.settings()["TMPDIR"]) / f"hvd-cpu-{os.getpid()}.tar"
+    builder.call(builder.ROOT / "docker" / "save.sh", image.id, path, "localhost/hvd:cpu")
+    yield path
+    path.unlink()
 
 
 @pytest.fixture(scope="session")

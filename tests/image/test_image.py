@@ -114,7 +114,7 @@ def test_sigterm_through_tini_saves_and_ends_with_143(image, storage):
     image.run("prepare", *arguments, options=storage.options)
     name = f"hvd-test-{storage.folder.parent.name}"
     options = (*storage.options, f"--name={name}")
-    command = builder.podman_run(image.tag, "train-value", *arguments, options=options)
+    command = builder.podman_run(image.id, "train-value", *arguments, options=options)
     log = storage.folder / "log"
     with log.open("w") as file:
         trainer = subprocess.Popen(command, env=builder.environment(), stdout=file, stderr=file)
@@ -170,11 +170,9 @@ def test_a_change_of_the_source_makes_the_last_layer_only(image, tmp_path):
     shutil.copytree(builder.ROOT, source, ignore=shutil.ignore_patterns(".venv*", "runs", ".git", "assets"))
     with (source / "hvd" / "cli.py").open("a") as file:
         file.write("# changed\n")
-    tag = builder.build("cpu", "localhost/hvd-test:changed", source=source)
-    try:
-        after = type(image)(tag).inspect()["rootfs"]["diff_ids"]
-    finally:
-        builder.call("buildah", "rmi", "--force", tag)
+    changed = type(image)(builder.build("cpu", "localhost/hvd-test:changed", source=source))
+    after = changed.inspect()["rootfs"]["diff_ids"]
+    builder.call("buildah", "rmi", "--force", changed.id)
     assert after[:-1] == before[:-1]
     assert after[-1] != before[-1]
 
