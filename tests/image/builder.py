@@ -7,7 +7,8 @@
     eval "$(python -m tests.image.builder env)"        # then plain buildah, podman, docker/*.sh
     python -m tests.image.builder remove               # the store
 
-Everything lies below $HVD_IMAGE_STORE (/tmp/hvd-image): the machine's own images are left alone.
+Everything lies below $HVD_IMAGE_STORE (/tmp/hvd-image): the machine's own images are left alone. $BASE_IMAGE may name a
+base in a registry; without it docker/base.sh makes one.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def settings() -> dict[str, str]:
         "BUILDAH_ISOLATION": "chroot",
         "TMPDIR": str(root / "tmp"),
         "ENGINE": "buildah",
-        "BASE_IMAGE": BASE,
+        "BASE_IMAGE": os.environ.get("BASE_IMAGE", BASE),
     }
 
 
@@ -105,7 +106,8 @@ def build(extra: str = "cpu", tag: str | None = None, *, source: Path = ROOT, **
     """Build from `source` and give the image's id, which stays when somebody else builds the same tag."""
     tag = tag or f"localhost/hvd:{extra}"
     identity = Path(settings()["TMPDIR"]) / f"{os.getpid()}.id"
-    if call("buildah", "inspect", "--type", "image", BASE, check=False).returncode:
+    made = settings()["BASE_IMAGE"] == BASE  # else it is a registry's
+    if made and call("buildah", "inspect", "--type", "image", BASE, check=False).returncode:
         call(source / "docker" / "base.sh", folder() / "base.tar", **options)
     flags = {**environment(), "BUILD_FLAGS": f"--iidfile {identity}"}
     call(source / "docker" / "build.sh", extra, tag, cwd=source, timeout=1800, env=flags, **options)

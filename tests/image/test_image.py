@@ -175,9 +175,3 @@ def test_a_change_of_the_source_makes_the_last_layer_only(image, tmp_path):
     builder.call("buildah", "rmi", "--force", changed.id)
     assert after[:-1] == before[:-1]
     assert after[-1] != before[-1]
-
-
-def test_names_of_extras_are_checked_before_anything_is_built():
-    done = builder.call(builder.ROOT / "docker" / "build.sh", "cuda99", check=False)
-    assert done.returncode == 2
-    assert "no extra 'cuda99'" in done.stderr
