@@ -5,6 +5,7 @@
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,4s/^# \?//p' "$0" >&2; exit 2; }
 TAG=$1 FILE=$2 NAME=${3:-$1}
+# shellcheck source=docker/engine.sh
 . "$(dirname "$0")/engine.sh"
 
 rm -f "$FILE.part"

@@ -7,7 +7,8 @@
     eval "$(python -m tests.image.builder env)"        # then plain buildah, podman, docker/*.sh
     python -m tests.image.builder remove               # the store
 
-Everything lies below $HVD_IMAGE_STORE (/tmp/hvd-image): the machine's own images are left alone.
+Everything lies below $HVD_IMAGE_STORE (/tmp/hvd-image): the machine's own images are left alone. $BASE_IMAGE may name a
+base in a registry; without it docker/base.sh makes one.
 """
 
 import argparse
@@ -65,6 +66,11 @@ def install() -> None:
     subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
 
 
+def uv() -> str:
+    """The program that `uv run` has started us with, or the one of the PATH."""
+    return os.environ.get("UV") or shutil.which("uv") or "uv"
+
+
 def settings() -> dict[str, str]:
     """Environment variables that make buildah, podman and docker/*.sh use a store of their own; writes their files."""
     root = folder()
@@ -77,8 +83,12 @@ def settings() -> dict[str, str]:
         "BUILDAH_ISOLATION": "chroot",
         "TMPDIR": str(root / "tmp"),
         "ENGINE": "buildah",
-        "BASE_IMAGE": BASE,
+        "BASE_IMAGE": os.environ.get("BASE_IMAGE", BASE),
     }
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, **settings()}
 
 
 def call(*argv: str | Path, check: bool = True, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess[str]:
@@ -86,20 +96,24 @@ def call(*argv: str | Path, check: bool = True, cwd: Path = ROOT, **options) -> 
     done = subprocess.run(
         [str(part) for part in argv],
         cwd=cwd,
-        env={**os.environ, **settings()},
-        **{"capture_output": True, "text": True, "timeout": 900, **options},
+        **{"env": environment(), "capture_output": True, "text": True, "timeout": 900, **options},
     )
     assert not check or done.returncode == 0, f"{shlex.join(map(str, argv))}\n{done.stdout or ''}{done.stderr or ''}"
     return done
 
 
 def build(extra: str = "cpu", tag: str | None = None, *, source: Path = ROOT, **options) -> str:
-    """Build from `source` and give the image's tag."""
+    """Build from `source` and give the image's id, which stays when somebody else builds the same tag."""
     tag = tag or f"localhost/hvd:{extra}"
-    if call("buildah", "inspect", "--type", "image", BASE, check=False).returncode:
+    identity = Path(settings()["TMPDIR"]) / f"{os.getpid()}.id"
+    made = settings()["BASE_IMAGE"] == BASE  # else it is a registry's
+    if made and call("buildah", "inspect", "--type", "image", BASE, check=False).returncode:
         call(source / "docker" / "base.sh", folder() / "base.tar", **options)
-    call(source / "docker" / "build.sh", extra, tag, cwd=source, timeout=1800, **options)
-    return tag
+    flags = {**environment(), "BUILD_FLAGS": f"--iidfile {identity}"}
+    call(source / "docker" / "build.sh", extra, tag, cwd=source, timeout=1800, env=flags, **options)
+    text = identity.read_text().strip()
+    identity.unlink()
+    return text.removeprefix("sha256:")
 
 
 def podman_run(tag: str, *arguments: str, options: tuple[str, ...] = ()) -> list[str]:
