@@ -1,7 +1,7 @@
 """The shipped manifests: those of k8s/base as they are, and every overlay as kustomize renders it.
 
-What is rendered lies in golden/, so that most tests need no kubectl. `python -m tests.k8s.render` renders it again: look
-at the differences before you commit.
+What is rendered lies in golden/, so that most tests need no kubectl. `python -m tests.k8s.render` renders it again:
+look at the differences before you commit.
 """
 
 import copy
