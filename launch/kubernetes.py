@@ -156,6 +156,8 @@ def _job(
         _gate(pod["containers"][0]["args"], nodes, stage, after)
         return
     if "completionMode" in spec:
+        # failures are counted pod by pod, and what strikes one node may strike all
+        spec["backoffLimit"] = spec["backoffLimit"] * nodes // spec["completions"]
         spec["completions"] = nodes
     elif nodes > 1:
         raise UserError(f"kubernetes.overlay {asked.overlay}: its Jobs are not Indexed, --nodes {nodes} needs that")

@@ -92,8 +92,8 @@ class KubernetesCluster:
             # its certificate lies in the cluster's own folder, which is visible here
             (self.folder / "bin").mkdir()
             wrapper = self.folder / "bin" / "kubectl"
-            pid = self._inside()
-            wrapper.write_text(f'#!/bin/sh\nKUBECONFIG={ready} exec nsenter -t {pid} -n {CACHE / "kubectl"} "$@"\n')
+            enter = shlex.join(self.enter())
+            wrapper.write_text(f'#!/bin/sh\nKUBECONFIG={ready} exec {enter} {CACHE / "kubectl"} "$@"\n')
             wrapper.chmod(0o755)
             self._make_volume()
         except BaseException:
@@ -111,12 +111,12 @@ class KubernetesCluster:
                 child.kill()
             self._process.wait(30)
 
-    def _inside(self) -> int:
-        """A process in the cluster's network."""
+    def enter(self) -> list[str]:
+        """The command that runs another one in the cluster's network."""
         assert self._process is not None
         for child in psutil.Process(self._process.pid).children(recursive=True):
             if child.cmdline() == ["cat"]:
-                return child.pid
+                return ["nsenter", "-t", str(child.pid), "-n"]
         raise AssertionError((self.folder / "cluster.log").read_text())
 
     def _make_volume(self) -> None:
@@ -154,6 +154,10 @@ class KubernetesCluster:
         )
         assert not check or done.returncode == 0, f"{shlex.join(argv)}\n{done.stdout}{done.stderr}"
         return done
+
+    def inside(self, *argv: str) -> str:
+        """A command in the cluster's network."""
+        return self.call(*self.enter(), *argv).stdout
 
     def kubectl(self, *argv: str, stdin: str | None = None, check: bool = True) -> str:
         done = self.call("kubectl", *argv, stdin=stdin, check=check)

@@ -1,4 +1,4 @@
-"""The scripts of docker/: clean for linters, requirements hashed and pinned, packing for Slurm sites, packages listed."""
+"""The scripts of docker/: clean for linters, requirements hashed and pinned, packing for Slurm, packages listed."""
 
 import json
 import os
