@@ -236,7 +236,8 @@ def submit(manifests: Sequence[Manifest]) -> list[str]:
         Failed: it does not answer.
     """
     living, gone = _present(manifests)
-    wanted = [doc for doc in manifests if not (doc["kind"] == "Job" and doc["metadata"]["name"] in living)]
+    kept = [("Job", name) for name in living] + [("PersistentVolumeClaim", name) for name in _claims(manifests)]
+    wanted = [doc for doc in manifests if (doc["kind"], doc["metadata"]["name"]) not in kept]
     fresh = [doc for doc in wanted if not (doc["kind"] == "Job" and doc["metadata"]["name"] in gone)]
     _apply(fresh, ["--dry-run=server"])
     for name in living:
@@ -258,6 +259,14 @@ def _present(manifests: Sequence[Manifest]) -> tuple[list[str], list[str]]:
     given_up = {job.option("--policy-job") for job in mine if job.stage == "gate" and job.ended}
     ended = [job.name for job in mine if job.ended or (job.state == "PAUSED" and job.name in given_up)]
     return [job.name for job in mine if job.name not in ended], ended
+
+
+def _claims(manifests: Sequence[Manifest]) -> list[str]:
+    """Names of the volume claims that are there already: they are what they are, and hold the users' data."""
+    if not any(doc["kind"] == "PersistentVolumeClaim" for doc in manifests):
+        return []
+    answer = json.loads(cluster.kubectl("get", "persistentvolumeclaims", "-o", "json"))["items"]
+    return [claim["metadata"]["name"] for claim in answer]
 
 
 def _apply(manifests: Sequence[Manifest], flags: Sequence[str]) -> str:

@@ -54,8 +54,10 @@ def job(kubernetes):
     ).stdout
     docs = list(yaml.safe_load_all(rendered))
     assert sorted(doc["kind"] for doc in docs) == ["Job", "PersistentVolumeClaim", "Service"]
-    others = [doc for doc in docs if doc["kind"] != "Job"]
-    kubernetes.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(others))
+    for doc in docs:
+        there = doc["kind"] == "PersistentVolumeClaim" and kubernetes.get("pvc")["items"]
+        if doc["kind"] != "Job" and not there:
+            kubernetes.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(doc))
     kubernetes.inside("ip", "addr", "add", f"{DNS}/32", "dev", "br0")
     dns = subprocess.Popen(
         [*kubernetes.enter(), "python3", str(TOOLS / "minidns.py"), DNS],

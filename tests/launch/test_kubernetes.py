@@ -242,6 +242,20 @@ def test_jobs_that_have_ended_make_room_for_their_successors(kubectl):
     assert applied(kubectl)[1] == ["hvd-value", "hvd-awr", "hvd-awr-gate"]
 
 
+def test_a_claim_that_is_there_is_left_alone(kubectl):
+    claim = {"kind": "PersistentVolumeClaim", "metadata": {"name": "hvd-storage"}}
+    kubernetes.submit([claim, *render()])
+    assert applied_claims(kubectl) == 2
+    kubectl.answer("get", json.dumps({"items": [present("hvd-storage")]}))
+    kubernetes.submit([claim, *render()])
+    assert applied_claims(kubectl) == 2
+
+
+def applied_claims(kubectl) -> int:
+    texts = [text for args, text in kubectl.calls if args[0] == "apply"]
+    return sum(doc["kind"] == "PersistentVolumeClaim" for text in texts for doc in yaml.safe_load_all(text))
+
+
 def test_no_kubectl_is_said(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert submit.main(["--stage", "value", "--cluster", "kubernetes"]) == 2
