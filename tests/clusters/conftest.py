@@ -36,6 +36,6 @@ def kubernetes(tmp_path_factory) -> Iterator[KubernetesCluster]:
     if lacking := kubernetes_cluster.missing() or builder.missing():
         pytest.skip(lacking)
     archive = builder.folder() / "hvd-cpu.tar"
-    builder.call(kubernetes_cluster.ROOT / "docker" / "save.sh", builder.build(), archive)
+    builder.call(kubernetes_cluster.ROOT / "docker" / "save.sh", builder.build(), archive, "localhost/hvd:cpu")
     with KubernetesCluster(tmp_path_factory.mktemp("kubernetes"), (archive,)) as cluster:
         yield cluster

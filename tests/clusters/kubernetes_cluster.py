@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -203,4 +204,7 @@ def until(condition: Callable[[], object], what: str | Callable[[], str], second
 
 
 if __name__ == "__main__":
-    install()
+    if sys.argv[1:] == ["tools"]:  # where they are; nothing where they are not
+        print(TOOLS if (TOOLS / "cluster.sh").exists() else "")
+    else:
+        install()
