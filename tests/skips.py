@@ -13,6 +13,7 @@ REASONS_CI_MAY_SKIP = (
     "no Kubernetes here: namespaces and daemons need root",
     "HVD_KUBERNETES_TOOLS",
     "no image builder here: it needs root",
+    "no kubectl here",  # .ci/run installs one where it may
     "one core only",
     "no OpenGL on this machine",
     "no user namespaces here",

@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +30,14 @@ def missing() -> str | None:
     if not (TOOLS / "cluster.sh").exists():
         return f"HVD_KUBERNETES_TOOLS: no cluster.sh in {TOOLS} and the variable is not set"
     if not shutil.which("containerd") or not (CACHE / "kubectl").exists():
-        return "no containerd or kubectl: python -m tests.clusters.kubernetes_cluster install"
+        return "no containerd or kubectl: python -m tests.clusters.kubernetes_cluster"
     return None
 
 
 def install() -> None:
-    """Debian's packages that the cluster runs on, and a current kubectl in CACHE."""
-    subprocess.run([TOOLS / "cluster.sh", "install"], check=True)
+    """A current kubectl in CACHE and, where the tools are, Debian's packages that the cluster runs on."""
+    if (TOOLS / "cluster.sh").exists():
+        subprocess.run([TOOLS / "cluster.sh", "install"], check=True)
     if (CACHE / "kubectl").exists():
         return
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,4 @@ def until(condition: Callable[[], object], what: str | Callable[[], str], second
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["tools"]:  # where they are; nothing where they are not
-        print(TOOLS if (TOOLS / "cluster.sh").exists() else "")
-    else:
-        install()
+    install()

@@ -32,7 +32,7 @@ def kubectl() -> str | None:
 def render(overlay: str) -> str:
     """What `kubectl apply -k` would apply. Needs kubectl, and no cluster."""
     program = kubectl()
-    assert program, "no kubectl here: python -m tests.clusters.kubernetes_cluster install"
+    assert program, "no kubectl here: python -m tests.clusters.kubernetes_cluster"
     folder = ROOT / "k8s" / "overlays" / overlay
     done = subprocess.run([program, "kustomize", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr, f"{overlay}: {done.stderr}"  # a warning: something is deprecated

@@ -9,7 +9,7 @@ from tests.k8s import render
 from tests.k8s.render import OVERLAYS, documents, find
 
 KUBECTL = pytest.mark.skipif(
-    not render.kubectl(), reason="no kubectl here: python -m tests.clusters.kubernetes_cluster install"
+    not render.kubectl(), reason="no kubectl here: python -m tests.clusters.kubernetes_cluster"
 )
 RESOURCES = "spec/template/spec/containers/train/resources"
 SHM = "spec/template/spec/volumes/shm/emptyDir/sizeLimit"
