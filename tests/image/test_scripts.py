@@ -1,4 +1,4 @@
-"""The scripts of docker/: clean for linters, hashed and pinned requirements, packing for Slurm sites, what is listed."""
+"""The scripts of docker/: clean for linters, hashed and pinned requirements, packing for Slurm sites, lists."""
 
 import json
 import os
