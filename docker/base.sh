@@ -17,7 +17,8 @@ if [ ! -s "$ARCHIVE" ]; then
     --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
     --dpkgopt='path-include=/usr/share/doc/*/copyright' --dpkgopt='path-exclude=/usr/share/locale/*' \
     --dpkgopt='force-unsafe-io' --aptopt='Acquire::Languages "none"' \
-    --customize-hook='cd "$1" && rm -rf etc/resolv.conf var/lib/apt/lists/* var/cache/apt/*.bin var/log/*.log var/log/apt' \
+    --customize-hook='cd "$1" && rm -rf etc/resolv.conf var/lib/apt/lists/* var/cache/apt/*.bin' \
+    --customize-hook='cd "$1" && rm -rf var/log/*.log var/log/apt' \
     trixie "$ARCHIVE.part.tar"
   mv "$ARCHIVE.part.tar" "$ARCHIVE"
 fi

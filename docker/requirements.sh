@@ -8,7 +8,7 @@ for extra in cpu cuda12 data; do
   case $extra in cpu) flags=() ;; cuda12) flags=(--extra cuda12) ;; data) flags=(--extra lerobot) ;; esac
   # mujoco-studio: a viewer with windows, 30 MB
   uv export --quiet --frozen --no-dev --no-emit-project --no-emit-package mujoco-studio --no-header --no-annotate \
-    --python 3.13 --extra s3 --extra wandb "${flags[@]}" -o "docker/requirements/$extra.txt" >/dev/null
+    --python 3.13 --extra s3 --extra gcs --extra wandb "${flags[@]}" -o "docker/requirements/$extra.txt" >/dev/null
 done
 # What builds the project in there
 uv pip compile --quiet --no-header --no-annotate --generate-hashes --no-emit-index-url --python-version 3.13 \

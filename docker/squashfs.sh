@@ -3,6 +3,8 @@
 #
 #   docker/squashfs.sh TAG FILE.sqsh      needs mksquashfs (squashfs-tools), and root with podman or buildah
 #
+# Environment: ENGINE, LEVEL of compression (zstd's, default 12).
+#
 # As `enroot import` does it: the root file system, with the image's environment in /etc/environment and its entrypoint
 # in /etc/rc. Where compute nodes have enroot and reach your registry, `enroot import` from there does the same.
 set -euo pipefail
@@ -40,8 +42,9 @@ if [ -s /etc/rc.local ]; then . /etc/rc.local; fi
 exec /usr/bin/tini -s -- hvd "$@"
 RC
 rm -f "$FILE.part"
-mksquashfs "$root" "$FILE.part" -comp zstd -noappend -no-progress -quiet -e dev proc sys >/dev/null
-# (mount points, which -e has taken out with what was in them)
-mksquashfs "$(mkdir -p "$work"/points/{dev,proc,sys} && echo "$work/points")" "$FILE.part" -no-progress -quiet >/dev/null
+pack() { mksquashfs "$@" -no-progress -quiet >/dev/null; }
+pack "$root" "$FILE.part" -comp zstd -Xcompression-level "${LEVEL:-12}" -noappend -e dev proc sys
+mkdir -p "$work"/points/{dev,proc,sys} # the mount points, which went out with what was in them
+pack "$work/points" "$FILE.part"
 mv "$FILE.part" "$FILE"
 echo "$FILE: $(stat -c %s "$FILE") bytes"

@@ -9,7 +9,8 @@ rm -rf pyarrow/include
 
 # Symbol tables (.symtab): the linker reads .dynsym, which stays. Not what auditwheel rewrote (*.libs), whose sections
 # strip can tear apart, and not NVIDIA's libraries, which have none. A file that strip refuses is left as it is.
-find . \( -name '*.libs' -o -path ./nvidia \) -prune -o -type f \( -name '*.so' -o -name '*.so.*' \) -size +300k -print |
+find . \( -name '*.libs' -o -path ./nvidia \) -prune -o \
+  -type f \( -name '*.so' -o -name '*.so.*' \) -size +300k -print |
   while read -r library; do
     if strip --strip-unneeded -o "$library.stripped" "$library" 2>/dev/null; then
       chmod --reference="$library" "$library.stripped"

@@ -128,7 +128,8 @@ def _component(doc: Manifest) -> str:
 
 
 def _belongs(doc: Manifest, stage: str) -> bool:
-    return _component(doc) in (("value",) if stage == "value" else ("policy", "gate")) or _component(doc) == "storage"
+    """Is it of the stage, or of both (storage, accounts)?"""
+    return _component(doc) not in (("policy", "gate") if stage == "value" else ("value",))
 
 
 def _job(
@@ -201,8 +202,8 @@ def _trainer(container: Manifest, nodes: int, asked: Settings) -> None:
 
 
 def _renamed(doc: Manifest, name: str) -> Manifest:
-    """With `name` in place of the names' first part; not that of the shared storage and of the users' Secret."""
-    ours = ("value", "awr", "awr-gate", "trainer")
+    """With `name` in place of the names' first part; not those of the storage, the Secret and the trainer's account."""
+    ours = ("value", "awr", "awr-gate")
     text = json.dumps(doc)
     for last in ours:
         text = re.sub(rf'(?<=")({_PREFIX})-{last}(?=[".]|-0\.)', f"{name}-{last}", text)

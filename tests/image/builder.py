@@ -102,13 +102,27 @@ def call(*argv: str | Path, check: bool = True, cwd: Path = ROOT, **options) -> 
     return done
 
 
+def make_base(**options) -> None:
+    """The stand-in for Debian's image, unless it is there or $BASE_IMAGE names another."""
+    ours = settings()["BASE_IMAGE"] == BASE
+    if ours and call("buildah", "inspect", "--type", "image", BASE, check=False).returncode:
+        call(ROOT / "docker" / "base.sh", folder() / "base.tar", **options)
+
+
+def remove() -> None:
+    """The store and everything in it."""
+    call("buildah", "rm", "--all", check=False)
+    call("buildah", "rmi", "--all", "--force", check=False)
+    for mount in (folder() / "store" / "graph" / "overlay", folder() / "store" / "graph"):
+        call("umount", mount, check=False)  # each is mounted upon itself
+    shutil.rmtree(folder(), ignore_errors=True)
+
+
 def build(extra: str = "cpu", tag: str | None = None, *, source: Path = ROOT, **options) -> str:
     """Build from `source` and give the image's id, which stays when somebody else builds the same tag."""
     tag = tag or f"localhost/hvd:{extra}"
     identity = Path(settings()["TMPDIR"]) / f"{os.getpid()}.id"
-    made = settings()["BASE_IMAGE"] == BASE  # else it is a registry's
-    if made and call("buildah", "inspect", "--type", "image", BASE, check=False).returncode:
-        call(source / "docker" / "base.sh", folder() / "base.tar", **options)
+    make_base(**options)
     flags = {**environment(), "BUILD_FLAGS": f"--iidfile {identity}"}
     call(source / "docker" / "build.sh", extra, tag, cwd=source, timeout=1800, env=flags, **options)
     text = identity.read_text().strip()
@@ -148,9 +162,7 @@ def main() -> int:
         case "env":
             print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings().items()))
         case "remove":
-            call("buildah", "rm", "--all", check=False)
-            call("buildah", "rmi", "--all", "--force", check=False)
-            shutil.rmtree(folder(), ignore_errors=True)
+            remove()
     return 0
 
 

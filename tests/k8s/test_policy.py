@@ -11,7 +11,7 @@ from tests.k8s.render import MANIFESTS, Document, documents
 from tests.k8s.wiring import CHECKS, violations
 
 # The smoke overlay is for CPUs, clusters before podFailurePolicy, and a training that puts nothing into /dev/shm
-SKIPPED = {"smoke": ("gpus", "exit-codes", "shared-memory")}
+SKIPPED = {"smoke": ("gpus", "exit-codes")}
 
 GONE = object()
 POD = "spec/template/spec"

@@ -11,6 +11,8 @@ import yaml
 from hvd import overrides
 from hvd.errors import Failed, UserError
 from launch import kubernetes, submit
+from tests.k8s import render as manifests
+from tests.k8s.wiring import violations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -269,3 +271,34 @@ def test_the_links_beside_the_base_are_its_files():
         ["git", "ls-files", "-s", "k8s"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert tracked.count("120000") == 3
+
+
+# The claim is applied by itself; and these two checks are about both stages together
+SEPARATE = {"all": ("references",), "value": ("references", "rbac", "order"), "policy": ("references", "rbac", "order")}
+
+
+@pytest.mark.parametrize("stage", ["value", "policy", "all"])
+@pytest.mark.parametrize("asked", [{}, {"name": "exp2", "gpus_per_node": 8}, {"gpus_per_node": 0}])
+def test_what_is_rendered_keeps_the_policies_of_the_files(stage, asked):
+    """Security, exit codes, variables, names: tests/k8s."""
+    left_out = (*SEPARATE[stage], *(["gpus"] if asked.get("gpus_per_node") == 0 else []))
+    assert violations(render(stage=stage, **asked), skip=left_out) == []
+
+
+@pytest.mark.parametrize("stage", ["value", "policy", "all"])
+@pytest.mark.parametrize("overlay", ["smoke", "multi-node", "gcs", "single-node"])
+def test_overlays_keep_them_too(monkeypatch, stage, overlay):
+    program = manifests.kubectl()
+    if not program:
+        pytest.skip("no kubectl here: python -m tests.clusters.kubernetes_cluster")
+    monkeypatch.setenv("PATH", f"{Path(program).parent}:/usr/bin:/bin")
+    nodes = 3 if overlay == "multi-node" else 1
+    found = render(stage=stage, nodes=nodes, overlay=str(ROOT / "k8s" / "overlays" / overlay))
+    left_out = (*SEPARATE[stage], *(["gpus", "exit-codes"] if overlay == "smoke" else []))
+    assert violations(found, skip=left_out) == []
+    if overlay == "multi-node":
+        job = next(doc for doc in found if doc["kind"] == "Job")
+        assert job["spec"]["completions"] == 3 and job["spec"]["backoffLimit"] == 9
+    accounts = {doc["metadata"]["name"] for doc in found if doc["kind"] == "ServiceAccount"}
+    for doc in (doc for doc in found if doc["kind"] == "Job"):
+        assert doc["spec"]["template"]["spec"].get("serviceAccountName", "default") in {*accounts, "default"}
