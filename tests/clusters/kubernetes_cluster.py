@@ -21,6 +21,11 @@ TOOLS = Path(os.environ.get("HVD_KUBERNETES_TOOLS", ROOT.parent / "shared" / "to
 CACHE = Path.home() / ".cache" / "hvd-test-kubernetes"
 SUITE = "trixie"
 UP_SECONDS = 240
+# Added to the tool's script: pod logs of its own, and no image is deleted because the machine's disk is rather full
+CHANGES = {
+    "mount --make-rshared": "mkdir -p /var/log/pods; mount -t tmpfs tmpfs /var/log/pods; mount --make-rshared",
+    "syncFrequency: 5s": "syncFrequency: 5s\nimageGCHighThresholdPercent: 100",
+}
 
 
 def missing() -> str | None:
@@ -58,6 +63,22 @@ def install() -> None:
     shutil.rmtree(apt)
 
 
+def script() -> Path:
+    """cluster.sh with CHANGES, beside links to the files that it looks for beside itself."""
+    folder = CACHE / "tools"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = (TOOLS / "cluster.sh").read_text()
+    for old, new in CHANGES.items():
+        assert text.count(old) == 1, f"{TOOLS / 'cluster.sh'} has changed: {old!r}"
+        text = text.replace(old, new)
+    (folder / "cluster.sh").write_text(text)
+    (folder / "cluster.sh").chmod(0o755)
+    for path in TOOLS.iterdir():
+        if path.name != "cluster.sh" and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
+    return folder / "cluster.sh"
+
+
 class KubernetesCluster:
     """A cluster of its own; use as a context manager.
 
@@ -80,7 +101,7 @@ class KubernetesCluster:
         inside += f"{shlex.quote(str(ready))} && exec cat"  # until our end of its input closes, however we end
         with (self.folder / "cluster.log").open("w") as log:
             self._process = subprocess.Popen(
-                [TOOLS / "cluster.sh", "run", "bash", "-c", inside],
+                [script(), "run", "bash", "-c", inside],
                 env=os.environ | {"IMAGES": " ".join(map(str, self._images)), "KEEP_LOGS": str(self.folder / "logs")},
                 stdin=subprocess.PIPE,
                 stdout=log,
