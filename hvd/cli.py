@@ -69,6 +69,9 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
         "serve": Step("hvd.serve.command", "a trained policy behind openpi's websocket protocol", own_flags=True),
         "export": Step("hvd.export", "a complete run as a checkpoint of openpi", own_flags=True),
         "jobs": Step("hvd.jobs.command", "submitted jobs: list, logs, cancel, wait", own_flags=True),
+        "gate": Step(
+            "hvd.jobs.gate", "in a Kubernetes pod: release the policy Job after the value Job", own_flags=True
+        ),
         "verify": Step("hvd.train.complete", "is the run complete, undamaged and finite?"),
     }
 )

@@ -1,6 +1,6 @@
 """One command for both stages: python launch/submit.py --stage all|value|policy [--config NAME] [--field value]...
 
-Checks what can be checked, then runs the stage's steps here, or puts them into the queue of a Slurm cluster. A rerun
+Checks what can be checked, then runs the stage's steps here, or as jobs of a Slurm or Kubernetes cluster. A rerun
 goes on where the last one stopped. Exit codes: 0 complete (or queued), 2 the user's mistake, 143 stopped after saving,
 1 anything else.
 """
@@ -25,7 +25,8 @@ from hvd.checks import check_config, check_datasets, check_devices, check_weight
 from hvd.cli import take_overwrite
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USER, Failed, UserError
-from launch import fit, local, site, slurm, steps
+from hvd.jobs import kubernetes as queue
+from launch import fit, kubernetes, local, site, slurm, steps
 
 CLUSTERS = ("auto", "local", "slurm", "kubernetes")
 
@@ -69,11 +70,11 @@ def usage() -> str:
         "cluster": "auto, local, slurm or kubernetes; auto is Slurm where it answers, else this machine",
         "config": "`hvd configs` lists them",
         "dry_run": "print the commands, or the batch scripts, and run nothing",
-        "detach": "run in the background; prints the process id and the log",
+        "detach": "run in the background, with a log; on Kubernetes: do not follow the Jobs",
         "data": "a LeRobot dataset, or the folder that holds the config's repo_ids",
         "devices": "of a node, such as 8xh100-80gb, for the memory plan; on this machine nvidia-smi is asked",
         "plan": "refuse a job that cannot fit its devices (`hvd plan`); --no-plan submits it all the same",
-        "after": "Slurm: start only after this job has completed, such as the value job of --stage policy",
+        "after": "start only after this job has completed, such as the value job of --stage policy (Slurm: its id)",
     }
     for field in dataclasses.fields(Submit):
         name = "--" + field.name.replace("_", "-")
@@ -81,6 +82,7 @@ def usage() -> str:
     lines += [
         "  --overwrite  delete the stage's run directories and start again (default: --resume, go on)",
         "  --slurm.partition gpu, --slurm.time 4:00:00, ...  any setting of slurm/site.toml",
+        "  --kubernetes.image registry/hvd:1, --kubernetes.overlay DIR, ...  the settings in launch/kubernetes.py",
         "",
         "Every field of the config can be set: --exp-name my_run --model.method expectile --value.batch_size 128.",
         "`hvd train-policy --help --config NAME` lists the fields with their values.",
@@ -90,18 +92,20 @@ def usage() -> str:
 
 def submit(argv: list[str]) -> int:
     """Parse, check, and run or print. Raises UserError; nothing is written before everything has been checked."""
-    options, rest, for_site = parse(argv)
+    options, rest, for_clusters = parse(argv)
     rest, overwrite = take_overwrite(rest)
     passed_on = ["--config", options.config, *(["--data", options.data] if options.data else []), *rest]
     cfg = overrides.experiment(passed_on)
     place = choose_cluster(options.cluster)
+    for cluster, flags in for_clusters.items():
+        if flags and place != cluster:
+            raise UserError(f"{flags[0].token} is for --cluster {cluster}, this is {place}")
     if place == "kubernetes":
-        raise UserError("--cluster kubernetes is not built yet (it comes with its own issue); use local or slurm")
+        return to_kubernetes(cfg, options, passed_on, for_clusters["kubernetes"], overwrite)
     if place == "slurm":
-        return to_slurm(cfg, options, passed_on, for_site, overwrite)
-    for flag, given in (("--after", options.after), (for_site[0].token if for_site else "", for_site)):
-        if given:
-            raise UserError(f"{flag} is for --cluster slurm, this is {place}")
+        return to_slurm(cfg, options, passed_on, for_clusters["slurm"], overwrite)
+    if options.after:
+        raise UserError(f"--after is for --cluster slurm and kubernetes, this is {place}")
     return here(cfg, options, passed_on, overwrite, argv)
 
 
@@ -157,17 +161,43 @@ def to_slurm(
     return EXIT_COMPLETE
 
 
-def parse(argv: Sequence[str]) -> tuple[Submit, list[str], list[overrides.Flag]]:
-    """The launcher's own options, the rest as it was, and the flags of the Slurm site."""
+def to_kubernetes(
+    cfg: Experiment, options: Submit, passed_on: list[str], flags: list[overrides.Flag], overwrite: bool
+) -> int:
+    """Apply the stage's manifests, or print them; follows the Jobs unless --detach."""
+    asked = kubernetes.settings(flags)
+    if options.after and (options.stage != "policy" or not queue.is_name(options.after)):
+        raise UserError(f"--after {options.after!r}: it names the value Job that --stage policy waits for")
+    check_config(cfg)
+    manifests = kubernetes.render(
+        cfg, options.stage, passed_on, options.nodes, asked, after=options.after, overwrite=overwrite
+    )
+    gpus = kubernetes.gpus(manifests)
+    check_devices(cfg, options.nodes * max(1, gpus), options.nodes)
+    if options.dry_run:
+        print(kubernetes.to_yaml(manifests), end="")
+        return EXIT_COMPLETE
+    if not shutil.which("kubectl"):
+        raise UserError("--cluster kubernetes: there is no kubectl on this machine")
+    kind = options.devices or (f"{gpus}x{asked.gpu}" if gpus and asked.gpu else "")
+    if options.plan and kind:
+        fit.check(options.stage, passed_on, kind, options.nodes)
+    names = kubernetes.submit(manifests)
+    print(f"follow them: hvd jobs; hvd jobs logs {names[0]} -f", flush=True)
+    return EXIT_COMPLETE if options.detach else kubernetes.follow(names)
+
+
+def parse(argv: Sequence[str]) -> tuple[Submit, list[str], dict[str, list[overrides.Flag]]]:
+    """The launcher's own options, the rest as it was, and the flags of each cluster (--slurm.NAME, ...)."""
     own = overrides.leaves(Submit)
     flags = overrides.split_flags(argv)
-    for_site = [flag for flag in flags if flag.field.startswith("slurm.")]
-    flags = [flag for flag in flags if not flag.field.startswith("slurm.")]
+    theirs = {name: [flag for flag in flags if flag.field.startswith(f"{name}.")] for name in ("slurm", "kubernetes")}
+    flags = [flag for flag in flags if not flag.field.startswith(("slurm.", "kubernetes."))]
     options = overrides.apply(Submit(), [flag for flag in flags if flag.field in own or flag.field[3:] in own])
     rest = [flag for flag in flags if not (flag.field in own or flag.field[3:] in own)]
     if options.nodes < 1:
         raise UserError(f"--nodes {options.nodes} must be at least 1")
-    return options, [arg for flag in rest for arg in (flag.token, *flag.values)], for_site
+    return options, [arg for flag in rest for arg in (flag.token, *flag.values)], theirs
 
 
 def choose_cluster(asked: str) -> str:
@@ -176,17 +206,9 @@ def choose_cluster(asked: str) -> str:
         return asked
     if slurm.available():
         return "slurm"
-    if kubernetes_context():
-        print("--cluster auto: kubernetes (kubectl has a context) found but not built yet; running on this machine")
+    if queue.available():
+        print("--cluster auto: running on this machine (kubectl has a context: --cluster kubernetes would use it)")
     return "local"
-
-
-def kubernetes_context() -> bool:
-    """Does kubectl know a cluster? Asks no cluster."""
-    if not shutil.which("kubectl"):
-        return False
-    asked = subprocess.run(["kubectl", "config", "current-context"], capture_output=True, text=True, check=False)
-    return asked.returncode == 0 and bool(asked.stdout.strip())
 
 
 def check(cfg: Experiment, options: Submit, devices: int, processes: int, *, on_cluster: bool = False) -> None:

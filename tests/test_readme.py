@@ -1,7 +1,9 @@
 """What the README tells a user to type is understood, and the names in it exist."""
 
+import os
 import re
 import shlex
+import shutil
 
 import pytest
 
@@ -13,7 +15,8 @@ from hvd.data import convert
 from hvd.plan import command as plan
 from hvd.plan import devices as plan_devices
 from hvd.serve import command as serve
-from launch import site, slurm, steps, submit
+from launch import kubernetes, site, slurm, steps, submit
+from tests.clusters import kubernetes_cluster
 from tests.folders import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -47,8 +50,14 @@ def test_the_readme_begins_with_the_two_lines():
     assert len(COMMANDS) > 15
 
 
+def with_kubectl(monkeypatch) -> bool:
+    """Is there one, of the machine or of the tests' own?"""
+    monkeypatch.setenv("PATH", f"{kubernetes_cluster.CACHE}:{os.environ['PATH']}")
+    return bool(shutil.which("kubectl"))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_is_understood(command, capsys):
+def test_a_command_is_understood(command, capsys, monkeypatch):
     words = shlex.split(command)
     match words[2:]:
         case ["hvd", "convert", *args]:
@@ -69,13 +78,20 @@ def test_a_command_is_understood(command, capsys):
             args, _ = cli.take_overwrite(args)
             check_config(overrides.experiment(args))
         case ["python", "launch/submit.py", *args]:
-            options, rest, for_site = submit.parse(args)
+            options, rest, for_clusters = submit.parse(args)
             given = ["--config", options.config, *(["--data", options.data] if options.data else []), *rest]
             cfg = overrides.experiment(given)
             check_config(cfg)
             assert steps.plan(cfg, options.stage, given)
+            if options.cluster == "kubernetes":
+                if options.nodes > 1 and not with_kubectl(monkeypatch):
+                    pytest.skip("no kubectl here, which renders k8s/overlays/multi-node")
+                assert kubernetes.render(
+                    cfg, options.stage, given, options.nodes, kubernetes.settings(for_clusters["kubernetes"])
+                )
+                return
             # what is shown must be possible: the batches are divisible by the devices that a cluster would give
-            settings = site.load(for_site)
+            settings = site.load(for_clusters["slurm"])
             gpus = slurm.gpus(cfg, settings, asked=False)
             job = slurm.jobs(cfg, options.stage, given, options.nodes, settings, gpus, False)[0]
             check_devices(cfg, *slurm.devices(job.request, settings))
@@ -97,6 +113,7 @@ def test_every_option_that_is_named_exists():
     text = README.partition("## Coming from")[0] + "\n".join(ours)
     text = re.sub(r"sbatch .*", "", text)  # its options are Slurm's
     known |= {f"slurm.{name}" for name in overrides.leaves(site.Site)}
+    known |= {f"kubernetes.{name}" for name in overrides.leaves(kubernetes.Settings)}
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_.-]*[a-z0-9])", text))
     assert len(named) > 20
     unknown = {

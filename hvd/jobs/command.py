@@ -1,6 +1,7 @@
 """hvd jobs [list | logs ID | cancel ID | wait ID]: the jobs that launch/submit.py handed to a cluster.
 
-They are found by the folder that each of them has in slurm/jobs (hvd.jobs.registry), and asked about at Slurm.
+Those of Slurm have a number and are found by the folder that each of them has in slurm/jobs (hvd.jobs.registry). Those
+of Kubernetes have a name and are found by their label (hvd.jobs.kubernetes).
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, UserError, nearest
-from hvd.jobs import listing, registry, slurm, watch
+from hvd.jobs import kubernetes, listing, registry, slurm, watch
 from hvd.jobs.registry import Job
 from hvd.jobs.slurm import Queued, Unreachable
 from hvd.jobs.state import describe, from_folders, look
@@ -49,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         parser.add_argument("--timeout", type=_seconds)
     options = parser.parse_args(rest)
+    if kubernetes.is_name(options.id):
+        return on_kubernetes(command, options)
     if command == "cancel":
         return cancel(jobs, checked_id(options.id), yes=options.yes)
     job = checked_id(options.id)
@@ -72,7 +75,31 @@ usage: hvd jobs [list] [--all] [--json]
   wait    until the job has ended for good; ends with its exit code, 1 for a job that was cancelled, ran out of time or
           lost its node, 124 after --timeout SECONDS. A job that is requeued has not ended
 
-  --jobs-dir PATH  where the jobs' folders are (default: ${registry.JOBS_DIR}, else slurm/jobs)"""
+  ID is Slurm's number, or the name of a Kubernetes Job (of the cluster and namespace of kubectl's context)
+  --jobs-dir PATH  where the folders of Slurm's jobs are (default: ${registry.JOBS_DIR}, else slurm/jobs)"""
+
+
+def on_kubernetes(command: str, options: argparse.Namespace) -> int:
+    """logs, wait or cancel for a Job of Kubernetes."""
+    name = options.id
+    if command == "logs":
+        return kubernetes.logs(name, options.lines, options.follow)
+    if command == "wait":
+        code = kubernetes.wait(name, options.timeout)
+        if code is None:
+            print(f"Job {name} has not ended within {options.timeout:g} s; it is left alone", file=sys.stderr)
+        return watch.EXIT_TIMEOUT if code is None else code
+    kubernetes.one(name)
+    found = kubernetes.find()
+    names = kubernetes.doomed(found, name)
+    for number, one in enumerate(names):
+        print(f"{'  and with it,' if number else 'delete Job'} {one}  {found[one].state}  {found[one].stage}")
+    if not options.yes and not _confirmed(len(names)):
+        print("nothing is cancelled")
+        return EXIT_FAILED
+    kubernetes.delete(reversed(names))
+    print(f"deleted {', '.join(names)}; their pods save before they end")
+    return EXIT_COMPLETE
 
 
 def take_jobs_dir(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -172,6 +199,7 @@ def show(jobs: Path, *, everything: bool, as_json: bool) -> int:
         for job in found
         if everything or not states[job.id].ended or listing.recent(registry.last_sign(jobs, job), _DAYS)
     ]
+    rows += _on_kubernetes(everything)
     if as_json:
         print(listing.as_json(rows))
     elif rows:
@@ -181,6 +209,18 @@ def show(jobs: Path, *, everything: bool, as_json: bool) -> int:
     else:
         print(f"no jobs in {jobs}; --jobs-dir or ${registry.JOBS_DIR} name another folder")
     return EXIT_COMPLETE
+
+
+def _on_kubernetes(everything: bool) -> list[listing.Row]:
+    """Rows of Kubernetes' Jobs, where kubectl knows a cluster; one that does not answer is said."""
+    if not kubernetes.available():
+        return []
+    try:
+        found = kubernetes.find()
+    except kubernetes.Silent as error:
+        print(f"Kubernetes: {error}", file=sys.stderr)
+        return []
+    return kubernetes.rows({name: job for name, job in found.items() if everything or kubernetes.recent(job, _DAYS)})
 
 
 def _queue() -> tuple[dict[str, Queued], Unreachable | None]:

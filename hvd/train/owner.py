@@ -2,13 +2,15 @@
 
 No file locks (NFS may not have them), no time-outs, no file times: the file is put there by linking, which fails if
 there is one already (where there are no links, by exclusive creation), and whether the owner still lives is asked of
-Slurm, or of this machine's process table.
+Slurm, or of this machine's process table. A Kubernetes pod has nobody to ask: there the owner shows a sign of life
+(hvd.train.heartbeat).
 """
 
 import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,36 +19,45 @@ from typing import Any
 from etils import epath
 
 from hvd.errors import Lost, UserError
+from hvd.train import heartbeat
 from hvd.train import run_dir as runs
 from hvd.train.run_dir import OWNER
+
+KUBERNETES = "kubernetes"
+_beats: dict[str, heartbeat.Heartbeat] = {}
 
 
 @dataclass(frozen=True)
 class Owner:
     """Who works on a run directory. A Slurm job that was requeued is the same owner, on whatever node."""
 
-    job: str  # Slurm's id, "" where no scheduler runs the process
-    cluster: str  # Slurm's name of the cluster
+    job: str  # Slurm's id, or the Kubernetes Job's name and uid; "" where no scheduler runs the process
+    cluster: str  # Slurm's name of the cluster, or KUBERNETES
     host: str
     machine: str  # boot id and process namespace: process ids mean something within these only
     pid: int
     started: str  # of the process, in the kernel's clock ticks: process ids come again
     user: str
+    pod: str = ""  # uid of a Kubernetes pod
 
     @property
     def name(self) -> str:
+        if self.pod:
+            return f"pod {self.host} of Job {self.job.partition('/')[0]}"
         return f"Slurm job {self.job} on {self.host}" if self.job else f"process {self.pid} on {self.host}"
 
 
 def myself(env: Mapping[str, str] = os.environ) -> Owner:
+    pod = env.get("HVD_POD_UID", "")
     return Owner(
-        job=env.get("SLURM_JOB_ID", ""),
-        cluster=env.get("SLURM_CLUSTER_NAME", ""),
+        job=f"{env.get('HVD_JOB_NAME', '')}/{env.get('HVD_JOB_UID', '')}" if pod else env.get("SLURM_JOB_ID", ""),
+        cluster=KUBERNETES if pod else env.get("SLURM_CLUSTER_NAME", ""),
         host=socket.gethostname(),
         machine=_machine(),
         pid=os.getpid(),
         started=_started(os.getpid()) or "",
         user=env.get("USER", ""),
+        pod=pod,
     )
 
 
@@ -58,8 +69,15 @@ def claim(run_dir: os.PathLike | str) -> None:
         Lost: Slurm cannot say whether the other job still lives.
     """
     path, me = epath.Path(run_dir) / OWNER, myself()
-    if not runs.is_local(path):
-        return _claim_remote(path, me)
+    if runs.is_local(path):
+        _claim_local(path, me, run_dir)
+    else:
+        _claim_remote(path, me)
+    if me.pod and os.fspath(run_dir) not in _beats:
+        _beats[os.fspath(run_dir)] = heartbeat.Heartbeat(run_dir, me.pod)
+
+
+def _claim_local(path: epath.Path, me: Owner, run_dir: os.PathLike | str) -> None:
     target = Path(os.fspath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     mine = target.with_name(f".{OWNER}.{me.host}.{me.pid}.tmp")
@@ -77,6 +95,8 @@ def claim(run_dir: os.PathLike | str) -> None:
 
 def release(run_dir: os.PathLike | str) -> None:
     """The run directory is free again; somebody else's claim is left alone."""
+    if beat := _beats.pop(os.fspath(run_dir), None):
+        beat.stop()
     path = epath.Path(run_dir) / OWNER
     found = _read(path)
     if found is not None and _same(found, myself()):
@@ -136,6 +156,8 @@ def _read(path: os.PathLike) -> Owner | None:
 
 
 def _same(a: Owner, b: Owner) -> bool:
+    if a.pod or b.pod:
+        return a.pod == b.pod
     if a.job or b.job:
         return (a.job, a.cluster) == (b.job, b.cluster)
     return (a.machine, a.pid, a.started) == (b.machine, b.pid, b.started)
@@ -144,7 +166,9 @@ def _same(a: Owner, b: Owner) -> bool:
 def _refuse_if_alive(owner: Owner, me: Owner, run_dir: os.PathLike | str) -> None:
     if _same(owner, me):
         return  # an earlier step or attempt of this job
-    if owner.job:
+    if owner.pod:
+        alive = _pod_alive(owner, me, run_dir)
+    elif owner.job:
         alive = _job_alive(owner, me)
     elif owner.machine == me.machine:
         alive = _started(owner.pid) == owner.started
@@ -156,6 +180,18 @@ def _refuse_if_alive(owner: Owner, me: Owner, run_dir: os.PathLike | str) -> Non
         raise UserError(
             f"{run_dir} is being worked on by {owner.name}{by}: wait for it, or choose another --exp_name{advice}"
         )
+
+
+def _pod_alive(owner: Owner, me: Owner, run_dir: os.PathLike | str) -> bool:
+    """Another pod. One of the same Job is about to end, since this one takes its place: it is waited for."""
+    if owner.job != me.job:
+        return heartbeat.lives(run_dir, owner.pod)
+    print(f"{run_dir}: waiting until {owner.name} has saved and ended", flush=True)
+    while heartbeat.lives(run_dir, owner.pod):
+        time.sleep(1)
+        if _read(epath.Path(run_dir) / OWNER) != owner:
+            break
+    return False
 
 
 def _job_alive(owner: Owner, me: Owner) -> bool:

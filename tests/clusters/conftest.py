@@ -1,10 +1,13 @@
-"""Slurm clusters for the tests of this folder. They need root and Debian's packages; else their tests are skipped."""
+"""Clusters for the tests of this folder. They need root and Debian's packages; else their tests are skipped."""
 
 from collections.abc import Iterator
 
 import pytest
 
+from tests.clusters import kubernetes_cluster
+from tests.clusters.kubernetes_cluster import KubernetesCluster
 from tests.clusters.slurm_cluster import SlurmCluster, missing
+from tests.image import builder
 
 
 @pytest.fixture(scope="module")
@@ -24,4 +27,15 @@ def _cluster(root, **options) -> Iterator[SlurmCluster]:
     if lacking:
         pytest.skip(lacking)
     with SlurmCluster(root, **options) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def kubernetes(tmp_path_factory) -> Iterator[KubernetesCluster]:
+    """One node, with the cpu image that docker/Dockerfile builds of this checkout."""
+    if lacking := kubernetes_cluster.missing() or builder.missing():
+        pytest.skip(lacking)
+    archive = builder.folder() / "hvd-cpu.tar"
+    builder.call(kubernetes_cluster.ROOT / "docker" / "save.sh", builder.build(), archive, "localhost/hvd:cpu")
+    with KubernetesCluster(tmp_path_factory.mktemp("kubernetes"), (archive,)) as cluster:
         yield cluster

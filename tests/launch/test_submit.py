@@ -96,7 +96,10 @@ def fake(folder: Path, name: str, script: str) -> None:
     [
         ({}, ""),
         ({"scontrol": "exit 1"}, ""),  # Slurm's programs are there, a cluster is not
-        ({"kubectl": "echo my-cluster"}, "kubernetes (kubectl has a context) found but not built yet"),
+        (
+            {"kubectl": "echo my-cluster"},
+            "running on this machine (kubectl has a context: --cluster kubernetes would use it)",
+        ),
         ({"kubectl": "exit 1"}, ""),
     ],
 )
@@ -105,7 +108,7 @@ def test_auto_is_this_machine_where_there_is_no_cluster(tmp_path, monkeypatch, c
         fake(tmp_path / "bin", name, script)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin" if programs else str(tmp_path))
     if programs.keys() <= {"scontrol"} and os.path.exists("/usr/bin/kubectl"):
-        monkeypatch.setattr(submit, "kubernetes_context", lambda: False)
+        monkeypatch.setattr(submit.queue, "available", lambda: False)
     assert submit.choose_cluster("auto") == "local"
     printed = capsys.readouterr().out
     assert said in printed and bool(printed) == bool(said)
@@ -115,7 +118,7 @@ def test_auto_is_slurm_where_it_answers_but_not_inside_a_job(tmp_path, monkeypat
     fake(tmp_path / "bin", "scontrol", "[ $1 = ping ]")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setattr(submit, "kubernetes_context", lambda: False)
+    monkeypatch.setattr(submit.queue, "available", lambda: False)
     assert submit.choose_cluster("auto") == "slurm"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert submit.choose_cluster("auto") == "local"
@@ -134,10 +137,10 @@ def test_options_of_the_launcher_of_the_site_and_of_the_config_are_told_apart():
         "--slurm.gpus-per-node",
         "4",
     ]
-    options, rest, for_site = submit.parse(argv)
+    options, rest, for_clusters = submit.parse(argv)
     assert options == submit.Submit(stage="value", nodes=2, dry_run=True)
     assert rest == ["--seed", "3", "--exp_name", "x"]
-    assert [(flag.field, flag.values) for flag in for_site] == [("slurm.gpus_per_node", ("4",))]
+    assert [(flag.field, flag.values) for flag in for_clusters["slurm"]] == [("slurm.gpus_per_node", ("4",))]
 
 
 @pytest.mark.parametrize("flags", [("--slurm.time", "1:00"), ("--after", "17")])

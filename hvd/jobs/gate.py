@@ -1,0 +1,200 @@
+"""`hvd gate`: release a paused Kubernetes Job once another one is complete and its run is proven to be whole.
+
+The policy Job waits with `parallelism: 0`, so that it holds no GPU. The gate is a small Job beside it: it waits for the
+value Job, verifies the run on the shared storage (rule 1 of the house: a Job that Kubernetes calls Complete is not
+believed), and then sets the policy Job's parallelism. It stays until that Job has ended, because `kubectl apply` of the
+same file sets it to 0 again: apply compares the file with the live object, whoever changed that. Released again, the
+policy goes on where it saved.
+"""
+
+import argparse
+import json
+import os
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hvd import overrides
+from hvd.errors import EXIT_COMPLETE, Failed, UserError
+from hvd.train.complete import check_complete
+
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_ANSWER_S = 20.0
+_SETTLE_S = 5.0  # what a node wrote last may not be on this side of a network file system yet
+
+
+class Jobs:
+    """The Jobs of the pod's own namespace, by the cluster's REST interface and the pod's service account."""
+
+    def __init__(self, server: str, account: Path):
+        self._account = account
+        self._base = f"{server}/apis/batch/v1/namespaces/{self._file('namespace')}/jobs"
+        self._tls = _tls(account / "ca.crt") if server.startswith("https") else None
+
+    @classmethod
+    def of_this_pod(cls) -> "Jobs":
+        host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+        if not host or not (ACCOUNT / "token").exists():
+            raise UserError("hvd gate runs in a pod of a Kubernetes cluster, with the token of its service account")
+        return cls(f"https://{f'[{host}]' if ':' in host else host}:{port}", ACCOUNT)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The Job; None where there is none."""
+        return self._ask("GET", name)
+
+    def set_parallelism(self, name: str, number: int) -> dict[str, Any] | None:
+        """The Job as it is now; None where there is none. Changes nothing where it has that number already."""
+        return self._ask("PATCH", name, {"spec": {"parallelism": number}})
+
+    def _file(self, name: str) -> str:
+        return (self._account / name).read_text().strip()
+
+    def _ask(self, method: str, name: str, body: dict | None = None) -> dict[str, Any] | None:
+        """The answer, asked for until there is one: an API server may restart. UserError where it is a refusal."""
+        complained = False
+        while True:
+            request = urllib.request.Request(
+                f"{self._base}/{name}",
+                method=method,
+                data=None if body is None else json.dumps(body).encode(),
+                headers={
+                    "Authorization": f"Bearer {self._file('token')}",  # read anew: the kubelet renews it
+                    "Accept": "application/json",
+                    "Content-Type": "application/merge-patch+json",
+                },
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=_ANSWER_S, context=self._tls) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                if error.code == 404:
+                    return None
+                if error.code in (401, 403):
+                    raise UserError(
+                        f"the gate's service account may not {method} Job {name}: {_text(error)}"
+                    ) from error
+                problem = f"{error.code} {_text(error)}"
+            except (OSError, ValueError) as error:  # ValueError: half an answer
+                problem = str(error)
+            if not complained:
+                print(f"the cluster's API does not answer ({problem}); asking again until it does", flush=True)
+            complained = True
+            time.sleep(2)
+
+
+def _tls(authority: Path) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(authority))
+    # Python 3.13 wants extensions in it that the authorities of many clusters do not have
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def _text(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["message"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return str(error.reason)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"hvd gate: {message}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`hvd gate [--value-job NAME] --policy-job NAME [--pods N] --config NAME ...`; 0 once the policy Job has ended."""
+    parser = _Parser(
+        prog="hvd gate",
+        allow_abbrev=False,
+        description="wait for the value Job, verify its run, release the policy Job; other options are the config's",
+    )
+    parser.add_argument("--value-job", default="", help="none: only the run is verified")
+    parser.add_argument("--policy-job", required=True)
+    parser.add_argument("--pods", type=int, default=1, help="parallelism of the released Job")
+    parser.add_argument("--appear", type=float, default=600, help="seconds to wait for a Job that is not there yet")
+    parser.add_argument("--every", type=float, default=2, help="seconds between two questions")
+    options, rest = parser.parse_known_args(list(argv))
+    if options.pods < 1:
+        raise UserError(f"hvd gate: --pods {options.pods} must be at least 1")
+    cfg = overrides.experiment(rest)
+    jobs = Jobs.of_this_pod()
+    if options.value_job:
+        await_complete(jobs, options.value_job, appear=options.appear, every=options.every)
+    verify(cfg)
+    hold_open(jobs, options.policy_job, options.pods, appear=options.appear, every=options.every)
+    return EXIT_COMPLETE
+
+
+def await_complete(jobs: Jobs, name: str, *, appear: float, every: float) -> None:
+    """Until the Job is complete.
+
+    Raises:
+        Failed: it has failed, or is not there after `appear` seconds, or has been deleted before it had ended.
+    """
+    began, seen = time.monotonic(), False
+    print(f"waiting for Job {name}", flush=True)
+    while True:
+        job = jobs.read(name)
+        if job is None and seen:
+            raise Failed(f"Job {name} has been deleted before it was complete: apply both again")
+        if job is None and time.monotonic() - began > appear:
+            raise Failed(f"there is no Job {name} after {appear:.0f} s: apply it, then this gate's Job again")
+        seen = seen or job is not None
+        kind, why = ended(job)
+        if kind == "Failed":
+            raise Failed(f"Job {name} failed, so the policy does not start: {why}")
+        if kind == "Complete":
+            return
+        time.sleep(every)
+
+
+def verify(cfg) -> None:
+    """Rule 1: the value run is there, whole, finite, of this config. UserError names what is wrong."""
+    try:
+        found = check_complete(cfg.value_dir, stage="value", cfg=cfg)
+    except UserError:
+        time.sleep(_SETTLE_S)
+        found = check_complete(cfg.value_dir, stage="value", cfg=cfg)
+    print(f"{cfg.value_dir}: complete at step {found.step}, {len(found.files)} files verified", flush=True)
+
+
+def hold_open(jobs: Jobs, name: str, pods: int, *, appear: float, every: float) -> None:
+    """Keep the Job's parallelism at `pods` until it has ended or is deleted.
+
+    Raises:
+        Failed: there is no such Job after `appear` seconds.
+    """
+    began, generation = time.monotonic(), None
+    while True:
+        job = jobs.set_parallelism(name, pods)
+        if job is None:
+            if generation is not None:
+                print(f"Job {name} has been deleted", flush=True)
+                return
+            if time.monotonic() - began > appear:
+                raise Failed(f"there is no Job {name} to release after {appear:.0f} s")
+        else:
+            kind, why = ended(job)
+            if kind:
+                print(f"Job {name}: {kind}{f', {why}' if why else ''}", flush=True)
+                return
+            now = job["metadata"].get("generation", job["metadata"]["resourceVersion"])
+            if generation is None:
+                print(f"Job {name} is released: {pods} pod(s)", flush=True)
+            elif now != generation and "generation" in job["metadata"]:
+                print(f"Job {name} is released again: it had been changed", flush=True)
+            generation = now
+        time.sleep(every)
+
+
+def ended(job: dict[str, Any] | None) -> tuple[str, str]:
+    """("Complete" or "Failed", why) of a Job that has ended, else ("", "")."""
+    for condition in (job or {}).get("status", {}).get("conditions") or ():
+        if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
+            words = (condition.get("reason", ""), condition.get("message", ""))
+            return condition["type"], ": ".join(word for word in words if word)
+    return "", ""
