@@ -1,4 +1,4 @@
-"""The scripts of docker/: clean for linters, hashed and pinned requirements, packing for Slurm sites, lists."""
+"""The scripts of docker/: clean for linters, requirements hashed and pinned, packing for Slurm, packages listed."""
 
 import json
 import os
