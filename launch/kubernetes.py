@@ -256,9 +256,16 @@ def _present(manifests: Sequence[Manifest]) -> tuple[list[str], list[str]]:
     answer = json.loads(cluster.kubectl("get", "jobs", "-o", "json"))["items"]
     found = {job["metadata"]["name"]: cluster.KubernetesJob(job, ()) for job in answer}
     mine = [found[name] for name in names if name in found]
-    # a policy Job whose gate has given up waits for nobody: it makes room too
-    given_up = {job.option("--policy-job") for job in mine if job.stage == "gate" and job.ended}
-    ended = [job.name for job in mine if job.ended or (job.state == "PAUSED" and job.name in given_up)]
+    gates = {job.option("--policy-job"): job for job in mine if job.stage == "gate"}
+
+    def over(job: cluster.KubernetesJob) -> bool:
+        if job.stage == "gate":  # one whose policy Job has ended is about to end, and releases no successor
+            held = found.get(job.option("--policy-job"))
+            return job.ended or held is None or held.ended
+        # a policy Job whose gate has given up waits for nobody
+        return job.ended or (job.state == "PAUSED" and job.name in gates and gates[job.name].ended)
+
+    ended = [job.name for job in mine if over(job)]
     return [job.name for job in mine if job.name not in ended], ended
 
 

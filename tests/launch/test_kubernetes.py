@@ -228,9 +228,10 @@ def test_a_silent_server_is_no_mistake(kubectl):
 
 def test_a_job_that_lives_is_left_alone(kubectl, capsys):
     """To apply a policy Job that the gate has released would pause it."""
-    kubectl.answer("get", json.dumps({"items": [present("hvd-awr", "policy"), present("hvd-value")]}))
+    gate = present("hvd-awr-gate", "gate", args=["gate", "--policy-job", "hvd-awr"])
+    kubectl.answer("get", json.dumps({"items": [present("hvd-awr", "policy"), present("hvd-value"), gate]}))
     kubernetes.submit(render())
-    assert applied(kubectl) == [["hvd-awr-gate"]] * 2
+    assert applied(kubectl) == [[]] * 2
     assert "Job hvd-awr is at work already; it is left as it is" in capsys.readouterr().out
 
 
@@ -241,6 +242,17 @@ def test_jobs_that_have_ended_make_room_for_their_successors(kubectl):
     kubernetes.submit(render())
     deletes = [args for args, _ in kubectl.calls if args[0] == "delete"]
     assert [args[:5] for args in deletes] == [["delete", "jobs", "hvd-value", "hvd-awr", "hvd-awr-gate"]]
+    assert applied(kubectl)[1] == ["hvd-value", "hvd-awr", "hvd-awr-gate"]
+
+
+def test_a_gate_that_is_about_to_end_makes_room_too(kubectl):
+    """It has seen the policy Job's end, and would not release the successor."""
+    gate = present("hvd-awr-gate", "gate", args=["gate", "--policy-job", "hvd-awr"])
+    ended = [present("hvd-value", condition="Complete"), present("hvd-awr", "policy", condition="Complete")]
+    kubectl.answer("get", json.dumps({"items": [*ended, gate]}))
+    kubernetes.submit(render())
+    (deleted,) = [args[2:5] for args, _ in kubectl.calls if args[0] == "delete"]
+    assert set(deleted) == {"hvd-value", "hvd-awr", "hvd-awr-gate"}
     assert applied(kubectl)[1] == ["hvd-value", "hvd-awr", "hvd-awr-gate"]
 
 
