@@ -271,7 +271,11 @@ def result(job: KubernetesJob) -> int:
 
 
 def wait(name: str, timeout: float | None) -> int | None:
-    """Until the Job has ended; a line for each change of its state. Its exit code; None after `timeout` seconds."""
+    """Until the Job has ended, or its gate has failed; a line for each change of its state.
+
+    Returns:
+        Its exit code, or that of the gate; None after `timeout` seconds.
+    """
     began, said, job = time.monotonic(), "", one(name)
     while True:
         text = describe(job)
@@ -280,10 +284,21 @@ def wait(name: str, timeout: float | None) -> int | None:
             said = text
         if job.ended:
             return result(job)
+        if job.state == "PAUSED" and (gate := _failed_gate(name)):
+            print(f"{name} will not start: its gate {gate.name} {describe(gate)}", flush=True)
+            return result(gate)
         if timeout is not None and time.monotonic() - began > timeout:
             return None
         time.sleep(1)
         job = _again(name, job)
+
+
+def _failed_gate(name: str) -> KubernetesJob | None:
+    """The Job's gate, if that has failed."""
+    with contextlib.suppress(Silent):
+        gates = [job for job in find().values() if job.stage == "gate" and job.option("--policy-job") == name]
+        return next((gate for gate in gates if gate.state == "FAILED"), None)
+    return None
 
 
 def _again(name: str, last: KubernetesJob) -> KubernetesJob:

@@ -197,6 +197,14 @@ def test_wait_ends_with_the_jobs_code(cluster, capsys):
     assert cli.main(["jobs", "wait", "hvd-value", "--timeout", "0"]) == 124
 
 
+def test_a_policy_job_whose_gate_has_failed_is_not_waited_for(cluster, capsys):
+    value, policy, _ = three()
+    pods = [a_pod("hvd-awr-gate", "Failed", containerStatuses=terminated(2, "error: a byte"))]
+    cluster([value, policy, a_job("hvd-awr-gate", "gate", condition="Failed", args=GATE)], pods)
+    assert cli.main(["jobs", "wait", "hvd-awr"]) == 2
+    assert "hvd-awr will not start: its gate hvd-awr-gate FAILED, exit code 2: error: a byte" in capsys.readouterr().out
+
+
 def test_an_unknown_name_offers_near_ones(cluster, capsys):
     cluster(three())
     assert cli.main(["jobs", "logs", "hvd-valu"]) == 2
