@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.image import builder
 
-NAMES = ("base: Debian", "Python, tini, RDMA libraries", "dependencies", "the project")
+NAMES = ("base: Debian", "Python, tini, RDMA libraries", "lists of packages", "dependencies", "the project")
 
 
 def seconds(source: Path, extra: str) -> float:
