@@ -115,6 +115,8 @@ def _source(nodes: int, asked: Settings) -> list[Manifest]:
     overlay = Path(asked.overlay) if asked.overlay else MULTI_NODE if nodes > 1 else None
     if overlay is None:
         return [doc for path in FILES.values() for doc in yaml.safe_load_all(path.read_text())]
+    if not overlay.is_absolute() and not overlay.exists():
+        overlay = K8S.parent / overlay  # from wherever the launcher is called
     if not (overlay / "kustomization.yaml").is_file():
         raise UserError(f"kubernetes.overlay {overlay}: no kustomization.yaml in it")
     found = [doc for doc in yaml.safe_load_all(cluster.kubectl("kustomize", str(overlay))) if doc]
@@ -227,7 +229,7 @@ def to_yaml(manifests: Sequence[Manifest]) -> str:
 
 
 def submit(manifests: Sequence[Manifest]) -> list[str]:
-    """Apply the manifests, after the cluster has looked at them; the names of the stages' Jobs.
+    """Apply the manifests, after the cluster has looked at them; the names of the stages' Jobs in their order.
 
     A Job that lives is left as it is: to apply a released policy Job would pause it. One that has ended makes room for
     its successor, which goes on where the run stopped.
@@ -247,7 +249,8 @@ def submit(manifests: Sequence[Manifest]) -> list[str]:
         cluster.kubectl("delete", "jobs", *gone, "--ignore-not-found")
     for line in _apply(wanted, []).splitlines():
         print(line, flush=True)
-    return [doc["metadata"]["name"] for doc in manifests if doc["kind"] == "Job" and _component(doc) != "gate"]
+    stages = {_component(doc): doc["metadata"]["name"] for doc in manifests if doc["kind"] == "Job"}
+    return [stages[stage] for stage in ("value", "policy") if stage in stages]  # kustomize sorts by name
 
 
 def _present(manifests: Sequence[Manifest]) -> tuple[list[str], list[str]]:

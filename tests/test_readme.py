@@ -84,11 +84,10 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
             check_config(cfg)
             assert steps.plan(cfg, options.stage, given)
             if options.cluster == "kubernetes":
-                if options.nodes > 1 and not with_kubectl(monkeypatch):
-                    pytest.skip("no kubectl here, which renders k8s/overlays/multi-node")
-                assert kubernetes.render(
-                    cfg, options.stage, given, options.nodes, kubernetes.settings(for_clusters["kubernetes"])
-                )
+                settings = kubernetes.settings(for_clusters["kubernetes"])
+                if (options.nodes > 1 or settings.overlay) and not with_kubectl(monkeypatch):
+                    pytest.skip("no kubectl here, which renders overlays")
+                assert kubernetes.render(cfg, options.stage, given, options.nodes, settings)
                 return
             # what is shown must be possible: the batches are divisible by the devices that a cluster would give
             settings = site.load(for_clusters["slurm"])
@@ -111,7 +110,8 @@ def test_every_option_that_is_named_exists():
         for line in README.partition("## Coming from")[2].splitlines()
     ]
     text = README.partition("## Coming from")[0] + "\n".join(ours)
-    text = re.sub(r"sbatch .*", "", text)  # its options are Slurm's
+    # their options are their own
+    text = re.sub(r"sbatch .*|kubectl [^|`]*|`docker run [^`]*`|`--(read-only|build-arg) [^`]*`", "", text)
     known |= {f"slurm.{name}" for name in overrides.leaves(site.Site)}
     known |= {f"kubernetes.{name}" for name in overrides.leaves(kubernetes.Settings)}
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_.-]*[a-z0-9])", text))
