@@ -112,6 +112,8 @@ def render(
 
 
 def _source(nodes: int, asked: Settings) -> list[Manifest]:
+    if not K8S.is_dir():
+        raise UserError(f"--cluster kubernetes reads the manifests of a checkout: there is no {K8S}")
     overlay = Path(asked.overlay) if asked.overlay else MULTI_NODE if nodes > 1 else None
     if overlay is None:
         return [doc for path in FILES.values() for doc in yaml.safe_load_all(path.read_text())]

@@ -276,6 +276,12 @@ def test_no_kubectl_is_said(monkeypatch, capsys, tmp_path):
     assert "there is no kubectl on this machine" in capsys.readouterr().err
 
 
+def test_without_a_checkout_it_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(kubernetes, "K8S", tmp_path / "k8s")
+    assert submit.main(["--stage", "value", "--cluster", "kubernetes", "--dry-run"]) == 2
+    assert "reads the manifests of a checkout" in capsys.readouterr().err
+
+
 def test_the_links_beside_the_base_are_its_files():
     for name in ("storage", "value-job", "awr-job"):
         assert (ROOT / "k8s" / f"{name}.yaml").resolve() == ROOT / "k8s" / "base" / f"{name}.yaml"
