@@ -281,7 +281,7 @@ def test_the_launcher_applies_and_follows(kubernetes, calm):
         *place,
         *flags,
         "--kubernetes.queue",
-        "-no-label-",
+        "queue_",
         "--kubernetes.name",
         "x",
         cwd=ROOT,
