@@ -96,7 +96,8 @@ def runs(tmp_path_factory):
         for how in DISTURBANCES:
             site = Site(root / how, cluster, shared, slow=0.3)
             flags = ["--slurm.partition", "scavenge"] if how == "preempted" else []
-            flags += ["--hang_timeout", "50"] if how == "hang" else []
+            # JAX's own heartbeat finds a stopped process 50 to 100 s after its stop; the watchdog has to be first
+            flags += ["--hang_timeout", "35"] if how == "hang" else []
             (job,) = site.submit("--stage", "value", "--nodes", "2", *quick, *flags)
             found[how] = Disturbed(site, job)
         waiting = dict(found)
