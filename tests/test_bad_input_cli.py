@@ -96,7 +96,7 @@ SUBMIT = [
     ("--cluster slurm --slurm.mem 64GB", "slurm.mem '64GB' is no size such as 64G"),
     ("--cluster slurm --after soon", "--after 'soon' is no job id"),
     ("--slurm.mem 64G --cluster local", "--slurm.mem is for --cluster slurm, this is local"),
-    ("--cluster kubernetes --dry-run", "--cluster kubernetes is not built yet"),
+    ("--cluster kubernetes --kubernetes.memory lots", "kubernetes.memory 'lots' is no size such as 64Gi"),
     ("--stage policy", "no run at runs/demo/value: train it first"),
     ("--stage policy --dry-run", "no run at runs/demo/value: train it first"),
     ("--stage policy --detach", "no run at runs/demo/value: train it first"),
