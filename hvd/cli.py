@@ -39,7 +39,7 @@ from hvd.errors import (
     nearest,
 )
 from hvd.experiments import CONFIGS
-from hvd.train import job, processes
+from hvd.runtime import job, processes
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -61,16 +61,18 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
         "plan": Step("hvd.plan.command", "does a run fit its devices? without the devices", own_flags=True),
         "norm-stats": Step("hvd.data.normalize", "normalisation statistics of the optimal set"),
         "prepare": Step("hvd.prepare", "all that a stage needs before it trains: the steps above, where they apply"),
-        "train-value": Step("hvd.train.value", "value stage: V and the levels' Q"),
-        "advantages": Step("hvd.train.advantages", "V, Q, A and weights of every frame the policy will visit"),
-        "train-policy": Step("hvd.train.policy", "policy stage: weighted flow matching, or imitation"),
+        "train-value": Step("hvd.method.value", "value stage: V and the levels' Q"),
+        "advantages": Step("hvd.method.advantages", "V, Q, A and weights of every frame the policy will visit"),
+        "train-policy": Step("hvd.method.policy", "policy stage: weighted flow matching, or imitation"),
         "evaluate": Step("hvd.evaluate.command", "rollouts in the simulator, or action errors on held-out episodes"),
         "report": Step("hvd.report.command", "report.html of the experiment"),
         "serve": Step("hvd.serve.command", "a trained policy behind openpi's websocket protocol", own_flags=True),
         "export": Step("hvd.export", "a complete run as a checkpoint of openpi", own_flags=True),
         "jobs": Step("hvd.jobs.command", "submitted jobs: list, logs, cancel, wait", own_flags=True),
         "gate": Step(
-            "hvd.jobs.gate", "in a Kubernetes pod: release the policy Job after the value Job", own_flags=True
+            "hvd.clusters.kubernetes.gate",
+            "in a Kubernetes pod: release the policy Job after the value Job",
+            own_flags=True,
         ),
         "verify": Step("hvd.train.complete", "is the run complete, undamaged and finite?"),
     }
@@ -93,7 +95,7 @@ def usage() -> str:
 
 
 def command() -> NoReturn:
-    """The command `hvd`: `main` as a process; a scheduler's job is told how it ended (hvd.train.job)."""
+    """The command `hvd`: `main` as a process; a scheduler's job is told how it ended (hvd.runtime.job)."""
     if processes.several():
         faulthandler.enable()  # JAX aborts a process whose companions have gone: say where it was
     try:

@@ -7,7 +7,7 @@ EXIT_COMPLETE = 0
 EXIT_FAILED = 1  # anything that is neither of the others: a bug, a broken machine
 EXIT_USER = 2  # the user's mistake: never retried
 EXIT_LOST = 75  # another process of the run, or a service it needs, has gone (EX_TEMPFAIL): worth a few more attempts
-EXIT_HUNG = 76  # no progress for too long (hvd.train.watchdog): worth a few more attempts
+EXIT_HUNG = 76  # no progress for too long (hvd.runtime.watchdog): worth a few more attempts
 EXIT_STOPPED = 143  # stopped by a signal after saving: run me again (128 + SIGTERM)
 
 

@@ -27,8 +27,9 @@ from hvd.checks import check_config
 from hvd.configs import Experiment, NormConfig
 from hvd.data import normalize
 from hvd.errors import EXIT_COMPLETE, UserError
+from hvd.method import policy, value
 from hvd.models import weights
-from hvd.train import checkpoints, complete, inference, mesh, policy, value
+from hvd.train import checkpoints, complete, inference, mesh
 from hvd.train import run_dir as runs
 from hvd.train.state import Graph, Tree
 

@@ -8,7 +8,7 @@ import os
 import time
 
 from hvd.configs import Experiment
-from hvd.train import processes
+from hvd.runtime import processes
 
 
 def main(cfg: Experiment) -> None:

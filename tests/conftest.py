@@ -70,7 +70,7 @@ def _fail_if_skipped(report, name: str, markers: list[str]) -> None:
 @pytest.fixture(autouse=True)
 def _strict_dtypes(request):
     """No silent dtype promotion in the pure functions; flax's and optax's own code needs the standard rules."""
-    pure = "tests/rl/" in str(request.path).replace(os.sep, "/")
+    pure = "tests/method/" in str(request.path).replace(os.sep, "/")
     with jax.numpy_dtype_promotion("strict" if pure else "standard"):
         yield
 

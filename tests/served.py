@@ -46,7 +46,7 @@ def make_config(folder: Path):
 def train(folder: Path, **model: Any) -> Experiment:
     """The experiment below `folder`, its policy trained."""
     from hvd.data import normalize
-    from hvd.train import policy
+    from hvd.method import policy
 
     make_dataset(folder / "drawers", lengths=(12, 9, 10), kind="image", state_dim=STATE)
     cfg = experiment(folder, **model)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hvd import cli
-from launch import submit
+from hvd.launch import submit
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -10,12 +10,15 @@ import pytest
 import hvd.experiments as experiments
 from hvd import cli, export, overrides
 from hvd.checks import check_config, check_devices
+from hvd.clusters.kubernetes import manifests as kubernetes
+from hvd.clusters.slurm import site
+from hvd.clusters.slurm import submission as slurm
 from hvd.configs import Experiment
 from hvd.data import convert
+from hvd.launch import steps, submit
 from hvd.plan import command as plan
 from hvd.plan import devices as plan_devices
 from hvd.serve import command as serve
-from launch import kubernetes, site, slurm, steps, submit
 from tests.clusters import kubernetes_cluster
 from tests.folders import ROOT
 

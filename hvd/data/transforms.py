@@ -11,8 +11,8 @@ from PIL import Image
 
 from hvd.configs import Experiment, ModelConfig, NormConfig
 from hvd.data import normalize
+from hvd.data.tokenizer import Tokenizer
 from hvd.errors import UserError
-from hvd.models.tokenizer import Tokenizer
 from hvd.robots import Robot, get_robot
 
 Observation = dict[str, Any]

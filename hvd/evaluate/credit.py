@@ -146,7 +146,7 @@ def _separation(
 
 def read_frames(cfg: Experiment) -> Frames | None:
     """The suboptimal set's rows of the advantages table, joined with its label files."""
-    from hvd.train import advantage_table
+    from hvd.method import advantage_table
 
     if advantage_table.read_meta(cfg.advantages_dir) is None:
         return None

@@ -145,7 +145,7 @@ def value_rank(cfg: Experiment, roles: list[str], dataset: Dataset, episodes: li
 
 def _values(cfg: Experiment, roles: list[str], dataset: Dataset, episodes: list[Episode]) -> dict[int, np.ndarray]:
     """V per frame, by episode number."""
-    from hvd.train import advantage_table
+    from hvd.method import advantage_table
 
     if advantage_table.read_meta(cfg.advantages_dir) is not None:
         table = advantage_table.read(cfg.advantages_dir)

@@ -1,7 +1,7 @@
 """hvd jobs [list | logs ID | cancel ID | wait ID]: the jobs that launch/submit.py handed to a cluster.
 
 Those of Slurm have a number and are found by the folder that each of them has in slurm/jobs (hvd.jobs.registry). Those
-of Kubernetes have a name and are found by their label (hvd.jobs.kubernetes).
+of Kubernetes have a name and are found by their label (hvd.clusters.kubernetes.queue).
 """
 
 import argparse
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from hvd.clusters.kubernetes import queue as kubernetes
+from hvd.clusters.slurm import queue as slurm
+from hvd.clusters.slurm.queue import Queued, Unreachable
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, UserError, nearest
-from hvd.jobs import kubernetes, listing, registry, slurm, watch
+from hvd.jobs import listing, registry, watch
 from hvd.jobs.registry import Job
-from hvd.jobs.slurm import Queued, Unreachable
 from hvd.jobs.state import describe, from_folders, look
 
 COMMANDS = ("list", "logs", "cancel", "wait")
@@ -89,8 +91,8 @@ def on_kubernetes(command: str, options: argparse.Namespace) -> int:
         if code is None:
             print(f"Job {name} has not ended within {options.timeout:g} s; it is left alone", file=sys.stderr)
         return watch.EXIT_TIMEOUT if code is None else code
-    kubernetes.one(name)
     found = kubernetes.find()
+    kubernetes.one(name, found)
     names = kubernetes.doomed(found, name)
     for number, one in enumerate(names):
         print(f"{'  and with it,' if number else 'delete Job'} {one}  {found[one].state}  {found[one].stage}")

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hvd.clusters.slurm.queue import Queued, Status
 from hvd.jobs import registry
 from hvd.jobs.registry import Job
-from hvd.jobs.slurm import Queued, Status
 
 _REASON = 40  # characters in the table; --json has all
 

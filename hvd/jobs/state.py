@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from hvd.jobs import slurm
+from hvd.clusters.slurm import queue as slurm
+from hvd.clusters.slurm.queue import Status, Unreachable
 from hvd.jobs.registry import Job
-from hvd.jobs.slurm import Status, Unreachable
 
 # Slurm leaves standing why a job waited when it ends. "Dependency" stays: so accounting has one that never could start.
 _OF_WAITING = ("Priority", "Resources", "BeginTime")

@@ -5,9 +5,9 @@ import sys
 import time
 from pathlib import Path
 
+from hvd.clusters.slurm.queue import NEVER, NoSlurm, Status, Unreachable
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, UserError
 from hvd.jobs import registry
-from hvd.jobs.slurm import NEVER, NoSlurm, Status, Unreachable
 from hvd.jobs.state import describe, exit_code, look
 
 EXIT_TIMEOUT = 124  # as of timeout(1)

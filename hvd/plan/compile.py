@@ -59,7 +59,8 @@ def measure(request: Request, dump: Path) -> Measurement:
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="xla"))
     devices = make_devices(request, cfg)
     began = time.perf_counter()
-    from hvd.train import flops, loop, policy, stage_data, state, value
+    from hvd.method import policy, value
+    from hvd.train import flops, loop, stage_data, state
 
     make_program = {"value": value, "policy": policy}[request.stage].make_program
     program = make_program(cfg, devices, _state_dims(cfg))

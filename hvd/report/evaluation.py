@@ -11,7 +11,7 @@ from hvd.evaluate.results import NOTHING
 from hvd.report.page import BASELINE, GREY, INK, POLICY, Section, axes
 from hvd.report.results import Results, error_rows, name_of, rank_lines, read_credit, stale, success_rows
 
-# What a reader expects beside the policy when the experiment trains the baselines (launch/steps.py).
+# What a reader expects beside the policy when the experiment trains the baselines (hvd/launch/steps.py).
 EXPECTED = ("imitation-expert", "imitation-mixed", "imitation-success", NOTHING)
 
 

@@ -22,8 +22,9 @@ from hvd.configs import Experiment, StageConfig
 from hvd.data import normalize
 from hvd.data.loader import Loader
 from hvd.errors import EXIT_LOST, EXIT_USER, Failed, Lost, UserError
-from hvd.train import complete, host_memory, owner, preemption, state, watchdog
-from hvd.train import job as jobs
+from hvd.runtime import job as jobs
+from hvd.runtime import owner, preemption, watchdog
+from hvd.train import complete, host_memory, state
 from hvd.train import run_dir as runs
 from hvd.train.checkpoints import Checkpoints
 from hvd.train.mesh import Devices

@@ -26,7 +26,8 @@ from jaxtyping import Array, Int
 from hvd.accelerators import MEMORY_FRACTION
 from hvd.configs import Experiment
 from hvd.errors import UserError
-from hvd.train import parameter_rules, preemption, processes
+from hvd.runtime import preemption, processes
+from hvd.train import parameter_rules
 
 MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # share of a GPU that jax may take
 
@@ -34,7 +35,7 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def initialize() -> None:
-    """Join the other processes, if the environment names any (hvd.train.processes), before the first use of a device.
+    """Join the other processes, if the environment names any (hvd.runtime.processes), before the first use of a device.
 
     May be called again. A run that was promised GPUs (HVD_EXPECT_GPUS, set by batch scripts) and finds none is refused.
     """

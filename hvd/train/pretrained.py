@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from hvd.configs import Experiment
 from hvd.models import weights
+from hvd.runtime import preemption
 from hvd.storage import cache as storage
-from hvd.train import preemption, state
 from hvd.train import run_dir as runs
+from hvd.train import state
 from hvd.train.state import Graph, TrainState
 
 

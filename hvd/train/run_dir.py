@@ -6,7 +6,7 @@
     metrics.jsonl      one line a logged step; tb/ holds the same for TensorBoard
     checkpoints/STEP/  Orbax: params (for inference), train_state, loop
     complete.json      written last (hvd.train.complete)
-    owner.json         which job works on it now (hvd.train.owner)
+    owner.json         which job works on it now (hvd.runtime.owner)
 
 Imports no jax: launchers and `hvd verify` read run folders too. Folders may be remote (gs://...): etils.epath.
 """

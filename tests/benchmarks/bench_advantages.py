@@ -16,8 +16,8 @@ from typing import Any
 import jax
 
 from hvd.experiments import get_config
-from hvd.rl import flow
-from hvd.train import inference, mesh, policy, stage_data, state
+from hvd.method import flow, policy
+from hvd.train import inference, mesh, stage_data, state
 from hvd.train import optimizer as optim
 
 

@@ -81,7 +81,8 @@ def step(case: dict) -> dict:
     import jax
 
     from hvd import accelerators
-    from hvd.train import checkpoints, flops, loop, mesh, policy, state
+    from hvd.method import policy
+    from hvd.train import checkpoints, flops, loop, mesh, state
 
     mesh.initialize()
     devices = mesh.make_devices(jax.device_count())

@@ -110,8 +110,8 @@ def hvd_batches(root: Path, kind: str, cameras: int, workers: int, batch: int, b
     from hvd.data import normalize
     from hvd.data.dataset import Dataset
     from hvd.data.loader import Loader, SampleSpec, Source
+    from hvd.data.tokenizer import Tokenizer
     from hvd.data.transforms import InputTransform
-    from hvd.models.tokenizer import Tokenizer
     from hvd.robots import get_robot
 
     names = () if backend == "numbers" else CAMERAS[:cameras]

@@ -29,7 +29,7 @@ def ways(site: Site) -> dict[str, Callable[[], object]]:
     """Name of the row -> one submission. The last three expect the site's folder and environment around them."""
     import submitit
 
-    from launch import submit
+    from hvd.launch import submit
 
     flags = [*site.options, *site.site, "--stage", "value"]
 

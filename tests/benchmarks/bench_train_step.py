@@ -48,9 +48,10 @@ def ours(case: dict) -> dict[str, float]:
     import numpy as np
 
     from hvd.experiments import get_config
+    from hvd.method import policy
     from hvd.models import gemma
     from hvd.models.lora import LoraConfig
-    from hvd.train import host_memory, mesh, policy, state
+    from hvd.train import host_memory, mesh, state
 
     imported = time.perf_counter()
     suffix = "_lora" if case["lora"] else ""

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hvd.jobs.slurm import ENDED
+from hvd.clusters.slurm.queue import ENDED
 from tests.clusters.site import STEPS, Site, until
 from tests.clusters.slurm_cluster import SlurmCluster
 

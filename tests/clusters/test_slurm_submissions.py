@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import submit
+from hvd.launch import submit
 from tests.clusters import daemons
 from tests.clusters.site import Site, until
 from tests.clusters.slurm_cluster import SlurmCluster

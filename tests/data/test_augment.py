@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hvd.configs import PolicyConfig
-from hvd.data import augment
-from hvd.data.augment import to_float
+from hvd.models import augment
+from hvd.models.augment import to_float
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from hvd.configs import ModelConfig, NormConfig
 from hvd.data import normalize
 from hvd.data.dataset import Dataset
 from hvd.data.loader import Batcher, Loader, SampleSpec, Source, make_batch
+from hvd.data.tokenizer import Tokenizer
 from hvd.data.transforms import InputTransform, resize_with_pad
 from hvd.data.transitions import Transitions
 from hvd.errors import UserError
-from hvd.models.tokenizer import Tokenizer
 from hvd.robots import get_robot
 from tests.data.factory import CAMERAS, make_dataset
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hvd.configs import Experiment, ModelConfig, NormConfig
 from hvd.data import normalize
 from hvd.data.normalize import NormStats
+from hvd.data.tokenizer import Tokenizer
 from hvd.data.transforms import InputTransform, make_bool_mask, pad_to_dim, resize_with_pad
 from hvd.errors import UserError
-from hvd.models.tokenizer import Tokenizer
 from hvd.robots import get_robot
 from tests.folders import golden_files
 

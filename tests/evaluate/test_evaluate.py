@@ -17,11 +17,11 @@ from hvd.evaluate import credit as evaluate_credit
 from hvd.evaluate import offline as evaluate_offline
 from hvd.evaluate.policies import nothing
 from hvd.evaluate.results import observes_text
+from hvd.method import advantage_table
+from hvd.method.advantage_table import Values
 from hvd.robots import get_robot
 from hvd.sim.env import Env
 from hvd.sim.operators import make
-from hvd.train import advantage_table
-from hvd.train.advantage_table import Values
 
 KEYS = KeyMap(state=("observation.state", "observation.environment_state"))
 LEVELS = get_robot("r1").level_names

@@ -78,7 +78,7 @@ def test_packages_are_the_trainers_and_every_step_imports(image):
         from hvd import cli
         for step in cli.STEPS.values():
             importlib.import_module(step.module)
-        import hvd, launch.submit
+        import hvd, hvd.launch.submit
         print(json.dumps([hvd.__file__, [d.name.lower() for d in importlib.metadata.distributions()]]))
     """
     where, names = json.loads(image.python("-c", textwrap.dedent(code)).stdout.splitlines()[-1])
@@ -95,7 +95,7 @@ def test_the_tests_of_rl_pass_inside(image, test_packages):
     ]
     if golden := folder("HVD_GOLDEN"):
         options += [f"--volume={golden}:/golden:ro", "--env=HVD_GOLDEN=/golden"]
-    done = image.python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/rl", options=tuple(options))
+    done = image.python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/method", options=tuple(options))
     assert re.search(r"^[1-9]\d+ passed", done.stdout, re.MULTILINE), done.stdout
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hvd.jobs import slurm as asking
+from hvd.clusters.slurm import queue as asking
 from hvd.jobs import watch
 from tests.jobs.fake_slurm import FakeSlurm
 

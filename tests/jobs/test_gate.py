@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from hvd.clusters.kubernetes import gate
 from hvd.errors import Failed, UserError
-from hvd.jobs import gate
 
 
 def job(name: str, condition: str = "", why: str = "", parallelism: int = 1, generation: int = 1) -> dict:

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from hvd import cli
+from hvd.clusters.kubernetes import queue as kubernetes
+from hvd.clusters.kubernetes.queue import KubernetesJob
 from hvd.errors import UserError
-from hvd.jobs import kubernetes
-from hvd.jobs.kubernetes import KubernetesJob
 
 BAR = (
     "value:   1%|  | 2/60 [00:10<01:59,  2.17s/step, loss=6.0]\r"

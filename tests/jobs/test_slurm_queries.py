@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from hvd.clusters.slurm import queue as asking
+from hvd.clusters.slurm.queue import Queued, Status, Unreachable
 from hvd.errors import Failed
-from hvd.jobs import slurm as asking
-from hvd.jobs.slurm import Queued, Status, Unreachable
 
 
 def test_a_job_s_status_is_read_with_its_exit_code_and_restarts(slurm):

@@ -4,9 +4,9 @@ import pytest
 
 from hvd import cli, overrides
 from hvd.checks import check_config
+from hvd.clusters.kubernetes import gate
 from hvd.configs import Experiment
 from hvd.errors import UserError
-from hvd.jobs import gate
 from tests.k8s.render import MANIFESTS, Document, component, containers, documents, jobs
 
 STEPS = {"value": ["prepare", "train-value"], "policy": ["train-policy"], "gate": ["gate"]}

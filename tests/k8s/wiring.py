@@ -57,7 +57,7 @@ def _variables(found):
 
 @check
 def _owner(found):
-    """The trainer knows its pod and Job: hvd.train.owner asks; and its job's folder is on the storage."""
+    """The trainer knows its pod and Job: hvd.runtime.owner asks; and its job's folder is on the storage."""
     wanted = {
         "HVD_POD_UID": "metadata.uid",
         "HVD_JOB_NAME": "metadata.labels['job-name']",

@@ -10,7 +10,8 @@ import os
 import unittest.mock
 from pathlib import Path
 
-from launch import site, submit
+from hvd.clusters.slurm import site
+from hvd.launch import submit
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden")

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from launch import batch, gpu_environment
-from launch.batch import Request, Step
-from launch.site import Site
+from hvd.clusters.slurm import batch
+from hvd.clusters.slurm.batch import Request, Step
+from hvd.clusters.slurm.site import Site
+from hvd.launch import gpu_environment
 from tests.launch import golden_scripts
 
 CPU = Request("value", (Step("all", ("train-value",)),), ("--config", "demo"), 1, 0)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import batch
-from launch.batch import Request, Step
-from launch.site import Site
+from hvd.clusters.slurm import batch
+from hvd.clusters.slurm.batch import Request, Step
+from hvd.clusters.slurm.site import Site
 
 REQUEST = Request("value", (Step("one", ("prepare",)), Step("all", ("train-value",))), ("--config", "demo"), 2, 0)
 SOON = "2020-01-01T00:00:00"  # an end of the job that is near, or over

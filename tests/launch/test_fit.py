@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
+from hvd.clusters import local
 from hvd.errors import UserError
-from launch import fit, local, submit
+from hvd.launch import fit, submit
 
 DEMO = ["--config", "demo"]
 

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from hvd import overrides
+from hvd.clusters.kubernetes import manifests as kubernetes
 from hvd.errors import Failed, UserError
-from launch import kubernetes, submit
+from hvd.launch import submit
 from tests.k8s import render as manifests
 from tests.k8s.wiring import violations
 

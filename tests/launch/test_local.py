@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hvd.clusters import local
 from hvd.errors import UserError
-from launch import local
-from launch.steps import Task
+from hvd.launch.steps import Task
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_step.py")))
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,8 +120,8 @@ def test_worst_of_several_exit_codes(codes, expected):
 LAUNCHER = """
     import sys
     from pathlib import Path
-    from launch import local
-    from launch.steps import Task
+    from hvd.clusters import local
+    from hvd.launch.steps import Task
     command, folder, code = ({python!r}, {fake!r}), Path({folder!r}), {code!r}
     waits, later = ("wait", str(folder / "state"), code), ("wait", str(folder / "next"), "0")
     runner = local.Runner(folder / "logs", 1, command)

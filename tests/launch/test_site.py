@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from hvd import overrides
+from hvd.clusters.slurm import site
+from hvd.clusters.slurm.site import Site
 from hvd.errors import UserError
-from launch import site
-from launch.site import Site
 
 ROOT = Path(__file__).resolve().parents[2]
 

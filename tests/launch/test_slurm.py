@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm, submit
-from launch.site import Site
+from hvd.clusters.slurm import submission as slurm
+from hvd.clusters.slurm.site import Site
+from hvd.launch import submit
 
 SBATCH = """#!{python}
 import os, pathlib, sys

@@ -4,7 +4,7 @@ import pytest
 
 from hvd import cli, overrides
 from hvd.errors import UserError
-from launch import steps
+from hvd.launch import steps
 
 
 def plan(stage, *options, config="demo", **more):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import local, submit
+from hvd.clusters import local
+from hvd.launch import submit
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "launch" / "submit.py")
@@ -63,7 +64,7 @@ def test_a_dry_run_with_nodes_shows_the_processes(tmp_path):
 
 def test_it_never_imports_jax(tmp_path):
     code = (
-        "import sys; from launch import submit; "
+        "import sys; from hvd.launch import submit; "
         "code = submit.main(['--stage', 'all', '--dry-run']); "
         "heavy = [m for m in ('jax', 'flax', 'mujoco', 'orbax', 'torch') if m in sys.modules]; "
         "assert not heavy, heavy; sys.exit(code)"

@@ -6,7 +6,7 @@ import re
 from numpy.testing import assert_array_equal
 
 from hvd.configs import ModelConfig
-from hvd.models.tokenizer import Tokenizer
+from hvd.data.tokenizer import Tokenizer
 from tests.models.golden import cases, load, section
 
 PROMPTS = (

@@ -8,8 +8,8 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from hvd.configs import ModelConfig
+from hvd.data.tokenizer import BOS, PAD, UNK, Tokenizer
 from hvd.errors import UserError
-from hvd.models.tokenizer import BOS, PAD, UNK, Tokenizer
 from tests.storage.servers import google_put, google_server, proxy_before
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from hvd import overrides
 from hvd.errors import EXIT_COMPLETE, EXIT_USER, Failed, UserError
+from hvd.method import policy
 from hvd.plan import advice as plan_advice
 from hvd.plan import command as plan
 from hvd.plan import devices as plan_devices
@@ -19,7 +20,7 @@ from hvd.plan import report as plan_report
 from hvd.plan.measure import Measurer
 from hvd.plan.request import Measurement, Request
 from hvd.plan.verdict import Verdict
-from hvd.train import loop, mesh, policy, stage_data, state
+from hvd.train import loop, mesh, stage_data, state
 
 GIB = 1 << 30
 # numbers only, two layers of work less than the demo's own models: compiles in seconds

@@ -8,8 +8,8 @@ import pytest
 
 from hvd.configs import DataConfig, Experiment, KeyMap, NormConfig
 from hvd.data.normalize import NormStats
+from hvd.data.tokenizer import Tokenizer
 from hvd.data.transforms import InputTransform
-from hvd.models.tokenizer import Tokenizer
 from hvd.robots import get_robot
 from hvd.serve.observation import MAX_SEED, Refused, RequestReader, batch_of
 from tests.train import factory

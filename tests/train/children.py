@@ -19,8 +19,8 @@ from tests.train import factory
 PRELOAD = [
     "tests.train.factory",
     "hvd.cli",
-    "hvd.train.value",
-    "hvd.train.policy",
+    "hvd.method.value",
+    "hvd.method.policy",
     "tensorboardX",
 ]
 

@@ -39,7 +39,7 @@ def data_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained(data_folder) -> Experiment:
     """The experiment with its value and policy run complete; read only."""
-    from hvd.train import policy, value
+    from hvd.method import policy, value
 
     cfg = factory.experiment(data_folder)
     value.main(cfg)

@@ -19,7 +19,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hvd.configs import Experiment, LrSchedule, Optimizer
-from hvd.train import loop, mesh, parameter_rules, policy, processes, state, value
+from hvd.method import policy, value
+from hvd.runtime import processes
+from hvd.train import loop, mesh, parameter_rules, state
 from hvd.train.checkpoints import Checkpoints
 from hvd.train.mesh import Devices
 from tests.train import factory

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
+from hvd.method import policy
 from hvd.models import weights
-from hvd.train import mesh, parameter_rules, policy, state
+from hvd.train import mesh, parameter_rules, state
 from tests.train import factory
 
 SHAPES = {"PaliGemma/llm/large": (4, 1024, 2048), "PaliGemma/llm/norm": (2048,), "head/kernel": (2048, 1024)}

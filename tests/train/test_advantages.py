@@ -14,8 +14,8 @@ from jax.sharding import AbstractMesh
 from hvd.data.dataset import split_episodes
 from hvd.data.loader import Batcher, SampleSpec, Source
 from hvd.errors import Stopped, UserError
-from hvd.rl import weights
-from hvd.train import advantage_table, advantages, inference, mesh, policy, stage_data
+from hvd.method import advantage_table, advantages, policy, weights
+from hvd.train import inference, mesh, stage_data
 from hvd.train import run_dir as runs
 from hvd.train.mesh import Devices
 

@@ -5,7 +5,7 @@ import numpy as np
 from hvd.configs import DataConfig, LrSchedule, ValueConfig
 from hvd.data import normalize
 from hvd.data.lerobot_writer import Feature, LeRobotWriter
-from hvd.train import advantage_table, advantages, value
+from hvd.method import advantage_table, advantages, value
 from tests.train import factory
 
 GAMMA, TAU, LENGTH = 0.9, 0.7, 3

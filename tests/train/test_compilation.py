@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from hvd.data.loader import Loader
-from hvd.train import policy, stage_data, value
+from hvd.method import policy, value
+from hvd.train import stage_data
 
 
 @pytest.fixture

@@ -111,5 +111,5 @@ def test_verify_without_runs(fresh):
 
 
 def test_imports_no_jax():
-    code = "import sys, hvd.train.complete, hvd.train.run_dir, hvd.train.preemption; sys.exit('jax' in sys.modules)"
+    code = "import sys, hvd.train.complete, hvd.train.run_dir, hvd.runtime.preemption; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

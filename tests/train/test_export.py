@@ -17,8 +17,9 @@ from hvd.data import normalize
 from hvd.data.normalize import NormStats
 from hvd.errors import UserError
 from hvd.export import Export
+from hvd.method import policy
 from hvd.models import weights
-from hvd.train import inference, policy
+from hvd.train import inference
 from tests.train import factory
 from tests.train.compare import arrays
 

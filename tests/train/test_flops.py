@@ -6,7 +6,8 @@ import pytest
 from jax import ShapeDtypeStruct as Shape
 
 from hvd.experiments import get_config
-from hvd.train import flops, mesh, policy, stage_data, state
+from hvd.method import policy
+from hvd.train import flops, mesh, stage_data, state
 
 A, B = Shape((3, 5), jnp.float32), Shape((5, 7), jnp.bfloat16)
 PRODUCT = 2 * 3 * 5 * 7

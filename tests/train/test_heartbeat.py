@@ -11,7 +11,7 @@ import time
 import pytest
 
 from hvd.errors import UserError
-from hvd.train import heartbeat, owner
+from hvd.runtime import heartbeat, owner
 
 
 @pytest.fixture(autouse=True)

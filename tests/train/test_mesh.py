@@ -13,7 +13,9 @@ from jax.sharding import AbstractMesh
 
 from hvd.errors import Stopped, UserError
 from hvd.experiments import get_config
-from hvd.train import mesh, policy, preemption, processes, state
+from hvd.method import policy
+from hvd.runtime import preemption, processes
+from hvd.train import mesh, state
 from hvd.train.mesh import Devices
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from hvd.errors import Stopped
-from hvd.train import preemption
+from hvd.runtime import preemption
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)

@@ -106,7 +106,7 @@ def test_nothing_there(tmp_path):
 
 def test_the_runs_own_checkpoint(trained):
     """A policy run's params are in openpi's form too."""
-    from hvd.train.policy import make_graph
+    from hvd.method.policy import make_graph
 
     graph = make_graph(trained)
     init = state.make_init(graph, optax.sgd(0.1), ema=False, target=False)
@@ -135,7 +135,7 @@ def google(monkeypatch, tmp_path):
 
 
 def test_a_wrong_path_or_url_touches_nothing(fresh, google, tmp_path):
-    from hvd.train import policy
+    from hvd.method import policy
 
     for path, line in (
         (str(tmp_path / "nowhere"), "no Orbax checkpoint there"),
@@ -150,7 +150,7 @@ def test_a_wrong_path_or_url_touches_nothing(fresh, google, tmp_path):
 
 
 def test_another_models_checkpoint_touches_nothing(fresh, trained):
-    from hvd.train import policy
+    from hvd.method import policy
 
     cfg = imitation(fresh, weight_loader=trained.policy_dir + "/checkpoints/12")
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=65))
@@ -162,7 +162,7 @@ def test_another_models_checkpoint_touches_nothing(fresh, trained):
 
 def test_a_run_from_a_url(fresh, google, trained, capsys, monkeypatch):
     """Fetched once, trained from; going on and starting again ask the network for nothing."""
-    from hvd.train import policy
+    from hvd.method import policy
 
     address, proxy = google
     source = Path(trained.policy_dir, "checkpoints", "12", "params")
@@ -187,7 +187,7 @@ def test_a_run_from_a_url(fresh, google, trained, capsys, monkeypatch):
 
 
 def test_a_value_run_from_a_policys_weights(fresh, trained, capsys):
-    from hvd.train import value
+    from hvd.method import value
 
     cfg = fresh(value={"weight_loader": trained.policy_dir + "/checkpoints/12", "num_train_steps": 1})
     value.main(cfg)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from hvd.errors import EXIT_COMPLETE, EXIT_STOPPED
-from hvd.train import advantage_table, complete
+from hvd.method import advantage_table
+from hvd.train import complete
 from tests.train import factory
 from tests.train.children import Child, Children
 from tests.train.compare import arrays, lines, metrics

@@ -14,11 +14,12 @@ import time
 import pytest
 
 from hvd import cli
+from hvd.clusters.slurm import queue as slurm_queue
 from hvd.errors import EXIT_HUNG, EXIT_LOST, Lost, UserError
-from hvd.jobs import slurm as slurm_queue
-from hvd.train import job, loop, mesh, owner, processes
+from hvd.runtime import job, owner, processes
+from hvd.runtime.processes import Group
+from hvd.train import loop, mesh
 from hvd.train import run_dir as runs
-from hvd.train.processes import Group
 from tests.train import factory
 
 STEP = {
@@ -299,7 +300,7 @@ def test_training_refuses_a_folder_at_work(tmp_path, other, capsys):
     hold(hold_in, other[0])
     before = sorted(path.name for path in hold_in.rglob("*"))
     with pytest.raises(UserError, match="is being worked on by process"):
-        from hvd.train import value
+        from hvd.method import value
 
         value.main(cfg)
     assert sorted(path.name for path in hold_in.rglob("*")) == before, "nothing is touched"
@@ -349,7 +350,8 @@ def test_a_watch_that_is_closed_lets_go():
 
 def test_a_save_is_measured_against_the_grace(tmp_path, monkeypatch, capsys):
     from hvd.errors import Stopped
-    from hvd.train import preemption, value
+    from hvd.method import value
+    from hvd.runtime import preemption
 
     factory.make_data(tmp_path)
     monkeypatch.setenv("HVD_GRACE_SECONDS", "0.001")

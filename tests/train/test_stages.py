@@ -10,7 +10,8 @@ import pytest
 
 from hvd.data.loader import Loader
 from hvd.errors import Failed, Stopped, UserError
-from hvd.train import complete, policy, stage_data, value
+from hvd.method import policy, value
+from hvd.train import complete, stage_data
 from hvd.train import run_dir as runs
 from tests.train.compare import assert_same_run, lines, metrics
 

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 from hvd.configs import StageConfig
+from hvd.method import policy
 from hvd.models import precision
 from hvd.models.pi0 import Pi0
-from hvd.train import mesh, policy, state
+from hvd.train import mesh, state
 from hvd.train.state import Graph
 from tests.train import factory
 

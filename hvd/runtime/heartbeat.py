@@ -1,0 +1,66 @@
+"""A sign of life on the run's storage, for owners that nobody here can ask about: pods of a Kubernetes cluster.
+
+A trainer's pod may not ask the cluster's API (it has no rights there). So the owner counts up in a small file, and who
+finds another owner watches whether the number moves: no clock is compared with another machine's, no file time is read.
+"""
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+
+from etils import epath
+
+from hvd.runtime import preemption
+from hvd.train import run_dir as runs
+
+FILE = f"{runs.OWNER}.alive"
+BEAT_SECONDS = 5.0
+SILENT_SECONDS = 60.0  # twelve missed beats; a network file system may show a file half a minute late
+
+
+class Heartbeat:
+    """Shows that the owner `who` of the run lives, until `stop`."""
+
+    def __init__(self, run_dir: os.PathLike | str, who: str):
+        self._path, self._who, self._done = epath.Path(run_dir) / FILE, who, threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+        with contextlib.suppress(Exception):
+            self._path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        for number in itertools.count(1):
+            with contextlib.suppress(Exception):  # a full disk is the training's to report
+                runs.write_atomic(self._path, f"{self._who} {number}\n".encode())
+            if self._done.wait(BEAT_SECONDS):
+                return
+
+
+def lives(run_dir: os.PathLike | str, who: str) -> bool:
+    """Does the owner `who` still show itself? Watches until it does, or has been silent for SILENT_SECONDS.
+
+    Raises:
+        Stopped: a signal came meanwhile.
+    """
+    path = epath.Path(run_dir) / FILE
+    first, began = _read(path), time.monotonic()
+    while time.monotonic() - began < SILENT_SECONDS:
+        found = _read(path)
+        if found != first:
+            return found.startswith(f"{who} ")
+        if preemption.requested():
+            preemption.raise_stopped("before the first step")
+        time.sleep(0.5)
+    return False
+
+
+def _read(path: epath.Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text()
+    return ""

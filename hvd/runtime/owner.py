@@ -1,0 +1,226 @@
+"""One job at a time works on a run directory: owner.json says which.
+
+No file locks (NFS may not have them), no time-outs, no file times: the file is put there by linking, which fails if
+there is one already (where there are no links, by exclusive creation), and whether the owner still lives is asked of
+Slurm, or of this machine's process table. A Kubernetes pod has nobody to ask: there the owner shows a sign of life
+(hvd.runtime.heartbeat).
+"""
+
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from hvd.errors import Lost, UserError
+from hvd.runtime import heartbeat
+from hvd.train import run_dir as runs
+from hvd.train.run_dir import OWNER
+
+KUBERNETES = "kubernetes"
+_beats: dict[str, heartbeat.Heartbeat] = {}
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who works on a run directory. A Slurm job that was requeued is the same owner, on whatever node."""
+
+    job: str  # Slurm's id, or the Kubernetes Job's name and uid; "" where no scheduler runs the process
+    cluster: str  # Slurm's name of the cluster, or KUBERNETES
+    host: str
+    machine: str  # boot id and process namespace: process ids mean something within these only
+    pid: int
+    started: str  # of the process, in the kernel's clock ticks: process ids come again
+    user: str
+    pod: str = ""  # uid of a Kubernetes pod
+
+    @property
+    def name(self) -> str:
+        if self.pod:
+            return f"pod {self.host} of Job {self.job.partition('/')[0]}"
+        return f"Slurm job {self.job} on {self.host}" if self.job else f"process {self.pid} on {self.host}"
+
+
+def myself(env: Mapping[str, str] = os.environ) -> Owner:
+    pod = env.get("HVD_POD_UID", "")
+    return Owner(
+        job=f"{env.get('HVD_JOB_NAME', '')}/{env.get('HVD_JOB_UID', '')}" if pod else env.get("SLURM_JOB_ID", ""),
+        cluster=KUBERNETES if pod else env.get("SLURM_CLUSTER_NAME", ""),
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=os.getpid(),
+        started=_started(os.getpid()) or "",
+        user=env.get("USER", ""),
+        pod=pod,
+    )
+
+
+def claim(run_dir: os.PathLike | str) -> None:
+    """Make this process's job the owner of the run directory; called by the run's main process.
+
+    Raises:
+        UserError: another job works on it.
+        Lost: Slurm cannot say whether the other job still lives.
+    """
+    path, me = epath.Path(run_dir) / OWNER, myself()
+    if runs.is_local(path):
+        _claim_local(path, me, run_dir)
+    else:
+        _claim_remote(path, me)
+    if me.pod and os.fspath(run_dir) not in _beats:
+        _beats[os.fspath(run_dir)] = heartbeat.Heartbeat(run_dir, me.pod)
+
+
+def _claim_local(path: epath.Path, me: Owner, run_dir: os.PathLike | str) -> None:
+    target = Path(os.fspath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mine = target.with_name(f".{OWNER}.{me.host}.{me.pid}.tmp")
+    mine.write_text(json.dumps(asdict(me)) + "\n")
+    try:
+        while not _linked(mine, target):
+            found = _read(target)
+            if found is None:
+                continue  # released this very moment
+            _refuse_if_alive(found, me, run_dir)
+            _put_away(target, found, mine)
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+def release(run_dir: os.PathLike | str) -> None:
+    """The run directory is free again; somebody else's claim is left alone."""
+    if beat := _beats.pop(os.fspath(run_dir), None):
+        beat.stop()
+    path = epath.Path(run_dir) / OWNER
+    found = _read(path)
+    if found is not None and _same(found, myself()):
+        path.unlink(missing_ok=True)
+
+
+def _claim_remote(path: epath.Path, me: Owner) -> None:
+    """An object store: without linking two claims of the same second may both succeed."""
+    found = _read(path)
+    if found is not None:
+        _refuse_if_alive(found, me, path.parent)
+    runs.write_atomic(path, json.dumps(asdict(me)).encode())
+
+
+def _linked(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        # over NFS the answer to a link that succeeded may be lost, and the repeated call fails: look who it was
+        return os.path.samefile(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        return _created(source, target)  # FUSE and exFAT have no links
+    return True
+
+
+def _created(source: Path, target: Path) -> bool:
+    try:
+        with target.open("x") as file:
+            file.write(source.read_text())
+    except FileExistsError:
+        return False
+    return True
+
+
+def _put_away(target: Path, judged: Owner, mine: Path) -> None:
+    """Remove the claim that was judged dead. If it is another one by now, it is put back."""
+    aside = mine.with_suffix(".old")
+    try:
+        target.rename(aside)
+    except FileNotFoundError:
+        return
+    if _read(aside) != judged:
+        _linked(aside, target)
+    aside.unlink(missing_ok=True)
+
+
+def _read(path: os.PathLike) -> Owner | None:
+    try:
+        data: dict[str, Any] = json.loads(epath.Path(path).read_text())
+        return Owner(**data)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): if no job works on this run, delete it") from error
+
+
+def _same(a: Owner, b: Owner) -> bool:
+    if a.pod or b.pod:
+        return a.pod == b.pod
+    if a.job or b.job:
+        return (a.job, a.cluster) == (b.job, b.cluster)
+    return (a.machine, a.pid, a.started) == (b.machine, b.pid, b.started)
+
+
+def _refuse_if_alive(owner: Owner, me: Owner, run_dir: os.PathLike | str) -> None:
+    if _same(owner, me):
+        return  # an earlier step or attempt of this job
+    if owner.pod:
+        alive = _pod_alive(owner, me, run_dir)
+    elif owner.job:
+        alive = _job_alive(owner, me)
+    elif owner.machine == me.machine:
+        alive = _started(owner.pid) == owner.started
+    else:
+        alive = True  # a process of another machine: nobody here can tell
+    if alive:
+        by = f" of {owner.user}" if owner.user and owner.user != me.user else ""
+        advice = "" if owner.job else f"; if it is gone for good, delete {Path(run_dir) / OWNER}"
+        raise UserError(
+            f"{run_dir} is being worked on by {owner.name}{by}: wait for it, or choose another --exp_name{advice}"
+        )
+
+
+def _pod_alive(owner: Owner, me: Owner, run_dir: os.PathLike | str) -> bool:
+    """Another pod. One of the same Job is about to end, since this one takes its place: it is waited for."""
+    if owner.job != me.job:
+        return heartbeat.lives(run_dir, owner.pod)
+    print(f"{run_dir}: waiting until {owner.name} has saved and ended", flush=True)
+    while heartbeat.lives(run_dir, owner.pod):
+        time.sleep(1)
+        if _read(epath.Path(run_dir) / OWNER) != owner:
+            break
+    return False
+
+
+def _job_alive(owner: Owner, me: Owner) -> bool:
+    if me.cluster and owner.cluster != me.cluster:
+        return True  # another cluster's job; its ids mean nothing here
+    listed = os.environ.get("HVD_LIVE_JOBS")  # batch scripts ask before they enter a container without Slurm's programs
+    if listed is not None:
+        return owner.job in listed.split()
+    from hvd.clusters.slurm import queue as slurm
+
+    alive = slurm.alive(owner.job)
+    if alive is None:
+        raise Lost(f"{owner.name} was at work on this run, and Slurm cannot be asked whether it still is")
+    return alive
+
+
+def _machine() -> str:
+    """The same for processes that see the same process ids, and for no others."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _started(pid: int) -> str | None:
+    """When the process started, in clock ticks since boot; None where there is none, or a dead one not yet reaped."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,67 @@
+"""Being asked to stop: by SIGTERM, SIGUSR1 or SIGUSR2.
+
+While a run warms up there is nothing to save: a signal ends it at once. While it steps the signal sets a flag, and all
+processes of the run act on it at the same step: a signal may reach one process only, while a save needs all of them.
+Each process's flag goes into the step as one tiny sharded input and its maximum comes out with the metrics, so that
+everybody reads "stop" at the same step without an extra message (hvd.train.mesh.Devices.flag). A group of processes
+does not end at once in the warm-up either, since the others would wait for it; Devices.poll lets them agree there.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+from hvd.errors import Stopped
+from hvd.runtime import processes
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+# signals belong to the process, so these do too
+_received: list[str] = []
+_deferring: list[None] = []
+
+
+def _on_signal(number: int, frame: object) -> None:
+    _received.append(signal.Signals(number).name)
+    if not _deferring and not processes.several():
+        raise_stopped("before the first step")
+
+
+@contextlib.contextmanager
+def catch() -> Iterator[None]:
+    """While this is open a signal raises `Stopped`, or sets the flag. Outside the main thread it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    outermost = signal.getsignal(signal.SIGTERM) is not _on_signal
+    before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # None: a handler that was not installed from Python and cannot be put back from here
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        if outermost:
+            _received.clear()
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """While this is open a signal only sets the flag, and whoever opened it looks at it and saves."""
+    _deferring.append(None)
+    try:
+        yield
+    finally:
+        _deferring.pop()
+
+
+def requested() -> str | None:
+    """Name of the first signal that this process got, or None."""
+    return _received[0] if _received else None
+
+
+def raise_stopped(where: str) -> NoReturn:
+    """End the step: the CLI prints the line and exits with 143."""
+    raise Stopped(f"by {requested() or 'a signal to another process'} {where}")
