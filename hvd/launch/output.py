@@ -5,6 +5,8 @@ import re
 from io import TextIOBase
 from typing import IO
 
+TextFile = IO[str] | TextIOBase
+
 _BAR_BLOCKS = re.compile(r"\|[^|\n]*\|")
 
 
@@ -16,7 +18,7 @@ class Stream:
     byte as it comes, so that a terminal draws the bar itself.
     """
 
-    def __init__(self, screen: IO[str] | TextIOBase | None, log: IO[str] | TextIOBase, prefix: str = "", raw: bool = False):
+    def __init__(self, screen: TextFile | None, log: TextFile, prefix: str = "", raw: bool = False):
         self.bar = ""
         self._screen, self._log, self._prefix, self._raw = screen, log, prefix, raw
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
