@@ -4,102 +4,23 @@ The command line calls it before every step and the launcher before every job, s
 leaves nothing behind. Imports no jax. Every finding is a UserError that names the field.
 """
 
-import dataclasses
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hvd.configs import DataConfig, Experiment, StageConfig
 from hvd.errors import UserError, nearest
+from hvd.fields import check_rules
 from hvd.robots import get_robot
 from hvd.storage import cache as storage
 
 # Folders of an experiment that no policy run may be called.
 RESERVED = ("value", "advantages", "recordings", "datasets", "evaluation", "logs")
 
-_AT_LEAST_1 = (lambda x: x >= 1, "must be at least 1")
-_NOT_NEGATIVE = (lambda x: x >= 0, "must not be negative")
-_POSITIVE = (lambda x: x > 0, "must be positive")
-_SHARE = (lambda x: 0 <= x <= 1, "must be from 0 to 1")
-_SIZE = (lambda x: 0 < x <= 1, "must be more than 0 and at most 1")
-_DECAY = (lambda x: 0 <= x < 1, "must be from 0 to less than 1")
-
-Rule = tuple[Callable[[Any], bool], str]
-_STAGE_RULES: dict[str, Rule] = {
-    "num_train_steps": _AT_LEAST_1,
-    "batch_size": _AT_LEAST_1,
-    "lr_schedule.warmup_steps": _NOT_NEGATIVE,
-    "lr_schedule.peak_lr": _POSITIVE,
-    "lr_schedule.decay_steps": _AT_LEAST_1,
-    "lr_schedule.decay_lr": _NOT_NEGATIVE,
-    "lr_schedule.timescale": _POSITIVE,
-    "optimizer.b1": _DECAY,
-    "optimizer.b2": _DECAY,
-    "optimizer.eps": _POSITIVE,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.clip_gradient_norm": _POSITIVE,
-    "ema_decay": _DECAY,
-    "grad_accum_steps": _AT_LEAST_1,
-    "crop": _SIZE,
-    "rotation": _NOT_NEGATIVE,
-    "state_noise": _NOT_NEGATIVE,
-    "log_interval": _AT_LEAST_1,
-    "val_interval": _AT_LEAST_1,
-    "val_batches": _NOT_NEGATIVE,
-    "save_interval": _AT_LEAST_1,
-    "keep_period": _NOT_NEGATIVE,
-}
-RULES: dict[str, Rule] = {
-    "seed": _NOT_NEGATIVE,
-    "fsdp_devices": _NOT_NEGATIVE,
-    "num_workers": _NOT_NEGATIVE,
-    "hang_timeout": _NOT_NEGATIVE,
-    "model.action_dim": _AT_LEAST_1,
-    "model.action_horizon": _AT_LEAST_1,
-    "model.max_token_len": _AT_LEAST_1,
-    "model.vocab_size": _AT_LEAST_1,
-    "model.image_size": _AT_LEAST_1,
-    "model.action_patch": _AT_LEAST_1,
-    "model.alpha": _POSITIVE,
-    "model.tau": (lambda x: 0 < x < 1, "must be between 0 and 1"),
-    "norm.std_floor": _NOT_NEGATIVE,
-    **{f"{stage}.{field}": rule for stage in ("value", "policy") for field, rule in _STAGE_RULES.items()},
-    "value.gamma": _SIZE,
-    "value.target_ema": _SIZE,
-    "value.exp_clip_log": _POSITIVE,
-    "policy.beta": _POSITIVE,
-    "policy.weight_clip": _POSITIVE,
-    "policy.bc_lambda": _NOT_NEGATIVE,
-    "policy.suboptimal_share": _SHARE,
-    "policy.num_flow_steps": _AT_LEAST_1,
-    "evaluate.num_rollouts": _AT_LEAST_1,
-    "evaluate.seed": _NOT_NEGATIVE,
-    "evaluate.execute_steps": _AT_LEAST_1,
-    "evaluate.workers": _AT_LEAST_1,
-    "evaluate.action_samples": _AT_LEAST_1,
-    "evaluate.videos": _NOT_NEGATIVE,
-    "evaluate.val_fraction": _DECAY,
-    "optimal_data.max_episodes": _NOT_NEGATIVE,
-    "suboptimal_data.max_episodes": _NOT_NEGATIVE,
-    "sim.num_optimal": _AT_LEAST_1,
-    "sim.num_mixed": _AT_LEAST_1,
-    "sim.image_size": _AT_LEAST_1,
-    "sim.seed": _NOT_NEGATIVE,
-    "sim.horizon": _AT_LEAST_1,
-    "sim.workers": _AT_LEAST_1,
-}
-
 
 def check_config(cfg: Experiment) -> None:
     """Raise UserError where the config contradicts itself; reads no file."""
-    for name, value in _numbers(cfg):
-        if not math.isfinite(value):
-            raise UserError(f"{name} {value} is not a finite number")
-        rule, text = RULES.get(name, (None, ""))
-        if rule is not None and not rule(value):
-            raise UserError(f"{name} {value} {text}")
+    check_rules(cfg)
     _check_model(cfg)
     _check_run(cfg)
     _check_sets(cfg)
@@ -187,15 +108,6 @@ def check_writable(folder: str) -> None:
 
 def _field(role: str) -> str:
     return f"{role}_data"
-
-
-def _numbers(config: Any, prefix: str = ""):
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _numbers(value, f"{prefix}{field.name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + field.name, value
 
 
 def _check_model(cfg: Experiment) -> None:

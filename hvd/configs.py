@@ -8,10 +8,26 @@ action_horizon, optimal_data, suboptimal_data, weight_loader, freeze_filter, fsd
 
 import dataclasses
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hvd.fields import (
+    AT_LEAST_1,
+    DECAY,
+    FREE,
+    IN_TABLE,
+    INSIDE,
+    NO_MEMORY,
+    NOT_NEGATIVE,
+    POLICY_RUN,
+    POSITIVE,
+    SHARE,
+    SIZE,
+    VALUE_RUN,
+    group,
+    option,
+)
 from hvd.robots import get_robot
 
 Method = Literal["exponential", "expectile", "quantile"]
@@ -23,29 +39,36 @@ Weighting = Literal["hvd", "awr", "none"]
 class ModelConfig:
     """The trunk that both stages share, the policy's and the value model's own experts, and what the values mean."""
 
-    action_dim: int = 32  # robot dims are zero-padded to this; the state too
-    action_horizon: int = 20  # K, actions per chunk
-    max_token_len: int = 48
-    vocab_size: int = 257_152
-    tokenizer: Literal["paligemma", "words"] = (
-        "paligemma"  # "words": hashed words, for tiny models without a vocabulary file
+    action_dim: int = option(32, AT_LEAST_1, "robot dims are zero-padded to this; the state too")
+    action_horizon: int = option(20, AT_LEAST_1, "K, actions per chunk")
+    max_token_len: int = option(48, AT_LEAST_1, "tokens of a prompt; a longer one is cut")
+    vocab_size: int = option(257_152, AT_LEAST_1)
+    tokenizer: Literal["paligemma", "words"] = option("paligemma", '"words": hashed, needs no vocabulary file')
+    tokenizer_path: str = option("", 'sentencepiece model of "paligemma"')
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16")
+    paligemma_variant: str = option("gemma_2b", "names of hvd.models.gemma.VARIANTS")
+    action_expert_variant: str = option("gemma_300m", POLICY_RUN)
+    value_expert_variant: str = option("gemma_300m", VALUE_RUN)
+    siglip_variant: str = option("So400m/14", "names of hvd.models.siglip.VARIANTS")
+    cameras: tuple[str, ...] = option(
+        ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), "none = the policy sees no image"
     )
-    tokenizer_path: str = ""  # sentencepiece model of "paligemma"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    paligemma_variant: str = "gemma_2b"  # names of hvd.models.gemma.VARIANTS
-    action_expert_variant: str = "gemma_300m"
-    value_expert_variant: str = "gemma_300m"
-    siglip_variant: str = "So400m/14"  # names of hvd.models.siglip.VARIANTS
-    cameras: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # () = the policy sees no image
-    image_size: int = 224
-    method: Method = "exponential"
-    network_type: NetworkType = "hierarchical_q"
-    hierarchical_actions: tuple[tuple[int, ...], ...] = ()  # dims per level, root first; () = the robot's own levels
-    alpha: float = 1.0  # temperature of "exponential"; a frame of advantage 0 weighs alpha^2 (see policy.bc_lambda)
-    tau: float = 0.7  # asymmetry of "expectile" and "quantile"
-    action_patch: int = 1  # value model: consecutive actions of a level per token; divides action_horizon
-    value_paligemma_variant: str = ""  # the value model's trunk; "" = paligemma_variant
-    attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: what was measured to be fastest on the platform
+    image_size: int = option(224, AT_LEAST_1)
+    method: Method = option("exponential", IN_TABLE)
+    network_type: NetworkType = option("hierarchical_q")
+    hierarchical_actions: tuple[tuple[int, ...], ...] = option(
+        (), "dims per level, root first, as JSON: '[[7,8,9],[0,1]]'; none = the robot's own levels"
+    )
+    alpha: float = option(
+        1.0, POSITIVE, IN_TABLE, 'temperature of "exponential"; advantage 0 weighs alpha^2 (see policy.bc_lambda)'
+    )
+    tau: float = option(0.7, INSIDE, IN_TABLE, 'asymmetry of "expectile" and "quantile"')
+    action_patch: int = option(
+        1, AT_LEAST_1, VALUE_RUN, "value model: consecutive actions of a level per token; divides action_horizon"
+    )
+    # FREE: the trunk that a value run ends up with is what is compared (run_dir.identity)
+    value_paligemma_variant: str = option("", FREE, 'the value model\'s trunk; "" = paligemma_variant')
+    attention: Literal["auto", "xla", "cudnn"] = option("auto", FREE, "auto: measured to be fastest on the platform")
 
 
 @dataclass(frozen=True)
@@ -53,32 +76,32 @@ class KeyMap:
     """Repack: which column of the LeRobot dataset is which input of the model. Several columns are concatenated;
     "key[0,1,5]" or "key[0:3]" takes some dims of one."""
 
-    images: dict[str, str] = field(  # the model's camera -> the dataset's key
-        default_factory=lambda: {
+    images: dict[str, str] = option(
+        {
             "base_0_rgb": "observation.images.head",
             "left_wrist_0_rgb": "observation.images.left_wrist",
             "right_wrist_0_rgb": "observation.images.right_wrist",
-        }
+        },
+        "the model's camera and the dataset's key, pair by pair",
     )
-    state: tuple[str, ...] = ("observation.state",)
-    actions: tuple[str, ...] = ("action",)
-    rewards: str = ""  # "" = next.reward, else reward, whichever is there
-    terminal: str = ""  # "" = terminal, else next.terminal or next.done, whichever is there
+    state: tuple[str, ...] = option(("observation.state",))
+    actions: tuple[str, ...] = option(("action",))
+    rewards: str = option("", '"" = next.reward, else reward, whichever is there')
+    terminal: str = option("", '"" = terminal, else next.terminal or next.done, whichever is there')
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """One LeRobot dataset (v2.1 or v3.0) of an experiment."""
 
-    repo_id: str = ""  # "" = no such dataset
-    root: str = ""  # its folder; "" = $HF_LEROBOT_HOME/repo_id
-    keys: KeyMap = field(default_factory=KeyMap)
-    reward: Literal["column", "labels", "success_at_end"] = (
-        "column"  # labels: episode_NNNNNN.labels.json beside the dataset
-    )
-    labels_dir: str = ""  # where those label files lie; "" = <dataset>/labels
-    success_only: bool = False
-    max_episodes: int = 0  # 0 = all
+    repo_id: str = option("", '"" = no such dataset')
+    # what a dataset holds is compared by its digest, not where it lies
+    root: str = option("", FREE, 'its folder; "" = $HF_LEROBOT_HOME/repo_id')
+    keys: KeyMap = group(KeyMap)
+    reward: Literal["column", "labels", "success_at_end"] = option("column", "labels: those of labels_dir")
+    labels_dir: str = option("", FREE, 'where those label files lie; "" = <dataset>/labels')
+    success_only: bool = option(False, "leave out episodes whose label says that they failed")
+    max_episodes: int = option(0, NOT_NEGATIVE, "the first ones only; 0 = all")
 
     def path(self) -> Path:
         if self.root:
@@ -91,137 +114,149 @@ class DataConfig:
 class NormConfig:
     """Normalisation of state and actions; statistics come from the optimal set and are shared by all sets."""
 
-    mode: Literal["z_score", "quantile"] = "z_score"
-    std_floor: float = 0.0  # a constant dim otherwise explodes as soon as it moves
-    delta_actions: bool = False  # actions relative to the state at the chunk's start, for the robot's position dims
+    mode: Literal["z_score", "quantile"] = option("z_score")
+    std_floor: float = option(0.0, NOT_NEGATIVE, "a constant dim otherwise explodes as soon as it moves")
+    delta_actions: bool = option(False, "position dims of actions relative to the state at the chunk's start")
 
 
 @dataclass(frozen=True)
 class LrSchedule:
-    kind: Literal["cosine", "rsqrt"] = "cosine"
-    warmup_steps: int = 1_000
-    peak_lr: float = 2.5e-5
-    decay_steps: int = 30_000
-    decay_lr: float = 2.5e-6
-    timescale: float = 10_000.0  # of "rsqrt"
+    kind: Literal["cosine", "rsqrt"] = option("cosine")
+    warmup_steps: int = option(1_000, NOT_NEGATIVE)
+    peak_lr: float = option(2.5e-5, POSITIVE)
+    decay_steps: int = option(30_000, AT_LEAST_1)
+    decay_lr: float = option(2.5e-6, NOT_NEGATIVE)
+    timescale: float = option(10_000.0, POSITIVE, 'of "rsqrt"')
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW after clipping by global norm."""
 
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 1e-10
-    clip_gradient_norm: float = 1.0
+    b1: float = option(0.9, DECAY)
+    b2: float = option(0.95, DECAY)
+    eps: float = option(1e-8, POSITIVE)
+    weight_decay: float = option(1e-10, NOT_NEGATIVE)
+    clip_gradient_norm: float = option(1.0, POSITIVE)
 
 
 @dataclass(frozen=True)
 class StageConfig:
     """What both stages have."""
 
-    num_train_steps: int = 30_000
-    batch_size: int = 16  # over all devices of all nodes
-    lr_schedule: LrSchedule = field(default_factory=LrSchedule)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    ema_decay: float = 0.0  # EMA of the trained parameters for inference; 0 = none
-    weight_loader: str = ""  # an openpi checkpoint's `params` (local path or URL); "" = random
-    # auto: with a LoRA variant that expert's own weights are frozen; trunk: all of PaliGemma (image tower and first
-    # expert) is frozen and only the second expert and the heads train; none: everything trains
-    freeze_filter: Literal["auto", "trunk", "none"] = "auto"
-    grad_accum_steps: int = 1  # micro-batches that one step scans over; divides batch_size
-    remat: Literal["none", "dots", "full"] = (
-        "none"  # what the backward pass recomputes: nothing, all but matrix products, all
+    num_train_steps: int = option(30_000, AT_LEAST_1, FREE)
+    batch_size: int = option(16, AT_LEAST_1, "over all devices of all nodes")
+    lr_schedule: LrSchedule = group(LrSchedule)
+    optimizer: Optimizer = group(Optimizer)
+    ema_decay: float = option(0.0, DECAY, "EMA of the trained parameters for inference; 0 = none")
+    weight_loader: str = option("", 'an openpi checkpoint\'s `params` (local path or URL); "" = random')
+    freeze_filter: Literal["auto", "trunk", "none"] = option(
+        "auto",
+        "auto: with a LoRA variant that expert's own weights are frozen; trunk: all of PaliGemma (image tower, first "
+        "expert) is frozen, only the second expert and the heads train; none: everything trains",
     )
-    augment_images: bool = True
-    crop: float = 0.95  # augmentation: side of the random crop, of the image's; wrist cameras are not cropped or turned
-    rotation: float = 5.0  # augmentation: degrees at most, either way
-    state_noise: float = 0.0  # std of noise on the normalised state in training: against learning poses by heart
-    log_interval: int = 100
-    val_interval: int = 1_000
-    val_batches: int = 4
-    save_interval: int = 1_000
-    keep_period: int = 5_000  # checkpoints at multiples are kept for ever; of the others the last one
-    trace_samples: bool = False  # write the visited sample indices of every step to samples.jsonl
+    grad_accum_steps: int = option(1, AT_LEAST_1, FREE, "micro-batches that one step scans over; divides batch_size")
+    remat: Literal["none", "dots", "full"] = option(
+        "none", FREE, "what the backward pass recomputes: nothing, all but matrix products, all"
+    )
+    augment_images: bool = option(True)
+    crop: float = option(
+        0.95, SIZE, "augmentation: side of the random crop, as a part of the image's; not of wrist cameras"
+    )
+    rotation: float = option(5.0, NOT_NEGATIVE, "augmentation: degrees at most, either way")
+    state_noise: float = option(
+        0.0, NOT_NEGATIVE, "std of noise on the normalised state in training: against learning poses by heart"
+    )
+    log_interval: int = option(100, AT_LEAST_1, FREE)
+    val_interval: int = option(1_000, AT_LEAST_1, FREE)
+    val_batches: int = option(4, NOT_NEGATIVE, FREE)
+    save_interval: int = option(1_000, AT_LEAST_1, FREE)
+    keep_period: int = option(5_000, NOT_NEGATIVE, FREE, "checkpoints at multiples are kept; of the others the last")
+    trace_samples: bool = option(False, FREE, "write the visited sample indices of every step to samples.jsonl")
 
 
 @dataclass(frozen=True)
 class ValueConfig(StageConfig):
     """The value stage: V and the levels' Q."""
 
-    num_train_steps: int = 30_001
-    data: Literal["optimal", "mixed", "both"] = "optimal"  # the original README trains on the optimal set only
-    gamma: float = 0.99  # per step
-    target_ema: float = 0.005  # the target network moves by this share each step
-    next_images: Literal["true", "current"] = "true"  # images at t+K, or (cheap) those at t with the next state
-    exp_clip_log: float = 1.791759469228055  # log(6): gradient clip of "exponential" as IDQL does
+    num_train_steps: int = option(30_001, AT_LEAST_1, FREE)
+    data: Literal["optimal", "mixed", "both"] = option("optimal", "the original README trains on the optimal set")
+    gamma: float = option(0.99, SIZE, "per step")
+    target_ema: float = option(0.005, SIZE, "the target network moves by this share each step")
+    next_images: Literal["true", "current"] = option("true", "images at t+K, or (cheap) those at t with the next state")
+    exp_clip_log: float = option(1.791759469228055, POSITIVE, 'log(6): gradient clip of "exponential" as IDQL does')
 
 
 @dataclass(frozen=True)
 class PolicyConfig(StageConfig):
     """The policy stage: weighted flow matching."""
 
-    run_name: str = "policy"  # its folder below the experiment's
-    weighting: Weighting = "hvd"  # none = imitation
-    advantage: Literal["q_minus_v", "marginal"] = "q_minus_v"
-    beta: float = 3.0  # of "awr"
-    weight_clip: float = 100.0
-    bc_lambda: float = 1.0  # L = L_RL(suboptimal) + bc_lambda * L_BC(optimal); L_RL has the weights' scale, as alpha^2
-    suboptimal_share: float = 0.5  # of each batch; 0 = the optimal set alone, 1 = the suboptimal set alone
-    num_flow_steps: int = 10  # Euler steps when acting
+    run_name: str = option("policy", FREE, "its folder below the experiment's")
+    weighting: Weighting = option("hvd", IN_TABLE, "none = imitation")
+    advantage: Literal["q_minus_v", "marginal"] = option("q_minus_v", IN_TABLE)
+    beta: float = option(3.0, POSITIVE, IN_TABLE, 'of "awr"')
+    weight_clip: float = option(100.0, POSITIVE, IN_TABLE)
+    bc_lambda: float = option(
+        1.0, NOT_NEGATIVE, "L = L_RL(suboptimal) + bc_lambda * L_BC(optimal); L_RL scales as alpha^2"
+    )
+    suboptimal_share: float = option(0.5, SHARE, "of each batch; 0 = the optimal set alone, 1 = the suboptimal alone")
+    num_flow_steps: int = option(10, AT_LEAST_1, FREE, "Euler steps when acting")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    num_rollouts: int = 40
-    seed: int = 1_000_000  # rollouts never share a seed with the data
-    execute_steps: int = 10  # actions of a chunk that are executed before the next one is computed
-    workers: int = 2
-    videos: int = 3
-    action_samples: int = 8  # held-out action error: also of the mean of so many sampled chunks
-    baselines: bool = False  # also train and evaluate imitation on the expert set, the mixed set, successes only
-    val_fraction: float = 0.1  # of the episodes of every dataset, held out from training
+    """How a policy is tried out."""
+
+    num_rollouts: int = option(40, AT_LEAST_1, FREE)
+    seed: int = option(1_000_000, NOT_NEGATIVE, FREE, "rollouts never share a seed with the data")
+    execute_steps: int = option(10, AT_LEAST_1, FREE, "actions of a chunk that are executed before the next chunk")
+    workers: int = option(2, AT_LEAST_1, FREE)
+    videos: int = option(3, NOT_NEGATIVE, FREE)
+    action_samples: int = option(8, AT_LEAST_1, FREE, "held-out action error: also of the mean of so many chunks")
+    baselines: bool = option(False, FREE, "also imitation on the expert set, the mixed set, successes only")
+    val_fraction: float = option(0.1, DECAY, "of the episodes of every dataset, held out from training")
 
 
 @dataclass(frozen=True)
 class SimConfig:
     """The simulated R1's recordings; task "" = no simulation, the data are the user's."""
 
-    task: Literal["", "tote", "pick"] = ""
-    num_optimal: int = 40
-    num_mixed: int = 160
-    image_size: int = 96
-    seed: int = 0
-    horizon: int = 200  # control steps of an episode at most, at 10 Hz
-    workers: int = 2
+    task: Literal["", "tote", "pick"] = option("")
+    num_optimal: int = option(40, AT_LEAST_1)
+    num_mixed: int = option(160, AT_LEAST_1)
+    image_size: int = option(96, AT_LEAST_1)
+    seed: int = option(0, NOT_NEGATIVE)
+    horizon: int = option(200, AT_LEAST_1, "control steps of an episode at most, at 10 Hz")
+    workers: int = option(2, AT_LEAST_1)
 
 
 @dataclass(frozen=True)
 class Experiment:
     """One experiment: two datasets, a value run and one or more policy runs."""
 
-    name: str
-    exp_name: str = ""  # folder below runs_dir; "" = name
-    robot: str = "r1"
-    runs_dir: str = "runs"
-    assets_dir: str = "assets"
-    seed: int = 0
-    fsdp_devices: int = 1  # devices that share one copy of the parameters; 0 = those of a node
-    deterministic: bool = False  # bit-equal results on a GPU too, at some cost of speed
-    num_workers: int = 4  # decoding threads of a process
-    image_cache: bool = False  # decode each video once into a memory-mapped file of model-sized frames
-    wandb: bool = False
-    accelerator: Literal["gpu", "cpu"] = "gpu"  # what the launcher asks a cluster for
-    hang_timeout: float = 1800.0  # seconds without a step after which a run prints all stacks and ends; 0 = never
-    model: ModelConfig = field(default_factory=ModelConfig)
-    norm: NormConfig = field(default_factory=NormConfig)
-    optimal_data: DataConfig = field(default_factory=DataConfig)
-    suboptimal_data: DataConfig = field(default_factory=DataConfig)
-    value: ValueConfig = field(default_factory=ValueConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    sim: SimConfig = field(default_factory=SimConfig)
+    name: str = dataclasses.field(metadata={"marks": frozenset({FREE, NO_MEMORY})})
+    exp_name: str = option("", FREE, NO_MEMORY, 'folder below runs_dir; "" = name')
+    robot: str = option("r1", "names of hvd.robots.ROBOTS")
+    runs_dir: str = option("runs", FREE, NO_MEMORY)
+    assets_dir: str = option("assets", FREE, NO_MEMORY, "folder of the norm stats")
+    seed: int = option(0, NOT_NEGATIVE)
+    fsdp_devices: int = option(1, NOT_NEGATIVE, FREE, "devices that share a copy of the parameters; 0 = a node's")
+    deterministic: bool = option(False, FREE, "bit-equal results on a GPU too, at some cost of speed")
+    num_workers: int = option(4, NOT_NEGATIVE, FREE, "decoding threads of a process")
+    image_cache: bool = option(False, FREE, "decode each video once into a memory-mapped file of model-sized frames")
+    wandb: bool = option(False, FREE, NO_MEMORY, "log to Weights & Biases too")
+    accelerator: Literal["gpu", "cpu"] = option("gpu", FREE, "what the launcher asks a cluster for")
+    hang_timeout: float = option(
+        1800.0, NOT_NEGATIVE, FREE, "seconds without a step until a run prints all stacks and ends; 0 = never"
+    )
+    model: ModelConfig = group(ModelConfig)
+    norm: NormConfig = group(NormConfig)
+    optimal_data: DataConfig = group(DataConfig, NO_MEMORY)
+    suboptimal_data: DataConfig = group(DataConfig, NO_MEMORY)
+    value: ValueConfig = group(ValueConfig, VALUE_RUN)
+    policy: PolicyConfig = group(PolicyConfig, POLICY_RUN)
+    evaluate: EvaluateConfig = group(EvaluateConfig, NO_MEMORY)
+    sim: SimConfig = group(SimConfig, FREE, NO_MEMORY)
 
     @property
     def exp_dir(self) -> str:

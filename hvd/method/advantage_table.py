@@ -23,6 +23,7 @@ from jaxtyping import Float32, Int64
 from hvd.configs import Experiment
 from hvd.data.dataset import Dataset
 from hvd.errors import UserError
+from hvd.fields import Mark, leaves, to_plain
 from hvd.method import weights
 from hvd.train import run_dir as runs
 
@@ -49,17 +50,9 @@ def key(value_digest: str, datasets: Mapping[str, Dataset], rows: Mapping[str, n
 
 def weighting(cfg: Experiment) -> dict[str, Any]:
     """What A and omega depend on, given V and Q."""
-    policy, model = cfg.policy, cfg.model
-    return {
-        "weighting": policy.weighting,
-        "advantage": policy.advantage,
-        "method": model.method,
-        "alpha": model.alpha,
-        "tau": model.tau,
-        "beta": policy.beta,
-        "clip": policy.weight_clip,
-        "levels": list(cfg.level_names()),
-    }
+    fields = [leaf for leaf in leaves(Experiment).values() if Mark.IN_TABLE in leaf.marks]
+    names = {leaf.name: leaf.name.rpartition(".")[2].removeprefix("weight_") for leaf in fields}  # weight_clip: "clip"
+    return {names[leaf.name]: to_plain(leaf.of(cfg)) for leaf in fields} | {"levels": list(cfg.level_names())}
 
 
 def weigh(cfg: Experiment, values: Values) -> tuple[Float32[np.ndarray, "n l"], Float32[np.ndarray, "n l"]]:

@@ -19,25 +19,14 @@ from pathlib import Path
 from hvd import overrides
 from hvd.data.cache import replacing
 from hvd.errors import EXIT_USER, Failed, UserError
+from hvd.fields import Mark, marks, to_plain
 from hvd.plan.request import Measurement, Request
 
 COMMAND = (sys.executable, "-m", "hvd.plan.compile")
 SECONDS = 1800.0  # for one compilation; real sizes take one or two minutes on a quiet core
 _TELL_EVERY = 15.0
-# Of these nothing depends that a step fills; another run of the same experiment is the same plan
-_NOT_ASKED = (
-    "name",
-    "exp_name",
-    "runs_dir",
-    "assets_dir",
-    "optimal_data",
-    "suboptimal_data",
-    "evaluate",
-    "sim",
-    "wandb",
-)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin")
-_SOURCES = ("models", "train", "rl", "data/augment.py", "plan/compile.py", "plan/buffers.py", "plan/devices.py")
+_SOURCES = ("models", "train", "method", "plan/compile.py", "plan/buffers.py", "plan/devices.py")
 
 type Say = Callable[[str], None]
 
@@ -151,9 +140,9 @@ def has_cuda_compiler() -> bool:
 
 def identity(request: Request) -> str:
     """Of all that a measurement depends on: config, devices, code, versions of the compiler, its flags."""
-    config = dataclasses.asdict(overrides.experiment(request.argv))
+    config = overrides.experiment(request.argv)
     content = {
-        "config": {key: value for key, value in config.items() if key not in _NOT_ASKED},
+        "config": to_plain(config, lambda field, value: Mark.NO_MEMORY not in marks(field)),
         "request": {
             k: v
             for k, v in dataclasses.asdict(request).items()

@@ -12,6 +12,7 @@ from etils import epath
 
 from hvd.configs import Experiment
 from hvd.errors import UserError
+from hvd.fields import to_plain
 from hvd.report import advantages as report_advantages
 from hvd.report import curves as report_curves
 from hvd.report import evaluation as report_evaluation
@@ -69,6 +70,6 @@ def _settings(cfg: Experiment) -> Section:
         record = runs.read(epath.Path(cfg.exp_dir) / name)
         if record is None:
             continue
-        text = yaml.safe_dump({"version": record.version, **runs.to_dict(record.config)}, sort_keys=False)
+        text = yaml.safe_dump({"version": record.version, **to_plain(record.config)}, sort_keys=False)
         out.fold(f"{name}: config of the run", text)
     return out

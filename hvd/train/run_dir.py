@@ -18,8 +18,6 @@ import importlib.metadata
 import json
 import os
 import subprocess
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +27,7 @@ from etils import epath
 
 from hvd.configs import Experiment
 from hvd.errors import UserError
+from hvd.fields import Mark, from_plain, is_default, marks, to_plain
 
 Stage = Literal["value", "policy"]
 
@@ -38,91 +37,23 @@ CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
 OWNER = "owner.json"
 
-# Fields of a stage that may change while it is the same run: how long, how often, what is written.
-_LOOSE_STAGE = {
-    "num_train_steps",
-    "log_interval",
-    "val_interval",
-    "val_batches",
-    "save_interval",
-    "keep_period",
-    "trace_samples",
-    "run_name",
-    "num_flow_steps",
-    "grad_accum_steps",
-    "remat",
-}
-# Where a dataset lies may change; what it holds is compared by digest.
-_LOOSE_DATA = {"root", "labels_dir"}
-# Fields of the model that only the other stage reads.
-_OTHERS_MODEL = {
-    "value": {"action_expert_variant", "attention"},
-    "policy": {"value_expert_variant", "value_paligemma_variant", "action_patch", "attention"},
-}
-
-
-# ---------------------------------------------------------------------------------------------------- config <-> yaml
-
-
-def to_dict(value: Any) -> Any:
-    """A config tree as plain dicts, lists and scalars."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): to_dict(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return [to_dict(v) for v in value]
-    return value
-
-
-def from_dict[T](kind: type[T], data: Mapping[str, Any], where: str) -> T:
-    """The config tree of class `kind` from `to_dict`'s form; UserError naming `where` and a field that does not fit."""
-    known = {f.name for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise UserError(f"{where}: unknown field {unknown[0]!r}: written by another version of hvd")
-    hints = typing.get_type_hints(kind)
-    return kind(**{name: _typed(hints[name], value, f"{where}: {name}") for name, value in data.items()})
-
-
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, where)
-    if origin is tuple:
-        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
-        return tuple(_typed(inner or args[i], v, where) for i, v in enumerate(value))
-    if origin is dict:
-        return {k: _typed(args[1], v, where) for k, v in value.items()}
-    if origin in (typing.Union, types.UnionType, Literal):
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and not isinstance(value, hint):
-        raise UserError(f"{where}: {value!r} is not a {hint.__name__}")
-    return value
-
 
 # --------------------------------------------------------------------------------------------------- whose run is it
 
 
 def identity(cfg: Experiment, stage: Stage) -> dict[str, Any]:
     """Dotted name -> value of every field that makes a run what it is; two runs that agree here compute the same."""
-    stage_cfg = getattr(cfg, stage)
-    model = {k: v for k, v in to_dict(cfg.model).items() if k not in _OTHERS_MODEL[stage]}
-    if stage == "value":
-        model["paligemma_variant"] = model.pop("value_paligemma_variant") or model["paligemma_variant"]
-    parts: dict[str, Any] = {
-        "robot": cfg.robot,
-        "seed": cfg.seed,
-        "model": model,
-        "norm": to_dict(cfg.norm),
-        "evaluate.val_fraction": cfg.evaluate.val_fraction,
-        stage: {k: v for k, v in to_dict(stage_cfg).items() if k not in _LOOSE_STAGE},
-    }
-    for role in roles(cfg, stage):
-        data = to_dict(getattr(cfg, f"{role}_data"))
-        parts[f"{role}_data"] = {k: v for k, v in data.items() if k not in _LOOSE_DATA}
+    strange = Mark.POLICY_RUN if stage == "value" else Mark.VALUE_RUN
+
+    def keep(field: dataclasses.Field, value: Any) -> bool:
+        about = marks(field)
+        return not ({Mark.FREE, strange} & about or (Mark.IF_SET in about and is_default(field, value)))
+
+    parts = to_plain(cfg, keep)
+    for role in {"optimal", "suboptimal"} - set(roles(cfg, stage)):
+        parts.pop(f"{role}_data")
+    if stage == "value" and cfg.model.value_paligemma_variant:
+        parts["model"]["paligemma_variant"] = cfg.model.value_paligemma_variant
     return dict(_flat(parts))
 
 
@@ -180,7 +111,7 @@ def read(run_dir: os.PathLike | str) -> Record | None:
         stage, version, config, inputs = data["stage"], data["version"], data["config"], data["inputs"]
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the config of a run: {error}") from error
-    return Record(stage, version, from_dict(Experiment, config, str(path)), dict(inputs))
+    return Record(stage, version, from_plain(Experiment, config, str(path)), dict(inputs))
 
 
 def has_checkpoint(run_dir: os.PathLike | str) -> bool:
@@ -196,7 +127,7 @@ def write_config(run_dir: os.PathLike | str, cfg: Experiment, stage: Stage, inpu
         "version": code_version(),
         "config_hash": config_hash(cfg, stage),
         "inputs": dict(inputs),
-        "config": to_dict(cfg),
+        "config": to_plain(cfg),
     }
     write_atomic(epath.Path(run_dir) / CONFIG, yaml.safe_dump(data, sort_keys=False).encode())
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from hvd import accelerators
 from hvd.configs import Experiment, StageConfig
 from hvd.errors import UserError
+from hvd.fields import to_plain
 from hvd.train import run_dir as runs
 
 
@@ -266,7 +267,7 @@ def _wandb(stack: contextlib.ExitStack, cfg: Experiment, stage: str, folder: epa
         name=f"{cfg.exp_name or cfg.name}/{stage}",
         id=known,
         resume="allow",
-        config=runs.to_dict(cfg),
+        config=to_plain(cfg),
         dir=os.fspath(folder) if runs.is_local(folder) else None,
     )
     if known is None:

@@ -8,6 +8,7 @@ import yaml
 
 from hvd.errors import UserError
 from hvd.experiments import CONFIGS, get_config
+from hvd.fields import from_plain, to_plain
 from hvd.train import run_dir as runs
 from tests.train import factory
 
@@ -15,16 +16,16 @@ from tests.train import factory
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_config_survives_yaml(name):
     cfg = get_config(name).resolved()
-    loaded = yaml.safe_load(yaml.safe_dump(runs.to_dict(cfg)))
-    assert runs.from_dict(type(cfg), loaded, "x") == cfg
+    loaded = yaml.safe_load(yaml.safe_dump(to_plain(cfg)))
+    assert from_plain(type(cfg), loaded, "x") == cfg
 
 
 def test_config_of_another_version():
     cfg = get_config("demo")
-    data = runs.to_dict(cfg)
+    data = to_plain(cfg)
     data["model"]["colour"] = 1
     with pytest.raises(UserError, match="x: model: unknown field 'colour'"):
-        runs.from_dict(type(cfg), data, "x")
+        from_plain(type(cfg), data, "x")
 
 
 @pytest.fixture
