@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from hvd.errors import UserError, nearest
+from hvd.files import write_atomic
 
 Quality = Literal["expert", "teleop", "rollout"]
 QUALITIES: tuple[str, ...] = get_args(Quality)
@@ -164,10 +165,7 @@ def write_labels(path: str | os.PathLike[str], labels: Labels) -> None:
     """Write a sidecar atomically, after the same checks as when reading it (boundaries excepted)."""
     data = labels_json(labels)
     parse_labels(data, str(path))
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, target)
+    write_atomic(path, json.dumps(data, indent=1) + "\n")
 
 
 def _object(data: Any, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Mapping[str, Any]:

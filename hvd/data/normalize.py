@@ -5,10 +5,8 @@ Statistics come from the optimal dataset alone and are shared, by content, by al
 {"norm_stats": {"state": {"mean", "std", "q01", "q99"}, "actions": {...}}}, with the robot's dims, not padded.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from hvd.configs import DataConfig, Experiment, NormConfig
 from hvd.data.dataset import Dataset
 from hvd.data.transitions import Transitions
 from hvd.errors import UserError
+from hvd.files import write_atomic
 from hvd.robots import Robot, get_robot
 
 EPSILON = 1e-6  # openpi adds it to std and to the quantile range
@@ -220,14 +219,9 @@ def path_for(cfg: Experiment, repo_id: str) -> epath.Path:
 
 def save(path: epath.Path, stats: Mapping[str, NormStats]) -> None:
     """Write a norm_stats.json atomically."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(_to_json(stats))
-        temporary.replace(path)
+        write_atomic(path, _to_json(stats))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write ({error.strerror})") from error
 
 

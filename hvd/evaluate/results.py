@@ -7,7 +7,8 @@ from typing import Any
 from etils import epath
 
 from hvd.configs import Experiment
-from hvd.train.run_dir import write_atomic
+from hvd.files import write_atomic
+from hvd.tables import aligned
 
 NOTHING = "doing_nothing"  # run name of the control: the same seeds, the robot holds its first pose
 
@@ -41,11 +42,9 @@ def cameras_of(cfg: Experiment) -> dict[str, str]:
 
 def print_rows(rows: Sequence[Sequence[str]]) -> None:
     """A table of text on stdout; the first row is its header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
+    print("\n".join(aligned(rows)), flush=True)
 
 
 def write_json(path: epath.PathLike, content: Any) -> None:
     """Write `content` in one step: the file is whole or as it was."""
-    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomic(path, json.dumps(content, indent=1) + "\n")

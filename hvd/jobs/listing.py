@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hvd.clusters.slurm.queue import Queued, Status
 from hvd.jobs import registry
 from hvd.jobs.registry import Job
+from hvd.tables import aligned
 
 _REASON = 40  # characters in the table; --json has all
 
@@ -80,9 +81,7 @@ def as_json(rows: Iterable[Row]) -> str:
 def as_table(rows: Iterable[Row]) -> str:
     """Columns as wide as what is in them."""
     head = ["id", "stage", "experiment", "state", "reason", "step", "step/s", "ETA", "restarts", "checkpoint", "after"]
-    lines = [head, *([cell or "-" for cell in _cells(one)] for one in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n".join(aligned([head, *([cell or "-" for cell in _cells(one)] for one in rows)]))
 
 
 def _cells(one: Row) -> Sequence[str]:

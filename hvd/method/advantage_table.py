@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 from etils import epath
 from jaxtyping import Float32, Int64
 
+from hvd import files
 from hvd.configs import Experiment
 from hvd.data.dataset import Dataset
 from hvd.errors import UserError
 from hvd.fields import Mark, leaves, to_plain
 from hvd.method import weights
-from hvd.train import run_dir as runs
 
 PARQUET = "advantages.parquet"
 META = "meta.json"
@@ -87,9 +87,9 @@ def write(
     pq.write_table(table, sink)
     data = sink.getvalue()
     (root / META).unlink(missing_ok=True)
-    runs.write_atomic(root / PARQUET, data)
+    files.write_atomic(root / PARQUET, data)
     record = {**meta, **weighting(cfg), "rows": table.num_rows, "sha256": hashlib.sha256(data).hexdigest()}
-    runs.write_atomic(root / META, json.dumps(record, indent=1).encode())
+    files.write_atomic(root / META, json.dumps(record, indent=1))
 
 
 def _table(cfg: Experiment, role: str, dataset: Dataset, values: Values, val_rows: np.ndarray) -> pa.Table:

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from hvd import files
 from hvd.configs import Experiment
 from hvd.data import normalize
 from hvd.data.dataset import Dataset, split_episodes
@@ -110,7 +111,7 @@ class _Shards:
     def write(self, role: str, number: int, values: Values) -> None:
         sink = io.BytesIO()
         np.savez(sink, rows=values.rows, v=values.v, q=values.q)
-        runs.write_atomic(self.path(role, number), sink.getvalue())
+        files.write_atomic(self.path(role, number), sink.getvalue())
 
 
 def _evaluate(

@@ -10,6 +10,7 @@ import time
 import yaml
 from etils import epath
 
+from hvd import files
 from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.fields import to_plain
@@ -27,7 +28,7 @@ def main(cfg: Experiment) -> None:
     if not root.exists():
         raise UserError(f"no experiment at {root}: train it first (launch/submit.py --stage all)")
     path = root / "report.html"
-    runs.write_atomic(path, render(cfg).encode())
+    files.write_atomic(path, render(cfg))
     print(f"report: {os.fspath(path)} ({path.stat().length / 1e6:.1f} MB)")
 
 

@@ -1,12 +1,12 @@
 """Learning curves of the report: what metrics.jsonl of every run says."""
 
-import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
 from hvd.configs import Experiment
+from hvd.files import read_lines
 from hvd.report.page import BASELINE, INK, LEVELS, POLICY, Section, axes, log_scale
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -16,11 +16,7 @@ def read_metrics(run_dir: epath.PathLike) -> dict[str, dict[str, Curve]]:
     """split -> metric -> (steps, values) of a run's metrics.jsonl; {} when there is none. A torn line is left out."""
     path = epath.Path(run_dir) / "metrics.jsonl"
     points: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+    for record in read_lines(path):
         split = points.setdefault(str(record.pop("split", "train")), {})
         step = int(record.pop("step"))
         for name, value in record.items():

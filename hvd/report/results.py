@@ -13,6 +13,7 @@ from etils import epath
 from hvd.configs import Experiment
 from hvd.evaluate.offline import rank_text
 from hvd.evaluate.results import NOTHING, observes_text
+from hvd.tables import aligned
 
 Results = dict[str, Any]
 
@@ -98,9 +99,3 @@ def summary(cfg: Experiment) -> str:
     if offline:
         lines += aligned(error_rows(offline)) + rank_lines(offline)
     return "\n".join(lines)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text with their columns under each other."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

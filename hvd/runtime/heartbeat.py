@@ -12,6 +12,7 @@ import time
 
 from etils import epath
 
+from hvd import files
 from hvd.runtime import preemption
 from hvd.train import run_dir as runs
 
@@ -37,7 +38,7 @@ class Heartbeat:
     def _beat(self) -> None:
         for number in itertools.count(1):
             with contextlib.suppress(Exception):  # a full disk is the training's to report
-                runs.write_atomic(self._path, f"{self._who} {number}\n".encode())
+                files.write_atomic(self._path, f"{self._who} {number}\n")
             if self._done.wait(BEAT_SECONDS):
                 return
 

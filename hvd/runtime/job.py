@@ -12,6 +12,7 @@ import json
 import os
 from pathlib import Path
 
+from hvd.files import write_atomic
 from hvd.runtime import processes
 
 
@@ -32,13 +33,13 @@ def grace_seconds() -> float:
 def tell_run(stage: str, run_dir: str, steps: int) -> None:
     """Name the run that the job works on; by the main process."""
     if job := folder():
-        _write(job / "run.json", json.dumps({"stage": stage, "run_dir": os.fspath(run_dir), "steps": steps}))
+        write_atomic(job / "run.json", json.dumps({"stage": stage, "run_dir": os.fspath(run_dir), "steps": steps}))
 
 
 def tell_begun(run_dir: str) -> None:
     """The run's folder has been emptied, or gone on from, by this job; by the main process."""
     if job := folder():
-        _write(job / "begun" / os.path.basename(run_dir), run_dir + "\n")
+        write_atomic(job / "begun" / os.path.basename(run_dir), run_dir + "\n")
 
 
 def has_begun(run_dir: str) -> bool:
@@ -51,11 +52,4 @@ def tell_exit(code: int) -> None:
     """Record the code that this process is about to end with; a disk that takes nothing must not hide that code."""
     if job := folder():
         with contextlib.suppress(OSError):
-            _write(job / "exit" / str(processes.rank()), f"{code}\n")
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+            write_atomic(job / "exit" / str(processes.rank()), f"{code}\n")

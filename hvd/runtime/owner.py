@@ -18,9 +18,9 @@ from typing import Any
 
 from etils import epath
 
+from hvd import files
 from hvd.errors import Lost, UserError
 from hvd.runtime import heartbeat
-from hvd.train import run_dir as runs
 from hvd.train.run_dir import OWNER
 
 KUBERNETES = "kubernetes"
@@ -69,7 +69,7 @@ def claim(run_dir: os.PathLike | str) -> None:
         Lost: Slurm cannot say whether the other job still lives.
     """
     path, me = epath.Path(run_dir) / OWNER, myself()
-    if runs.is_local(path):
+    if files.is_local(path):
         _claim_local(path, me, run_dir)
     else:
         _claim_remote(path, me)
@@ -108,7 +108,7 @@ def _claim_remote(path: epath.Path, me: Owner) -> None:
     found = _read(path)
     if found is not None:
         _refuse_if_alive(found, me, path.parent)
-    runs.write_atomic(path, json.dumps(asdict(me)).encode())
+    files.write_atomic(path, json.dumps(asdict(me)))
 
 
 def _linked(source: Path, target: Path) -> bool:

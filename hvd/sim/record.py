@@ -7,7 +7,6 @@ first, and a second run makes only what is missing.
 
 import atexit
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from hvd.configs import Experiment, SimConfig
 from hvd.errors import UserError
+from hvd.files import write_atomic
 from hvd.sim.env import Env
 from hvd.sim.mistakes import sample_plans
 from hvd.sim.operators import make
@@ -75,9 +75,7 @@ def _check_folder(root: Path, sim: SimConfig) -> None:
                 )
         return
     root.mkdir(parents=True, exist_ok=True)
-    temporary = stamp.with_name(f".{stamp.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(wanted) + "\n")
-    os.replace(temporary, stamp)
+    write_atomic(stamp, json.dumps(wanted) + "\n")
 
 
 def recording_path(root: Path, name: str, index: int) -> Path:

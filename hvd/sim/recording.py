@@ -4,7 +4,6 @@ Frame t holds what was observed before action t. Beyond the usual groups there i
 see Env.environment_state.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import h5py
 import numpy as np
 
 from hvd.data.labels import Labels, Subtask, sidecar_path, write_labels
+from hvd.files import replacing
 from hvd.sim import scene
 from hvd.sim.env import Env
 from hvd.sim.render import Cameras
@@ -87,13 +87,8 @@ def roll_out(env: Env, operator: Teleoperator, cameras: Cameras | None, quality:
 def write(episode: Episode, path: Path) -> None:
     """Write `episode` to `path` (.hdf5) and its sidecar beside it, each atomically, the recording last."""
     write_labels(sidecar_path(path), episode.labels)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with h5py.File(temporary, "w", libver="latest") as file:
-            _fill(file, episode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, h5py.File(temporary, "x", libver="latest") as file:
+        _fill(file, episode)
 
 
 def _fill(file: h5py.File, episode: Episode) -> None:

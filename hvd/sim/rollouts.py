@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from hvd.errors import UserError
+from hvd.files import write_atomic
 from hvd.sim import scene
 from hvd.sim.env import Env
 from hvd.sim.render import Backend, Cameras
-from hvd.train.run_dir import write_atomic
 
 Act = Callable[
     [np.ndarray, Mapping[str, np.ndarray], Sequence[str], tuple[int, int]],

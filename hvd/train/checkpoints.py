@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from hvd import files
 from hvd.errors import UserError
 from hvd.train import host_memory
 from hvd.train import run_dir as runs
@@ -139,7 +140,7 @@ def restore_params(run_dir: os.PathLike | str, step: int, like: Any) -> Any:
 def _folder(run_dir: os.PathLike | str) -> epath.Path:
     root = os.fspath(run_dir)
     # Orbax takes absolute paths only
-    return epath.Path(os.path.abspath(root) if runs.is_local(root) else root) / runs.CHECKPOINTS
+    return epath.Path(os.path.abspath(root) if files.is_local(root) else root) / runs.CHECKPOINTS
 
 
 def _items(state: TrainState) -> dict[str, Any]:

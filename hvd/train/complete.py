@@ -17,6 +17,7 @@ from etils import epath
 
 from hvd.configs import Experiment
 from hvd.errors import UserError
+from hvd.files import write_atomic
 from hvd.train import run_dir as runs
 
 _CHUNK = 4 << 20
@@ -75,7 +76,7 @@ def write_complete(
         "digest": _digest(files),
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()},
     }
-    runs.write_atomic(root / runs.COMPLETE, json.dumps(record, indent=1).encode())
+    write_atomic(root / runs.COMPLETE, json.dumps(record, indent=1))
     return Complete(stage, step, config_hash, record["version"], finite, record["digest"], files, dict(inputs))
 
 

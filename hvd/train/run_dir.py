@@ -28,6 +28,7 @@ from etils import epath
 from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.fields import Mark, from_plain, is_default, marks, to_plain
+from hvd.files import write_atomic
 
 Stage = Literal["value", "policy"]
 
@@ -129,7 +130,7 @@ def write_config(run_dir: os.PathLike | str, cfg: Experiment, stage: Stage, inpu
         "inputs": dict(inputs),
         "config": to_plain(cfg),
     }
-    write_atomic(epath.Path(run_dir) / CONFIG, yaml.safe_dump(data, sort_keys=False).encode())
+    write_atomic(epath.Path(run_dir) / CONFIG, yaml.safe_dump(data, sort_keys=False))
 
 
 _INPUTS = {
@@ -190,29 +191,6 @@ def delete(run_dir: os.PathLike | str) -> None:
         else:
             entry.unlink(missing_ok=True)
     (path / CONFIG).unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def write_atomic(path: epath.PathLike, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one, never a part."""
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            if is_local(target):
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def is_local(path: epath.PathLike) -> bool:
-    return "://" not in os.fspath(path)
 
 
 @functools.cache

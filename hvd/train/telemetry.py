@@ -10,7 +10,6 @@ Metrics that depend on the machine and not on the run start with "time/" or "mem
 
 import contextlib
 import datetime
-import json
 import os
 import resource
 import socket
@@ -24,62 +23,12 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from hvd import accelerators
+from hvd import accelerators, files
 from hvd.configs import Experiment, StageConfig
 from hvd.errors import UserError
 from hvd.fields import to_plain
+from hvd.files import JsonLines
 from hvd.train import run_dir as runs
-
-
-class JsonLines:
-    """A file of JSON lines that is appended to. Lines that `keep` refuses, and a torn last one, are dropped at opening.
-
-    On a remote path, where nothing can be appended, the whole file is written at each `flush`.
-    """
-
-    def __init__(self, path: epath.PathLike, keep: Callable[[dict[str, Any]], bool]):
-        self._path = epath.Path(path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        before = self._path.read_text() if self._path.exists() else ""
-        self._lines = [line for line in before.splitlines() if (found := _parse(line)) is not None and keep(found)]
-        kept = "".join(f"{line}\n" for line in self._lines)
-        if kept != before:
-            runs.write_atomic(self._path, kept.encode())
-        self._local = runs.is_local(self._path)
-        self._file = self._path.open("a") if self._local else None
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._lines]
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(record)
-        self._lines.append(line)
-        if self._file is not None:
-            self._file.write(line + "\n")
-            self._file.flush()  # a killed process loses nothing that was flushed; only a lost machine does
-
-    def flush(self) -> None:
-        """Make sure that the lines outlive the machine."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-        else:
-            runs.write_atomic(self._path, "".join(f"{line}\n" for line in self._lines).encode())
-
-    def close(self) -> None:
-        self.flush()
-        if self._file is not None:
-            self._file.close()
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 class Telemetry:
@@ -268,10 +217,10 @@ def _wandb(stack: contextlib.ExitStack, cfg: Experiment, stage: str, folder: epa
         id=known,
         resume="allow",
         config=to_plain(cfg),
-        dir=os.fspath(folder) if runs.is_local(folder) else None,
+        dir=os.fspath(folder) if files.is_local(folder) else None,
     )
     if known is None:
-        runs.write_atomic(marker, run.id.encode())
+        files.write_atomic(marker, run.id)
     stack.callback(run.finish)
 
     def write(done: int, split: str, metrics: Mapping[str, float]) -> None:

@@ -120,16 +120,3 @@ def test_foreign_config_yaml_is_no_run(tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml is not the config of a run"):
         runs.delete(tmp_path)
     assert (tmp_path / "config.yaml").exists()
-
-
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    runs.write_atomic(path, b"old")
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(runs.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        runs.write_atomic(path, b"new")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

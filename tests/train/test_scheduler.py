@@ -234,7 +234,7 @@ def test_of_many_that_find_a_dead_owner_one_gets_the_folder(tmp_path, other):
     process.wait()
     hold(tmp_path / "run", held)
     code = (
-        f"import time; from hvd.train import owner; owner.claim({str(tmp_path / 'run')!r}); "
+        f"import time; from hvd.runtime import owner; owner.claim({str(tmp_path / 'run')!r}); "
         "print('mine', flush=True); time.sleep(30)"
     )
     racers = [
@@ -311,7 +311,7 @@ def test_training_refuses_a_folder_at_work(tmp_path, other, capsys):
 
 HANGS = """
     import sys, threading, time
-    from hvd.train import watchdog
+    from hvd.runtime import watchdog
     def somewhere_deep():
         time.sleep(60)
     with watchdog.watch({seconds}):

@@ -8,31 +8,9 @@ import pytest
 from hvd import accelerators
 from hvd.errors import UserError
 from hvd.train import telemetry
-from hvd.train.telemetry import JsonLines, Telemetry
+from hvd.train.telemetry import Telemetry
 from tests.train import factory
 from tests.train.compare import lines, metrics
-
-
-def test_json_lines_drop_what_is_past_and_torn(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    found = JsonLines(path, lambda line: line["step"] <= 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and len(found) == 2
-    found.write({"step": 3, "x": 0.1})
-    assert lines(path)[-1] == {"step": 3, "x": 0.1}, "on disk before it is closed"
-    found.close()
-
-
-def test_json_lines_on_a_path_that_cannot_append(tmp_path, monkeypatch):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"step": 1}\n')
-    monkeypatch.setattr(telemetry.runs, "is_local", lambda path: False)
-    found = JsonLines(path, lambda line: True)
-    found.write({"step": 2})
-    assert len(lines(path)) == 1
-    found.flush()
-    assert len(lines(path)) == 2
-    found.close()
 
 
 def make(cfg, tmp_path, start=0, carried=None):
