@@ -1,7 +1,7 @@
 """Action layouts as data: what each action dimension of a robot is called and which kinematic level it belongs to.
 
-The order of the levels is root first: a level's Q is conditioned on the actions of the levels before it (METHOD:
-base -> torso -> arms). Everything else (padding, group losses, reports) is derived from these tables.
+The order of the levels is root first: a level's Q is conditioned on the actions of the levels before it
+(docs/method.md: base -> torso -> arms). Everything else (padding, group losses, reports) is derived from these tables.
 """
 
 from dataclasses import dataclass

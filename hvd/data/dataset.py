@@ -1,17 +1,18 @@
 """A LeRobot dataset (v2.1 or v3.0) as arrays, without torch: numeric columns memory-mapped, frames decoded on call."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
-from hvd.configs import DataConfig
+from hvd.configs import DataConfig, KeyMap
 from hvd.data.columns import load_columns
 from hvd.data.digest import digest
 from hvd.data.frames import Camera, Frames
-from hvd.data.layout import Layout, read_layout
+from hvd.data.layout import Layout, read_layout, read_schema
 from hvd.errors import UserError, nearest
 from hvd.robots import get_robot
 
@@ -139,6 +140,26 @@ class Dataset:
     def task_of(self, row: int | np.integer) -> str:
         """The prompt of a row."""
         return self.tasks[int(self.task_ids[row])]
+
+
+def open_dataset(where: str | os.PathLike[str] | DataConfig, *, cameras: Sequence[str] | None = None) -> Dataset:
+    """A LeRobot dataset as a notebook wants it (`hvd.open_dataset`).
+
+    Args:
+        where: its folder, or its repo_id below $HF_LEROBOT_HOME: state and actions are observation.state and action,
+            cameras have the dataset's names, rewards are its column or, without one, 1 at the end of each success.
+            A DataConfig says all of this otherwise.
+        cameras: whose frames will be asked for; default: all.
+    """
+    if isinstance(where, DataConfig):
+        return Dataset.open(where, cameras=tuple(where.keys.images if cameras is None else cameras))
+    folder = Path(where) if Path(where).is_dir() else DataConfig(repo_id=str(where)).path()
+    layout = read_layout(folder)
+    names = set(read_schema(layout.data_paths[0]).names)
+    rewarded = names & {"next.reward", "reward"} and names & {"terminal", "next.terminal", "next.done"}
+    keys = KeyMap(images={key: key for key in layout.image_keys})
+    data = DataConfig(root=str(folder), keys=keys, reward="column" if rewarded else "success_at_end")
+    return Dataset.open(data, cameras=layout.image_keys if cameras is None else tuple(cameras))
 
 
 def check_horizon(name: str, episodes: list[Episode] | tuple[Episode, ...], horizon: int) -> None:

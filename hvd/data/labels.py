@@ -71,8 +71,8 @@ class Labels:
     def rewards(self, num_frames: int) -> Float32[np.ndarray, " t"]:
         """Reward per frame, shape [num_frames].
 
-        Each sub-task's reward lies at its last frame (METHOD, "Rewards": +1 when a sub-task is completed). A successful
-        episode without sub-tasks gets +1 at its last frame, so that success is worth something.
+        Each sub-task's reward lies at its last frame (docs/method.md, "Rewards"). A successful episode without
+        sub-tasks gets +1 at its last frame, so that success is worth something.
         """
         rewards = np.zeros(num_frames, np.float32)
         for subtask in self.subtasks:

@@ -1,7 +1,7 @@
 """Normalisation of state and actions, and its statistics: one pass over numeric columns, never an image.
 
-Statistics come from the optimal dataset alone and are shared, by content, by all datasets of an experiment (METHOD.md,
-"Both data sets share the normalisation statistics of the optimal set"). Files have openpi's format, norm_stats.json:
+Statistics come from the optimal dataset alone and are shared, by content, by all datasets of an experiment
+(docs/method.md, "The policy stage"). Files have openpi's format, norm_stats.json:
 {"norm_stats": {"state": {"mean", "std", "q01", "q99"}, "actions": {...}}}, with the robot's dims, not padded.
 """
 

@@ -1,4 +1,4 @@
-"""K-step transitions from rows of a dataset (METHOD.md, "Value stage"). Pure numpy, without a loop over rows.
+"""K-step transitions from rows of a dataset (docs/method.md, "The value stage"). Pure numpy, without a loop over rows.
 
 For row t of an episode whose frames end at E (exclusive), with the first terminal frame at or after t in it at T:
 

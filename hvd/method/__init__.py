@@ -1,1 +1,1 @@
-"""The method's pure functions (METHOD): objectives of the value stage, weights and losses of the policy stage."""
+"""The method (docs/method.md): objectives of the value stage, weights and losses of the policy stage."""

@@ -29,7 +29,7 @@ def q_loss(q: Float[Array, "b l 2"], y: Float[Array, "b"]) -> Float[Array, ""]:
 def value_objective(
     method: Method, u: Float[Array, "*s"], *, alpha: float, tau: float, exp_clip_log: float
 ) -> Float[Array, "*s"]:
-    """f(u), u = Q - V, elementwise (METHOD, misprint 1 corrected).
+    """f(u), u = Q - V, elementwise (docs/method.md, first misprint corrected).
 
     expectile |tau - 1{u<0}| u^2, quantile |tau - 1{u<0}| |u|, exponential exp(alpha u) - alpha u. The exponential
     goes on as its tangent where alpha u > exp_clip_log, which is IDQL's clip of exp inside the gradient f'.

@@ -1,4 +1,4 @@
-"""The policy stage: pi0 by flow matching, each kinematic level weighted by its advantage (METHOD, "Policy stage").
+"""The policy stage: pi0 by flow matching, each kinematic level weighted by its advantage (docs/method.md).
 `hvd train-policy`. With policy.weighting "none" the same code is imitation and needs no value run.
 """
 

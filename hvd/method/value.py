@@ -1,4 +1,4 @@
-"""The value stage: V(s) and one Q per kinematic level (METHOD, "Value stage"). `hvd train-value`."""
+"""The value stage: V(s) and one Q per kinematic level (docs/method.md). `hvd train-value`."""
 
 import jax
 import jax.numpy as jnp

@@ -30,7 +30,7 @@ def omega(
 ) -> Float[Array, "*s"]:
     """Weight of the flow-matching error for advantage `a`, elementwise, in float32; always > 0 and at most `clip`.
 
-    hvd: |f'(A)| / |A| of the value objective (IDQL's identity; METHOD, misprint 2 corrected): exponential
+    hvd: |f'(A)| / |A| of the value objective (IDQL's identity; docs/method.md, second misprint corrected): exponential
     alpha expm1(alpha A) / A with limit alpha^2 at 0, expectile |tau - 1{A<0}|, quantile |tau - 1{A<0}| / |A|.
     awr: exp(beta A). none: 1 (imitation).
     """

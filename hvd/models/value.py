@@ -1,4 +1,4 @@
-"""The value model: V(s) and one Q per kinematic level in a single forward pass (METHOD.md, value stage).
+"""The value model: V(s) and one Q per kinematic level in a single forward pass (docs/method.md).
 
 The suffix is a sequence of blocks under block-causal attention, after the prefix of images and prompt:
 

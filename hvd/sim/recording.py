@@ -1,4 +1,4 @@
-"""One simulated episode as a JoyLo / BEHAVIOR Robot Suite HDF5 recording (FORMATS 1) with its label sidecar.
+"""One simulated episode as a JoyLo / BEHAVIOR Robot Suite HDF5 recording (docs/data.md) with its label sidecar.
 
 Frame t holds what was observed before action t. Beyond the usual groups there is `obs/sim/environment_state` (T, 11),
 see Env.environment_state.

@@ -112,6 +112,17 @@ class ValueFunction:
         v, q, _ = jax.device_get(self.evaluate(batch, jnp.zeros(1, jnp.int32)))
         return v, q.min(axis=-1)
 
+    def ask(
+        self,
+        state: Float32[np.ndarray, "b s"],
+        images: Mapping[str, UInt8[np.ndarray, "b h w 3"]],
+        prompts: Sequence[str],
+        actions: Float32[np.ndarray, "b k a"],
+    ) -> tuple[Float32[np.ndarray, "b"], Float32[np.ndarray, "b l"]]:
+        """V and Q_i (minimum of the twins) of raw observations and of raw absolute chunks, as `Policy.act` has them."""
+        observation = self.transform.observation(state, images, prompts)
+        return self(observation, self.transform.actions_in(actions, state), np.ones(actions.shape[:2], bool))
+
 
 def load_policy(run: Experiment | os.PathLike | str, *, devices: Devices | None = None) -> Policy:
     """The policy of a run folder, or of an experiment (its policy_dir). UserError unless the run is complete."""

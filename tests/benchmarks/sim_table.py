@@ -22,7 +22,7 @@ FROZEN = {
     "left arm": (scene.LEFT_ARM, scene.HOME_LEFT),
     "right arm": (scene.RIGHT_ARM, scene.HOME_RIGHT),
 }
-# What SIM.md measured with the prototype, n = 100.
+# What a prototype of the simulator measured, n = 100.
 PROTOTYPE = {
     "tote": dict(zip(QUALITIES, (1.0, 0.81, 0.63, 0.55, 0.55, 0.33), strict=True)),
     "pick": dict(zip(QUALITIES, (0.99, 0.93, 0.87, 0.49, 0.75, 0.32), strict=True)),

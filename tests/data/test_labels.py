@@ -1,4 +1,4 @@
-"""Sidecars: what is written comes back, rewards lie where METHOD puts them, and every mistake is one clear line."""
+"""Sidecars: what is written comes back, rewards lie where docs/method.md has them, every mistake is one line."""
 
 import json
 

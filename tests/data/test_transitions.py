@@ -1,4 +1,4 @@
-"""Transitions against a loop that follows METHOD.md word by word."""
+"""Transitions against a loop that follows docs/method.md word by word."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Closed-form checks of the value objectives (METHOD, last section)."""
+"""Closed-form checks of the value objectives (docs/method.md, last section)."""
 
 import jax
 import jax.numpy as jnp

@@ -42,7 +42,7 @@ def test_weights_are_positive_finite_and_clipped(weighting, method, dtype):
 
 
 def test_known_weights():
-    """METHOD: A = -3 -> 0.317, A = +3 -> 6.36 (alpha 1); expectile and quantile by their formulas."""
+    """docs/method.md: A = -3 -> 0.317, A = +3 -> 6.36 (alpha 1); expectile and quantile by their formulas."""
     a = jnp.array([-3.0, 3.0])
     np.testing.assert_allclose(omega(a, "hvd", "exponential", **ARGS), [0.317, 6.36], rtol=2e-3)
     np.testing.assert_allclose(omega(a, "hvd", "expectile", **ARGS), [0.3, 0.7], rtol=1e-6)
