@@ -7,11 +7,11 @@ attempts; 130 interrupted; 1 anything else: a run that cannot go on says why in 
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import faulthandler
 import importlib
 import inspect
-import io
 import os
 import re
 import signal
@@ -25,7 +25,6 @@ from typing import NoReturn
 
 from hvd import overrides
 from hvd.checks import check_config
-from hvd.configs import Experiment
 from hvd.errors import (
     EXIT_COMPLETE,
     EXIT_FAILED,
@@ -47,11 +46,17 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the way: the module whose `main` does it, and a line of help."""
+    """One step of the way: the module whose `main` does it, and a line of help.
+
+    Attributes:
+        trains: `main(cfg, overwrite=...)` keeps a run directory.
+        own_flags: `main(argv)` has options beside those of an experiment, or none of them.
+    """
 
     module: str
     help: str
-    own_flags: bool = False  # main(argv) parses its own command line
+    trains: bool = False
+    own_flags: bool = False
 
 
 STEPS: Mapping[str, Step] = types.MappingProxyType(
@@ -61,9 +66,9 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
         "plan": Step("hvd.plan.command", "does a run fit its devices? without the devices", own_flags=True),
         "norm-stats": Step("hvd.data.normalize", "normalisation statistics of the optimal set"),
         "prepare": Step("hvd.prepare", "all that a stage needs before it trains: the steps above, where they apply"),
-        "train-value": Step("hvd.method.value", "value stage: V and the levels' Q"),
+        "train-value": Step("hvd.method.value", "value stage: V and the levels' Q", trains=True),
         "advantages": Step("hvd.method.advantages", "V, Q, A and weights of every frame the policy will visit"),
-        "train-policy": Step("hvd.method.policy", "policy stage: weighted flow matching, or imitation"),
+        "train-policy": Step("hvd.method.policy", "policy stage: weighted flow matching, or imitation", trains=True),
         "evaluate": Step("hvd.evaluate.command", "rollouts in the simulator, or action errors on held-out episodes"),
         "report": Step("hvd.report.command", "report.html of the experiment"),
         "serve": Step("hvd.serve.command", "a trained policy behind openpi's websocket protocol", own_flags=True),
@@ -95,74 +100,82 @@ def usage() -> str:
 
 
 def command() -> NoReturn:
-    """The command `hvd`: `main` as a process; a scheduler's job is told how it ended (hvd.runtime.job)."""
+    """The command `hvd`: one step as a process; a scheduler's job is told how it ended (hvd.runtime.job)."""
     if processes.several():
         faulthandler.enable()  # JAX aborts a process whose companions have gone: say where it was
     try:
-        code, disk_full = _main(sys.argv[1:])
+        end = attempt(sys.argv[1:])
     except SystemExit as stop:
         job.tell_exit(stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_COMPLETE)
         raise
     except BaseException:
         traceback.print_exc()
-        code, disk_full = EXIT_FAILED, False
-    job.tell_exit(code)
-    # Whoever still holds a file complains at exit, Orbax's threads array by array: the one line would be lost in it.
-    # And one of several processes that fails must not wait for the others to leave with it: they wait for this one.
-    if disk_full or (processes.several() and code not in (EXIT_COMPLETE, EXIT_STOPPED)):
+        end = End(EXIT_FAILED)
+    job.tell_exit(end.code)
+    # A full disk: libraries with open files complain at exit (Orbax's threads once an array) and would hide the line.
+    # A process of several that fails: leaving in order means waiting for the others, which wait for this one.
+    if end.disk_full or (processes.several() and end.code not in (EXIT_COMPLETE, EXIT_STOPPED)):
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+        os._exit(end.code)
+    sys.exit(end.code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one step and return its exit code; anything that is a bug propagates as a traceback."""
-    return _main(list(sys.argv[1:] if argv is None else argv))[0]
+    return attempt(sys.argv[1:] if argv is None else argv).code
 
 
-def _main(argv: list[str]) -> tuple[int, bool]:
-    """Exit code, and whether the disk is full."""
+@dataclass(frozen=True)
+class End:
+    """How a step ended: its exit code and the line that says why ("" = complete)."""
+
+    code: int
+    line: str = ""
+    disk_full: bool = False
+
+
+def attempt(argv: Sequence[str]) -> End:
+    """Run one step; an error that users are told about is printed as one line, a bug propagates."""
     _die_with_launcher()
     try:
-        return _to_code(argv), False
-    except Exception as error:
-        line = no_space(error)
-        if line is not None:
-            return _fail(line), True
-        lost = processes.lost_companion(error)
-        if lost is None:
-            raise
-        print(f"lost: {lost}; run the same command again to go on", file=sys.stderr)
-        return EXIT_LOST, False
-
-
-def _to_code(argv: list[str]) -> int:
-    try:
         with stopped_by_signals():
-            return run(argv)
-    except UserError as error:
-        return _fail(str(error))
-    except Failed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except Lost as error:
-        print(f"lost: {error}; run the same command again to go on", file=sys.stderr)
-        return EXIT_LOST
-    except Stopped as stop:
-        print(f"stopped: {stop}; run the same command again to go on", file=sys.stderr)
-        return EXIT_STOPPED
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+            return End(run(list(argv)))
     except BrokenPipeError:  # `hvd configs | head`: the reader has gone, and nothing can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return End(128 + signal.SIGPIPE)
+    except (Exception, KeyboardInterrupt) as error:
+        end = told(error)
+        if end is None:
+            raise
+        print(end.line, file=sys.stderr)
+        return end
 
 
-def run(argv: list[str]) -> int:
-    """What `main` does, without turning errors into exit codes."""
+def told(error: BaseException) -> End | None:
+    """The end that an error means; None for a bug."""
+    again = "run the same command again to go on"
+    match error:
+        case UserError():
+            return End(EXIT_USER, f"error: {error}")
+        case Failed():
+            return End(EXIT_FAILED, f"failed: {error}")
+        case Lost():
+            return End(EXIT_LOST, f"lost: {error}; {again}")
+        case Stopped():
+            return End(EXIT_STOPPED, f"stopped: {error}; {again}")
+        case KeyboardInterrupt():
+            return End(EXIT_INTERRUPTED, f"interrupted; {again}")
+    full = no_space(error)
+    if full is not None:
+        return End(EXIT_USER, f"error: {full}", disk_full=True)
+    lost = processes.lost_companion(error)
+    return None if lost is None else End(EXIT_LOST, f"lost: {lost}; {again}")
+
+
+def run(argv: Sequence[str]) -> int:
+    """`hvd STEP ...` -> exit code; errors are raised."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return EXIT_COMPLETE if argv else EXIT_USER
@@ -175,27 +188,16 @@ def run(argv: list[str]) -> int:
     step = STEPS[name]
     if step.own_flags:
         return importlib.import_module(step.module).main(rest) or EXIT_COMPLETE
-    if "-h" in rest or "--help" in rest:
-        print(step_help(name, [arg for arg in rest if arg not in ("-h", "--help")]))
+    if overrides.asks_help(rest):
+        step_help(name, [arg for arg in rest if arg not in ("-h", "--help")])
         return EXIT_COMPLETE
-    rest, overwrite = take_overwrite(rest)
+    rest, overwrite = overrides.take_overwrite(rest)
+    if overwrite and not step.trains:
+        raise UserError(f"--overwrite: {name} keeps no run directory; it is for train-value and train-policy")
     cfg = overrides.experiment(rest)
     check_config(cfg)
-    function = importlib.import_module(step.module).main
-    options = {}
-    if "overwrite" in inspect.signature(function).parameters:
-        options["overwrite"] = overwrite
-    elif overwrite:
-        raise UserError(f"--overwrite: {name} keeps no run directory; it is for train-value and train-policy")
-    return function(cfg, **options) or EXIT_COMPLETE
-
-
-def take_overwrite(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments without --resume and --overwrite, and whether --overwrite was among them."""
-    chosen = {arg for arg in argv if arg in ("--resume", "--overwrite")}
-    if len(chosen) == 2:
-        raise UserError("--resume and --overwrite contradict each other; give one")
-    return [arg for arg in argv if arg not in chosen], "--overwrite" in chosen
+    main = importlib.import_module(step.module).main
+    return (main(cfg, overwrite=overwrite) if step.trains else main(cfg)) or EXIT_COMPLETE
 
 
 def config_lines() -> list[str]:
@@ -204,20 +206,15 @@ def config_lines() -> list[str]:
     return [f"{name:<{width}}  {(build.__doc__ or '').strip().splitlines()[0]}" for name, build in CONFIGS.items()]
 
 
-def step_help(name: str, argv: Sequence[str]) -> str:
-    """The step's help: usage and every field, with the values that the named config (demo by default) has."""
-    import tyro
-
-    config, _ = overrides.take_config(argv, "demo")
-    default = overrides.get_config(config)
-    build = CONFIGS[config]
-    page = io.StringIO()
-    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
-        tyro.cli(Experiment, default=default, args=["--help"])
-    # without tyro's own usage line, and without colours: the page may go to a file
-    fields = re.sub(r"\x1b\[[0-9;]*m", "", page.getvalue()).partition("One experiment:")[2].partition("\n")[2]
-    doc = inspect.cleandoc(build.__doc__ or "")
-    return f"usage: hvd {name} --config NAME [options]\n\n{STEPS[name].help}\n\nconfig {config}: {doc}\n{fields}"
+def step_help(name: str, argv: Sequence[str]) -> None:
+    """Print the step's help: every option, with the values that the named config (demo by default) has."""
+    choice, _ = overrides.take(overrides.Choice(), argv)
+    cfg = overrides.chosen(choice, "demo")
+    build = CONFIGS.get(cfg.name)
+    config = f"config {cfg.name}: {inspect.cleandoc(build.__doc__ or '')}" if build else f"config {cfg.name}"
+    folder = (overrides.RunDirectory(),) if STEPS[name].trains else ()
+    parts = (dataclasses.replace(choice, config=cfg.name), *folder, cfg)
+    overrides.print_help(f"hvd {name} --config NAME", f"{STEPS[name].help}\n\n{config}", *parts)
 
 
 @contextlib.contextmanager
@@ -254,11 +251,6 @@ def no_space(error: BaseException | None) -> str | None:
 def _path_in(text: str) -> str | None:
     found = re.search(r"(?:file://|['\"\s:])(/[^'\"\s:\]]+)", text)
     return found.group(1) if found else None
-
-
-def _fail(line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
-    return EXIT_USER
 
 
 def _die_with_launcher() -> None:

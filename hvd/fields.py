@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from hvd.errors import UserError, nearest
@@ -20,10 +20,11 @@ from hvd.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a number must be, as a test and in words."""
+    """What a value must be, as a test and in words; `names`: the names that a text is one of."""
 
     holds: Callable[[Any], bool]
     text: str
+    names: Callable[[], Iterable[str]] = tuple
 
 
 AT_LEAST_1 = Rule(lambda x: x >= 1, "must be at least 1")
@@ -37,6 +38,11 @@ INSIDE = Rule(lambda x: 0 < x < 1, "must be between 0 and 1")
 
 def between(low: float, high: float) -> Rule:
     return Rule(lambda x: low <= x <= high, f"is not between {low} and {high}")
+
+
+def one_of(names: Callable[[], Iterable[str]]) -> Rule:
+    """A text that is a name in a table; the table is looked up when a config is checked."""
+    return Rule(lambda x: x in names(), "is unknown", names)
 
 
 class Mark(enum.Enum):
@@ -118,16 +124,14 @@ def replaced(config: Any, name: str, value: Any) -> Any:
 
 
 def check_rules(config: Any, spelled: Callable[[str], str] = str) -> None:
-    """Raise UserError for a number that breaks its field's rule or is not finite."""
+    """Raise UserError for a value that breaks its field's rule, or a number that is not finite."""
     for leaf in leaves(type(config)).values():
-        value = leaf.of(config)
-        for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, int | float) or isinstance(number, bool):
-                continue
-            if not math.isfinite(number):
-                raise UserError(f"{spelled(leaf.name)} {number} is not a finite number")
-            if leaf.rule is not None and not leaf.rule.holds(number):
-                raise UserError(f"{spelled(leaf.name)} {number} {leaf.rule.text}")
+        value, rule = leaf.of(config), leaf.rule
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{spelled(leaf.name)} {value} is not a finite number")
+        if rule is not None and not rule.holds(value):
+            known = nearest(value, rule.names()) if isinstance(value, str) else ""
+            raise UserError(f"{spelled(leaf.name)} {value!r} {rule.text}{known}")
 
 
 def to_plain(value: Any, keep: Callable[[dataclasses.Field, Any], bool] = lambda field, value: True) -> Any:
@@ -173,8 +177,8 @@ def _name(kind: Any, plural: str = "") -> str:
 
 def _wrong(kind: Any, value: Any, where: str) -> UserError:
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-    more = nearest(str(value), map(str, choices)) if choices else ""
-    return UserError(f"{where}: {value!r} is not {needs(kind)}{more}")
+    hint = nearest(str(value), map(str, choices))  # where none is near, it lists what `needs` has listed
+    return UserError(f"{where}: {value!r} is not {needs(kind)}{hint if 'nearest' in hint else ''}")
 
 
 def from_plain[T](kind: type[T], data: Any, where: str, default: T | None = None) -> T:

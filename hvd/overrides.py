@@ -1,35 +1,31 @@
-"""`--dotted.field value` on a command line -> a changed experiment. The user's mistakes are one line. Imports no jax.
-
-tyro parses the values; this module finds the field first, so that an unknown name can offer the nearest ones, and turns
-whatever tyro would print in a box into one line. Beside tyro's own syntax it takes
+"""Command lines: `--dotted.field value` -> a changed dataclass. Each command's options are a dataclass; imports no jax.
 
     --model.network-type q, --model.network_type q, --model.network_type=q
     --wandb, --no-wandb, --wandb true, --policy.augment_images False
     --model.cameras base_0_rgb left_wrist_0_rgb, --model.cameras (no value: none), --model.cameras '[]'
     --model.hierarchical_actions '[[7,8,9],[17,18,19,20]]'     lists of lists as JSON
     --optimal_data.keys.images base_0_rgb observation.images.head     pairs, or a JSON object
+    --optimal_data.keys.images.base_0_rgb observation.images.head     one entry of a mapping
+
+Help pages are tyro's. Values are read by hvd.fields, as those of files are: tyro's parser prints its errors into a box,
+does not take the forms above, and needs a tenth of a second for each command line.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import functools
-import io
-import json
-import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hvd.configs import Experiment
-from hvd.errors import UserError, nearest
+from hvd.errors import UserError
 from hvd.experiments import get_config
+from hvd.fields import Leaf, check_rules, from_plain, from_words, leaves, option, replaced
 
-_BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Flag:
     """One option as the user wrote it (`token`), its dotted field and its values."""
 
@@ -52,38 +48,138 @@ def split_flags(argv: Sequence[str]) -> list[Flag]:
     return flags
 
 
-def take_config(argv: Sequence[str], default: str | None = None) -> tuple[str, list[str]]:
-    """The value of --config, and the other arguments as they were."""
+def joined(flags: Sequence[Flag]) -> list[str]:
+    """The inverse of `split_flags`."""
+    return [arg for flag in flags for arg in (flag.token, *flag.values)]
+
+
+def take[T](options: T, argv: Sequence[str]) -> tuple[T, list[str]]:
+    """A command's own options with what `argv` says, and the other arguments as they were.
+
+    Raises:
+        UserError: a value that does not fit or breaks its field's rule.
+    """
+    known = leaves(type(options))
     flags = split_flags(argv)
-    chosen = [flag for flag in flags if flag.field == "config"]
-    if not chosen and default is None:
-        raise UserError("--config NAME is missing; `hvd configs` lists the names")
-    name = default
-    for flag in chosen:
-        name = one_value(flag, "the name of a config; `hvd configs` lists them")
-    rest = [arg for flag in flags if flag.field != "config" for arg in (flag.token, *flag.values)]
-    return str(name), rest
+    ours = [flag for flag in flags if flag.field in known or flag.field.removeprefix("no_") in known]
+    options = apply(options, ours)
+    check_rules(options, lambda name: "--" + name.replace("_", "-"))
+    return options, joined([flag for flag in flags if flag not in ours])
 
 
-def one_value(flag: Flag, needs: str) -> str:
-    """The flag's only value; a UserError that says what it `needs` otherwise."""
-    match flag.values:
-        case (value,):
-            return value
-        case ():
-            raise UserError(f"{flag.token}: the value is missing; needs {needs}")
-    raise UserError(f"{flag.token}: {' '.join(flag.values)!r} are {len(flag.values)} values; needs {needs}")
+def parse[T](options: T, argv: Sequence[str]) -> T:
+    """A command's options where there are no others."""
+    options = apply(options, split_flags(argv))
+    check_rules(options, lambda name: "--" + name.replace("_", "-"))
+    return options
 
 
-def experiment(argv: Sequence[str], default_config: str | None = None) -> Experiment:
-    """`--config NAME [--data PATH] [--dotted.field value]...` -> the experiment, its simulated folders filled in."""
-    name, rest = take_config(argv, default_config)
-    config = get_config(name)
-    flags = split_flags(rest)
+def apply[T](config: T, flags: Sequence[Flag]) -> T:
+    """The config with the flags' values; of one field named twice the later. UserError: unknown field, bad value."""
     for flag in flags:
-        if flag.field == "data":
-            config = with_data(config, one_value(flag, "a folder with a LeRobot dataset"))
-    return apply(config, [flag for flag in flags if flag.field != "data"]).resolved()
+        config = replaced(config, *_resolve(flag, flag.field, config))
+    return config
+
+
+def _resolve(flag: Flag, name: str, config: Any) -> tuple[str, Any]:
+    """(dotted name, value) of the field `name` of `config`, which the flag names."""
+    known = leaves(type(config))
+    if name == "name" and isinstance(config, Experiment):
+        raise UserError(f"{flag.token}: the config's name is fixed; --exp_name names a run of it")
+    if name in known:
+        kind = known[name].kind
+        return name, True if kind is bool and not flag.values else from_words(kind, flag.values, flag.token)
+    head, dot, last = name.rpartition(".")
+    positive = head + dot + last.removeprefix("no_")
+    if last.startswith("no_") and positive in known and known[positive].kind is bool:
+        if flag.values:
+            raise UserError(f"{flag.token} takes no value, got {' '.join(flag.values)!r}")
+        return positive, False
+    for leaf in known.values():
+        if name.startswith(f"{leaf.name}.") and typing.get_origin(leaf.kind) is dict:
+            return leaf.name, _entry(flag, name.removeprefix(f"{leaf.name}."), leaf, leaf.of(config))
+    inner = [field for field in known if field.startswith(name + ".")]
+    prefix = flag.field.removesuffix(name)
+    if inner:
+        raise UserError(f"{flag.token} is a group of fields, for example --{prefix}{inner[0]}")
+    raise UserError(f"unknown field {flag.token}{_nearest_field(name, known, prefix)}")
+
+
+def _entry(flag: Flag, rest: str, leaf: Leaf, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with one entry changed: `rest` is KEY, or KEY.FIELD where the values are dataclasses."""
+    kind = typing.get_args(leaf.kind)[1]
+    written = flag.token[2:][-len(rest) :]  # with the key's own hyphens
+    if not dataclasses.is_dataclass(kind):
+        return {**entries, written: from_words(kind, flag.values, flag.token)}
+    key, field = written.partition(".")[0], rest.partition(".")[2]
+    value = entries.get(key) or typing.cast(type, kind)()
+    return {**entries, key: replaced(value, *_resolve(flag, field, value))}
+
+
+def _nearest_field(name: str, known: Mapping[str, Any], prefix: str) -> str:
+    """Nearest names: the same last part anywhere first, then similar whole names."""
+    last = name.rpartition(".")[2]
+    same = [field for field in known if field.rpartition(".")[2] == last]
+    similar = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    lasts = difflib.get_close_matches(last, {field.rpartition(".")[2] for field in known}, n=2, cutoff=0.7)
+    similar += [field for field in known if field.rpartition(".")[2] in lasts]
+    found = list(dict.fromkeys(same + similar))[:3]
+    if found:
+        return "; nearest: " + ", ".join(f"--{prefix}{field}" for field in found)
+    return "; `--help` lists all options"
+
+
+# --------------------------------------------------------------------------------------------------- the experiment
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which experiment a command is about; its fields are options too."""
+
+    config: str = option("", "name of a config (`hvd configs` lists them)")
+    config_file: str = option("", "instead of --config: a config.yaml, of a run or of the launcher")
+    data: str = option("", "a LeRobot dataset, or the folder that holds the config's repo_ids")
+
+    def as_flags(self) -> list[str]:
+        names = {"--config": self.config, "--config-file": self.config_file, "--data": self.data}
+        return [word for name, value in names.items() if value for word in (name, value)]
+
+
+def experiment(argv: Sequence[str], default_config: str = "") -> Experiment:
+    """`--config NAME [--data PATH] [--dotted.field value]...` -> the experiment, its simulated folders filled in."""
+    choice, rest = take(Choice(), argv)
+    return apply(chosen(choice, default_config), split_flags(rest)).resolved()
+
+
+def chosen(choice: Choice, default: str = "") -> Experiment:
+    """The experiment that was chosen, before its fields are changed."""
+    if choice.config and choice.config_file:
+        raise UserError("--config and --config-file contradict each other; give one")
+    if choice.config_file:
+        config = read(choice.config_file)
+    elif choice.config or default:
+        config = get_config(choice.config or default)
+    else:
+        raise UserError("--config NAME is missing; `hvd configs` lists the names")
+    return with_data(config, choice.data) if choice.data else config
+
+
+def read(path: str) -> Experiment:
+    """The config of a config.yaml: the file of a run, or a tree of fields alone."""
+    import yaml
+
+    try:
+        if "://" in path:
+            from etils import epath
+
+            text = epath.Path(path).read_text()
+        else:
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config-file {path}: {error}") from None
+    tree = data.get("config", data) if isinstance(data, dict) else data
+    return from_plain(Experiment, tree, path)
 
 
 def with_data(config: Experiment, folder: str) -> Experiment:
@@ -108,155 +204,43 @@ def with_data(config: Experiment, folder: str) -> Experiment:
     return dataclasses.replace(config, **changed)
 
 
-@functools.cache
-def leaves(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> annotation of every field that is no dataclass itself."""
-    found: dict[str, Any] = {}
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        annotation = hints[field.name]
-        if dataclasses.is_dataclass(annotation):
-            found.update(leaves(typing.cast(type, annotation), f"{prefix}{field.name}."))
-        else:
-            found[prefix + field.name] = annotation
-    return found
+@dataclass(frozen=True)
+class RunDirectory:
+    """What a step that trains does with the folder of its run."""
+
+    resume: bool = option(False, "go on where the run stopped, which happens anyway")
+    overwrite: bool = option(False, "delete this run directory and start again")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parsed:
-    """A value that is parsed already (it may itself be a list)."""
-
-    value: Any
-
-
-def apply[T](config: T, flags: Sequence[Flag]) -> T:
-    """The config with the flags' values; of one field named twice the later. UserError: unknown field, bad value."""
-    known = leaves(type(config))
-    chosen: dict[str, tuple[Flag, list[str] | _Parsed]] = {}
-    for flag in flags:
-        name, value = _resolve(flag, known)
-        if name == "name":
-            raise UserError(f"{flag.token}: the config's name is fixed; --exp_name names a run of it")
-        chosen[name] = (flag, value)
-    for_tyro = {name: value for name, (_, value) in chosen.items() if isinstance(value, list)}
-    try:
-        if for_tyro:
-            config = _tyro(config, [arg for args in for_tyro.values() for arg in args])
-    except SystemExit:
-        for name, args in for_tyro.items():  # which one was it
-            try:
-                _tyro(config, args)
-            except SystemExit:
-                raise UserError(_bad_value(chosen[name][0], known[name])) from None
-        raise
-    for name, (_, value) in chosen.items():
-        if isinstance(value, _Parsed):
-            config = _replace(config, name.split("."), value.value)
-    return config
+def take_overwrite(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments without --resume and --overwrite, and whether --overwrite was among them."""
+    asked, rest = take(RunDirectory(), argv)
+    if asked.overwrite and asked.resume:
+        raise UserError("--resume and --overwrite contradict each other; give one")
+    return rest, asked.overwrite
 
 
-def _resolve(flag: Flag, known: dict[str, Any]) -> tuple[str, "list[str] | _Parsed"]:
-    """(dotted name, tyro's arguments for it or the value itself)."""
-    name = flag.field
-    if name not in known:
-        head, dot, last = name.rpartition(".")
-        positive = head + dot + last.removeprefix("no_")
-        if last.startswith("no_") and known.get(positive) is bool:
-            if flag.values:
-                raise UserError(f"{flag.token} takes no value, got {' '.join(flag.values)!r}")
-            return positive, [_bool_token(positive, False)]
-        inner = [field for field in known if field.startswith(name + ".")]
-        if inner:
-            raise UserError(f"{flag.token} is a group of fields, for example --{inner[0]}")
-        raise UserError(f"unknown field {flag.token}{_nearest_field(name, known)}")
-    kind = known[name]
-    if kind is bool:
-        value = one_value(flag, _needs(kind)).lower() if flag.values else "true"
-        if value not in _BOOLS:
-            raise UserError(_bad_value(flag, kind))
-        return name, [_bool_token(name, _BOOLS[value])]
-    container = typing.get_origin(kind) in (tuple, dict)
-    if container and len(flag.values) == 1 and flag.values[0].lstrip()[:1] in ("[", "{"):
-        return name, _Parsed(_from_json(flag, kind))
-    if typing.get_origin(kind) is dict:
-        if len(flag.values) % 2:
-            raise UserError(_bad_value(flag, kind))
-        return name, _Parsed(dict(zip(flag.values[::2], flag.values[1::2], strict=True)))
-    if not container:
-        one_value(flag, _needs(kind))
-    return name, ["--" + name.replace("_", "-"), *flag.values]
+# --------------------------------------------------------------------------------------------------------- help pages
 
 
-def _bool_token(name: str, value: bool) -> str:
-    head, _, last = name.replace("_", "-").rpartition(".")
-    return "--" + (head + "." if head else "") + ("" if value else "no-") + last
+def asks_help(argv: Sequence[str]) -> bool:
+    return "-h" in argv or "--help" in argv
 
 
-def _nearest_field(name: str, known: dict[str, Any]) -> str:
-    """Nearest names: the same last part anywhere first, then similar whole names."""
-    last = name.rpartition(".")[2]
-    same = [field for field in known if field.rpartition(".")[2] == last]
-    similar = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    lasts = difflib.get_close_matches(last, {field.rpartition(".")[2] for field in known}, n=2, cutoff=0.7)
-    similar += [field for field in known if field.rpartition(".")[2] in lasts]
-    found = list(dict.fromkeys(same + similar))[:3]
-    if found:
-        return "; nearest: " + ", ".join("--" + field for field in found)
-    return "; `hvd train-policy --help` lists all fields"
-
-
-def _needs(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) is dict:
-        return "pairs: key value key value"
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)[0]
-        return "a JSON list of lists" if typing.get_origin(inner) is tuple else f"a list of {_needs(inner)}"
-    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(kind, str(kind))
-
-
-def _bad_value(flag: Flag, kind: Any) -> str:
-    got = " ".join(flag.values)
-    if typing.get_origin(kind) is Literal:
-        return f"{flag.token}: {got!r} is not {_needs(kind)}{nearest(got, map(str, typing.get_args(kind)))}"
-    return f"{flag.token}: {got!r} is not {_needs(kind)}"
-
-
-def _tyro[T](config: T, args: list[str]) -> T:
+def print_help(usage: str, about: str, *parts: Any) -> None:
+    """Print a help page: `usage` without its options, `about`, the fields of `parts` with the values they have."""
     import tyro
 
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        return tyro.cli(type(config), default=config, args=args)
-
-
-def _from_json(flag: Flag, kind: Any) -> Any:
-    text = flag.values[0]
+    members = []
+    for part in parts:
+        hints = typing.get_type_hints(type(part))
+        for field in dataclasses.fields(part):
+            if not (field.name == "name" and isinstance(part, Experiment)):
+                value = getattr(part, field.name)
+                default = dataclasses.field(default_factory=lambda value=value: value, metadata=field.metadata)
+                members.append((field.name, hints[field.name], default))
+    page = dataclasses.make_dataclass("options", members)
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{flag.token}: {text!r} is not JSON ({error.msg} at character {error.pos + 1})") from None
-    try:
-        return _convert(value, kind)
-    except (TypeError, ValueError):
-        raise UserError(_bad_value(flag, kind)) from None
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """A JSON value as `kind` wants it (lists as tuples). TypeError or ValueError where it does not fit."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(item, inner[0]) for item in value)
-    if origin is dict and isinstance(value, dict):
-        return {_convert(key, inner[0]): _convert(item, inner[1]) for key, item in value.items()}
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and type(value) is kind:
-        return value
-    raise TypeError(f"{value!r} is not {kind}")
-
-
-def _replace(config: Any, path: list[str], value: Any) -> Any:
-    if len(path) > 1:
-        return dataclasses.replace(config, **{path[0]: _replace(getattr(config, path[0]), path[1:], value)})
-    return dataclasses.replace(config, **{path[0]: value})
+        tyro.cli(page, prog=usage, description=about, args=["--help"])
+    except SystemExit:
+        return

@@ -56,7 +56,7 @@ def test_overwrite_reaches_a_step_that_knows_it(step, flags, expected):
     def main(cfg, *, overwrite=False):
         seen.append(overwrite)
 
-    step(main)
+    step(main, trains=True)
     assert cli.main(["fake", "--config", "demo", *flags]) == 0
     assert seen == [expected]
 

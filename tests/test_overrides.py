@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 
 from hvd import overrides
-from hvd.configs import Experiment
+from hvd.configs import DataConfig, Experiment, KeyMap
 from hvd.errors import UserError
 from hvd.experiments import CONFIGS, get_config
+from hvd.fields import leaves
+from hvd.train import run_dir
 
 
 def parse(text: str, config: str = "demo") -> Experiment:
@@ -37,6 +39,7 @@ def parse(text: str, config: str = "demo") -> Experiment:
         ("--model.hierarchical_actions [[7,8,9],[0]]", "model.hierarchical_actions", ((7, 8, 9), (0,))),
         ("--optimal_data.keys.images a b c d", "optimal_data.keys.images", {"a": "b", "c": "d"}),
         ('--optimal_data.keys.images {"a":"b"}', "optimal_data.keys.images", {"a": "b"}),
+        ("--optimal_data.keys.images {} --optimal_data.keys.images.a-b c", "optimal_data.keys.images", {"a-b": "c"}),
         ("--optimal_data.keys.state observation.state", "optimal_data.keys.state", ("observation.state",)),
     ],
 )
@@ -61,7 +64,7 @@ def test_nothing_else_changes():
         ("--value.batchsize 3", "unknown field --value.batchsize; nearest: --value.batch_size"),
         ("--batch_size 3", "unknown field --batch_size; nearest: --value.batch_size, --policy.batch_size"),
         ("--method q", "unknown field --method; nearest: --model.method"),
-        ("--qqqq 3", "unknown field --qqqq; `hvd train-policy --help` lists all fields"),
+        ("--qqqq 3", "unknown field --qqqq; `--help` lists all options"),
         ("--value.batch_size abc", "--value.batch_size: 'abc' is not a whole number"),
         ("--seed 1.5", "--seed: '1.5' is not a whole number"),
         ("--value.gamma high --seed 3", "--value.gamma: 'high' is not a number"),
@@ -72,9 +75,11 @@ def test_nothing_else_changes():
         ("--no-wandb true", "--no-wandb takes no value, got 'true'"),
         ("--value 3", "--value is a group of fields, for example --value.num_train_steps"),
         ("--name other", "--name: the config's name is fixed; --exp_name names a run of it"),
-        ("--model.hierarchical_actions [1]", "--model.hierarchical_actions: '[1]' is not a JSON list of lists"),
+        ("--model.hierarchical_actions [1]", "--model.hierarchical_actions: 1 is not a list of whole numbers"),
         ("--model.hierarchical_actions [[1]", "--model.hierarchical_actions: '[[1]' is not JSON"),
         ("--optimal_data.keys.images a", "--optimal_data.keys.images: 'a' is not pairs"),
+        ("--model.hierarchical_actions 7 8", "--model.hierarchical_actions: '7 8' is not a JSON list of lists"),
+        ("--config-file x.yaml", "--config and --config-file contradict each other"),
         ("--data somewhere", "--data: config demo simulates its own data"),
         ("--config", "--config: the value is missing"),
         ("--config nonesuch", "unknown config 'nonesuch'; known: demo, g1"),
@@ -97,6 +102,51 @@ def test_config_is_required_without_a_default():
     with pytest.raises(UserError, match="--config NAME is missing"):
         overrides.experiment([])
     assert overrides.experiment([], "demo").name == "demo"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sets:
+    more_data: dict[str, DataConfig]
+
+
+def test_a_dotted_name_goes_on_into_a_mapping():
+    before = Sets({"day-1": DataConfig("a")})
+    flags = "--more_data.day-1.max-episodes 3 --more_data.day2.repo_id b --more_data.day2.keys.state x y"
+    found = overrides.apply(before, overrides.split_flags(flags.split()))
+    day2 = DataConfig("b", keys=KeyMap(state=("x", "y")))
+    assert found == Sets({"day-1": DataConfig("a", max_episodes=3), "day2": day2})
+    with pytest.raises(UserError, match=r"^unknown field --more_data.day2.repoid; nearest: --more_data.day2.repo_id"):
+        overrides.apply(before, overrides.split_flags(["--more_data.day2.repoid", "x"]))
+
+
+def test_a_config_file_is_that_of_a_run_or_a_tree_of_fields(tmp_path):
+    cfg = parse("--exp_name mine --value.batch_size 128")
+    run_dir.write_config(tmp_path, cfg, "value", {})
+    (tmp_path / "tree.yaml").write_text("name: mine\nvalue: {batch_size: 128}\n")
+    given = ["--config-file", str(tmp_path / "config.yaml")]
+    assert overrides.experiment(given) == cfg
+    assert overrides.experiment([*given, "--seed", "3"]) == dataclasses.replace(cfg, seed=3)
+    assert overrides.experiment(["--config-file", str(tmp_path / "tree.yaml")]).value.batch_size == 128
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (None, "No such file"),
+        ("a: [", "while parsing a flow"),
+        ("3", "3 is not a group of fields"),
+        ("name: x\nvalue: {batchsize: 3}", "value: unknown field 'batchsize'; nearest: batch_size"),
+        ("config: {name: x, seed: a}", "seed: 'a' is not a whole number"),
+        ("seed: 3", "field 'name' is missing"),
+    ],
+)
+def test_a_config_file_with_a_mistake_is_named(tmp_path, text, line):
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"c\.yaml: ") as error:
+        overrides.experiment(["--config-file", str(path)])
+    assert line in str(error.value) and "\n" not in str(error.value)
 
 
 def dataset(folder):
@@ -124,10 +174,8 @@ def test_every_field_of_every_config_can_be_set_to_what_it_is(name):
     """Round trip through the command line: no field has a type that the command line cannot take."""
     cfg = get_config(name)
     args = []
-    for field, kind in overrides.leaves(Experiment).items():
-        value = cfg
-        for part in field.split("."):
-            value = getattr(value, part)
+    for field, leaf in leaves(Experiment).items():
+        value, kind = leaf.of(cfg), leaf.kind
         if field == "name" or (not value and kind is not bool and not isinstance(value, int | float)):
             continue
         flag = "--" + field

@@ -15,6 +15,7 @@ from hvd.clusters.slurm import site
 from hvd.clusters.slurm import submission as slurm
 from hvd.configs import Experiment
 from hvd.data import convert
+from hvd.fields import leaves
 from hvd.launch import steps, submit
 from hvd.plan import command as plan
 from hvd.plan import devices as plan_devices
@@ -66,9 +67,9 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
         case ["hvd", "convert", *args]:
             convert.parse(args)
         case ["hvd", "serve", *args]:
-            serve.chosen(*serve.parse(args))
+            serve.chosen(*overrides.take(serve.ServeOptions(), args))
         case ["hvd", "export" | "plan" as step, *args]:
-            options, rest = {"export": export, "plan": plan}[step].parse(args)
+            options, rest = overrides.take(export.Export(), args) if step == "export" else plan.parse(args)
             check_config(overrides.experiment(rest))
             if step == "plan":
                 plan_devices.parse(options.devices, options.nodes)
@@ -78,11 +79,11 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
             assert cli.main(["jobs", *args, "--help"]) == 0
         case ["hvd", step, *args]:
             assert step in cli.STEPS
-            args, _ = cli.take_overwrite(args)
+            args, _ = overrides.take_overwrite(args)
             check_config(overrides.experiment(args))
         case ["python", "launch/submit.py", *args]:
             options, rest, for_clusters = submit.parse(args)
-            given = ["--config", options.config, *(["--data", options.data] if options.data else []), *rest]
+            given, _ = overrides.take_overwrite(rest)
             cfg = overrides.experiment(given)
             check_config(cfg)
             assert steps.plan(cfg, options.stage, given)
@@ -104,10 +105,10 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
 
 
 def test_every_option_that_is_named_exists():
-    known = {*overrides.leaves(Experiment), *overrides.leaves(submit.Submit), *overrides.leaves(convert.ConvertConfig)}
-    for own in (serve.ServeOptions, export.Export, plan.Options):
-        known |= {*overrides.leaves(own)}
-    known |= {"config", "resume", "overwrite", "help", "extra", "no_push_to_hub"}
+    known = {*leaves(Experiment), *leaves(submit.Submit), *leaves(convert.ConvertConfig)}
+    for own in (serve.ServeOptions, export.Export, plan.Options, overrides.Choice, overrides.RunDirectory):
+        known |= {*leaves(own)}
+    known |= {"help", "extra", "no_push_to_hub"}
     ours = [
         line if not line.startswith("| `") or "|" not in line[3:] else line.split("|")[2]  # not the old code base's
         for line in README.partition("## Coming from")[2].splitlines()
@@ -115,8 +116,8 @@ def test_every_option_that_is_named_exists():
     text = README.partition("## Coming from")[0] + "\n".join(ours)
     # their options are their own
     text = re.sub(r"sbatch .*|kubectl [^|`]*|`docker run [^`]*`|`--(read-only|build-arg) [^`]*`", "", text)
-    known |= {f"slurm.{name}" for name in overrides.leaves(site.Site)}
-    known |= {f"kubernetes.{name}" for name in overrides.leaves(kubernetes.Settings)}
+    known |= {f"slurm.{name}" for name in leaves(site.Site)}
+    known |= {f"kubernetes.{name}" for name in leaves(kubernetes.Settings)}
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_.-]*[a-z0-9])", text))
     assert len(named) > 20
     unknown = {

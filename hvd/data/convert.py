@@ -9,24 +9,21 @@ action, next.reward, terminal and truncated (one of them is true at an episode's
 per episode in meta/episodes; the sidecars in labels/episode_NNNNNN.labels.json.
 """
 
-import contextlib
-import dataclasses
 import errno
 import hashlib
-import io
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from hvd import overrides
 from hvd.configs import DataConfig
 from hvd.data import hub
 from hvd.data.convert_plan import Episode, Plan, Selection, make_plan
@@ -35,52 +32,37 @@ from hvd.data.labels import episode_path, write_labels
 from hvd.data.lerobot_writer import Feature, LeRobotWriter, Segment
 from hvd.data.recordings import CAMERAS, SUFFIXES, Recording, RecordingRef
 from hvd.data.video import CodecName, get_codec
-from hvd.errors import UserError, nearest
+from hvd.errors import UserError
+from hvd.fields import NOT_NEGATIVE, option
 from hvd.robots import Robot, get_robot
 
 RECORD = "hvd_convert.json"  # in the dataset: the request that made it
 _VERSION = 1  # of what this module writes: another one is another request
-_BOX = re.compile(r"[\u2500-\u257f]")
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
     """Recordings (JoyLo HDF5 with label sidecars) -> one LeRobot v3.0 dataset."""
 
-    raw_dirs: tuple[str, ...]
-    """Folders of recordings (or merged files)."""
-    repo_id: str
-    """Name of the dataset."""
-    tasks: tuple[str, ...] = ()
-    """A prompt per folder; without any the sidecars' own."""
-    num_episodes: int = 0
-    """Episodes per folder, the first ones; 0 = all."""
-    root: str = ""
-    """Target folder; default $HF_LEROBOT_HOME/REPO_ID."""
-    robot: str = "r1"
-    """Action layout of the recordings: r1 or r1_pro."""
-    cameras: tuple[str, ...] = CAMERAS
-    """Cameras to convert."""
-    success_only: bool = False
-    """Leave out episodes whose label says that they failed."""
-    default_success: bool = False
-    """Recordings without a sidecar count as successes (reward 1 at the last frame)."""
-    skip_bad: bool = False
-    """Count, list and leave out broken recordings instead of stopping at the first."""
-    push_to_hub: bool = False
-    """Upload the finished dataset to the Hugging Face Hub."""
-    fps: int = 0
-    """Frames per second; 0 = as recorded (10 where the files do not say)."""
-    codec: CodecName = "h264"
-    """h264: fast to write and to read at random; av1: half the size, 8 times slower to write."""
-    crf: int = -1
-    """Quality of the videos, less is better; -1 = the codec's default."""
-    odom_yaw_deg: float = 0.0
-    """How the odometry tracker is turned on the base, for recordings without obs/odom/base_velocity."""
-    workers: int = 0
-    """Encoding processes; 0 = one per core."""
-    overwrite: bool = False
-    """Replace a dataset that is there already."""
+    raw_dirs: tuple[str, ...] = option((), "Folders of recordings (or merged files).")
+    repo_id: str = option("", "Name of the dataset.")
+    tasks: tuple[str, ...] = option((), "A prompt per folder; without any the sidecars' own.")
+    num_episodes: int = option(0, NOT_NEGATIVE, "Episodes per folder, the first ones; 0 = all.")
+    root: str = option("", "Target folder; default $HF_LEROBOT_HOME/REPO_ID.")
+    robot: str = option("r1", "Action layout of the recordings: r1 or r1_pro.")
+    cameras: tuple[str, ...] = option(CAMERAS, "Cameras to convert.")
+    success_only: bool = option(False, "Leave out episodes whose label says that they failed.")
+    default_success: bool = option(False, "Recordings without a sidecar count as successes (reward 1 at the end).")
+    skip_bad: bool = option(False, "Count, list and leave out broken recordings instead of stopping at the first.")
+    push_to_hub: bool = option(False, "Upload the finished dataset to the Hugging Face Hub.")
+    fps: int = option(0, NOT_NEGATIVE, "Frames per second; 0 = as recorded (10 where the files do not say).")
+    codec: CodecName = option(
+        "h264", "h264: fast to write and to read at random; av1: half the size, 8 times slower to write."
+    )
+    crf: int = option(-1, "Quality of the videos, less is better; -1 = the codec's default.")
+    odom_yaw_deg: float = option(0.0, "How the odometry tracker is turned on the base, where base_velocity is missing.")
+    workers: int = option(0, NOT_NEGATIVE, "Encoding processes; 0 = one per core.")
+    overwrite: bool = option(False, "Replace a dataset that is there already.")
 
 
 @dataclass(frozen=True)
@@ -108,38 +90,19 @@ class ConvertResult:
 
 def main(argv: Sequence[str]) -> None:
     """`hvd convert ...`; prints what the dataset holds."""
-    print("\n".join(convert(parse(argv)).lines()))
+    if overrides.asks_help(argv):
+        overrides.print_help("hvd convert --raw-dirs FOLDER... --repo-id NAME", __doc__ or "", ConvertConfig())
+    else:
+        print("\n".join(convert(parse(argv)).lines()))
 
 
 def parse(argv: Sequence[str]) -> ConvertConfig:
-    """The command line as a ConvertConfig; a mistake in it is a UserError of one line (tyro draws a box)."""
-    import tyro
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                Annotated[ConvertConfig, tyro.conf.arg(name="")],
-                args=list(argv),
-                prog="hvd convert",
-                description=__doc__,
-                use_underscores=False,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # without the frame and its title; the frame is of ASCII or of Unicode's box characters
-        inside = [x for x in _BOX.sub("-", said.getvalue()).splitlines() if not re.search(r"-[-+]\s*$", x)]
-        lines = [re.sub(r"^[|-]?\s+|\s*[|-]?$", "", line) for line in inside]
-        text = [line for line in lines if re.search(r"\w", line) and "full helptext" not in line]
-        known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ConvertConfig)]
-        wrong = [arg for arg in argv if re.match(r"--\w", arg) and not _is_flag(arg, known)]
-        raise UserError(f"hvd convert: {' '.join(text)}{nearest(wrong[0], known) if wrong else ''}") from None
-
-
-def _is_flag(arg: str, known: Sequence[str]) -> bool:
-    name = arg.split("=")[0].replace("_", "-")
-    return name in known or name.replace("--no-", "--", 1) in known
+    """The command line as a ConvertConfig."""
+    config = overrides.parse(ConvertConfig(), argv)
+    for flag, value in (("--raw-dirs", config.raw_dirs), ("--repo-id", config.repo_id)):
+        if not value:
+            raise UserError(f"hvd convert: {flag} is missing; `hvd convert --help` lists all options")
+    return config
 
 
 def convert(config: ConvertConfig) -> ConvertResult:

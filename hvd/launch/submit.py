@@ -19,7 +19,6 @@ from typing import Literal
 
 from hvd import overrides
 from hvd.checks import check_config, check_datasets, check_devices, check_weights, check_writable
-from hvd.cli import take_overwrite
 from hvd.clusters import local
 from hvd.clusters.kubernetes import manifests as kubernetes
 from hvd.clusters.kubernetes import queue
@@ -27,6 +26,7 @@ from hvd.clusters.slurm import site
 from hvd.clusters.slurm import submission as slurm
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USER, Failed, UserError
+from hvd.fields import AT_LEAST_1, option
 from hvd.launch import fit, steps
 
 CLUSTERS = ("auto", "local", "slurm", "kubernetes")
@@ -34,24 +34,36 @@ CLUSTERS = ("auto", "local", "slurm", "kubernetes")
 
 @dataclass(frozen=True)
 class Submit:
-    """What the launcher itself is told (`usage` says what each means); all other options are fields of the config."""
+    """What the launcher itself is told; other options say which experiment, or are fields of its config."""
 
-    stage: Literal["all", "value", "policy"] = "all"
-    nodes: int = 1
-    cluster: Literal["auto", "local", "slurm", "kubernetes"] = "auto"
-    config: str = "demo"
-    dry_run: bool = False
-    detach: bool = False
-    data: str = ""
-    devices: str = ""
-    plan: bool = True
-    after: str = ""
+    stage: Literal["all", "value", "policy"] = option("all", "value and policy need what comes before them")
+    nodes: int = option(1, AT_LEAST_1, "nodes of a job; on this machine processes that share its cores or GPUs")
+    cluster: Literal["auto", "local", "slurm", "kubernetes"] = option(
+        "auto", "auto is Slurm where it answers, else this machine"
+    )
+    dry_run: bool = option(False, "print the commands, or the batch scripts, and run nothing")
+    detach: bool = option(False, "run in the background, with a log; on Kubernetes: do not follow the Jobs")
+    devices: str = option(
+        "", "of a node, such as 8xh100-80gb, for the memory plan; on this machine nvidia-smi is asked"
+    )
+    plan: bool = option(True, "refuse a job that cannot fit its devices (`hvd plan`)")
+    after: str = option(
+        "", "start only after this job has completed, such as the value job of --stage policy (Slurm: its id)"
+    )
+
+
+_ABOUT = """Run a stage's steps here, or as jobs of a cluster; a rerun goes on where the last one stopped.
+
+Every field of the config can be set: --exp-name my_run --model.method expectile --value.batch_size 128
+(`hvd train-policy --help --config NAME` lists them). So can any setting of slurm/site.toml (--slurm.partition gpu,
+--slurm.time 4:00:00, ...) and those of docs/kubernetes.md (--kubernetes.image registry/hvd:1, ...)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "-h" in argv or "--help" in argv:
-        print(usage())
+    if overrides.asks_help(argv):
+        parts = (Submit(), overrides.Choice("demo"), overrides.RunDirectory())
+        overrides.print_help("python launch/submit.py --stage all", _ABOUT, *parts)
         return EXIT_COMPLETE
     try:
         return submit(argv)
@@ -63,39 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def usage() -> str:
-    lines = ["usage: python launch/submit.py [--stage all] [--dotted.field value]...", ""]
-    notes = {
-        "stage": "all, value or policy (needs a complete value run)",
-        "nodes": "nodes of a job; on this machine processes that share its cores or GPUs",
-        "cluster": "auto, local, slurm or kubernetes; auto is Slurm where it answers, else this machine",
-        "config": "`hvd configs` lists them",
-        "dry_run": "print the commands, or the batch scripts, and run nothing",
-        "detach": "run in the background, with a log; on Kubernetes: do not follow the Jobs",
-        "data": "a LeRobot dataset, or the folder that holds the config's repo_ids",
-        "devices": "of a node, such as 8xh100-80gb, for the memory plan; on this machine nvidia-smi is asked",
-        "plan": "refuse a job that cannot fit its devices (`hvd plan`); --no-plan submits it all the same",
-        "after": "start only after this job has completed, such as the value job of --stage policy (Slurm: its id)",
-    }
-    for field in dataclasses.fields(Submit):
-        name = "--" + field.name.replace("_", "-")
-        lines.append(f"  {name:<12} {notes[field.name]} (default: {field.default if field.default != '' else 'none'})")
-    lines += [
-        "  --overwrite  delete the stage's run directories and start again (default: --resume, go on)",
-        "  --slurm.partition gpu, --slurm.time 4:00:00, ...  any setting of slurm/site.toml",
-        "  --kubernetes.image registry/hvd:1, --kubernetes.overlay DIR, ...  its settings: docs/kubernetes.md",
-        "",
-        "Every field of the config can be set: --exp-name my_run --model.method expectile --value.batch_size 128.",
-        "`hvd train-policy --help --config NAME` lists the fields with their values.",
-    ]
-    return "\n".join(lines)
-
-
 def submit(argv: list[str]) -> int:
     """Parse, check, and run or print. Raises UserError; nothing is written before everything has been checked."""
     options, rest, for_clusters = parse(argv)
-    rest, overwrite = take_overwrite(rest)
-    passed_on = ["--config", options.config, *(["--data", options.data] if options.data else []), *rest]
+    passed_on, overwrite = overrides.take_overwrite(rest)
     cfg = overrides.experiment(passed_on)
     place = choose_cluster(options.cluster)
     for cluster, flags in for_clusters.items():
@@ -189,16 +172,15 @@ def to_kubernetes(
 
 
 def parse(argv: Sequence[str]) -> tuple[Submit, list[str], dict[str, list[overrides.Flag]]]:
-    """The launcher's own options, the rest as it was, and the flags of each cluster (--slurm.NAME, ...)."""
-    own = overrides.leaves(Submit)
+    """The launcher's own options, the experiment's, and the flags of each cluster (--slurm.NAME, ...)."""
     flags = overrides.split_flags(argv)
     theirs = {name: [flag for flag in flags if flag.field.startswith(f"{name}.")] for name in ("slurm", "kubernetes")}
-    flags = [flag for flag in flags if not flag.field.startswith(("slurm.", "kubernetes."))]
-    options = overrides.apply(Submit(), [flag for flag in flags if flag.field in own or flag.field[3:] in own])
-    rest = [flag for flag in flags if not (flag.field in own or flag.field[3:] in own)]
-    if options.nodes < 1:
-        raise UserError(f"--nodes {options.nodes} must be at least 1")
-    return options, [arg for flag in rest for arg in (flag.token, *flag.values)], theirs
+    others = [flag for flag in flags if not flag.field.startswith(("slurm.", "kubernetes."))]
+    options, rest = overrides.take(Submit(), overrides.joined(others))
+    choice, fields = overrides.take(overrides.Choice(), rest)
+    if not choice.config_file:
+        choice = dataclasses.replace(choice, config=choice.config or "demo")
+    return options, [*choice.as_flags(), *fields], theirs
 
 
 def choose_cluster(asked: str) -> str:
@@ -256,12 +238,7 @@ def detach(argv: Sequence[str], log_dir: Path) -> int:
     log_dir.mkdir(parents=True, exist_ok=True)
     log = log_dir / "submit.log"
     again = [flag for flag in overrides.split_flags(argv) if flag.field != "detach"]
-    command = [
-        sys.executable,
-        "-m",
-        "hvd.launch.submit",
-        *(arg for flag in again for arg in (flag.token, *flag.values)),
-    ]
+    command = [sys.executable, "-m", "hvd.launch.submit", *overrides.joined(again)]
     with open(log, "a", encoding="utf-8") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True

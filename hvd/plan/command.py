@@ -16,6 +16,7 @@ from hvd.accelerators import MEMORY_FRACTION
 from hvd.checks import check_config, check_devices
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, EXIT_USER, UserError
+from hvd.fields import option
 from hvd.plan import advice as plan_advice
 from hvd.plan import devices as plan_devices
 from hvd.plan import report as plan_report
@@ -29,43 +30,32 @@ SMALL = 50  # `--certain`: a stage whose state fills less than a 50th of a devic
 
 @dataclass(frozen=True)
 class Options:
-    """What `hvd plan` itself is told; every other option is a field of the config."""
+    """What `hvd plan` itself is told; every other option says which experiment, or is a field of its config."""
 
-    devices: str = ""
-    nodes: int = 1
-    stage: Literal["both", "value", "policy"] = "both"
-    compiler: Literal["auto", "cuda", "cpu"] = "auto"
-    reserve: float = -1.0
-    advice: bool = True
-    quick: bool = False
-    certain: bool = False
-    cache: bool = True
-    timeout: float = SECONDS
-    buffers: bool = False
-    json: bool = False
-
-
-_NOTES = {
-    "devices": "devices of a node, such as 8xh100-80gb; needed",
-    "nodes": "how many such nodes",
-    "stage": "both, value or policy",
-    "compiler": "cuda (XLA's GPU compiler, no GPU needed), cpu (upper bound), auto = cuda where it is installed",
-    "reserve": "GiB of a device that are left to CUDA, its libraries and NCCL; -1 = 0.75, or 1.25 with several devices",
-    "advice": "where it does not fit, find out what would; --no-advice does not",
-    "quick": "compile nothing: only say what state, gradients and batch need",
-    "certain": "compile only where that can prove that a stage does not fit (the launcher asks so)",
-    "cache": "use and keep results in ~/.cache/hvd/plans; --no-cache does not",
-    "timeout": "seconds for one compilation",
-    "buffers": "also list the largest buffers that are no argument of the step",
-    "json": "print one JSON object instead of tables",
-}
+    devices: str = option("", "devices of a node, such as 8xh100-80gb; needed")
+    nodes: int = option(1, "how many such nodes")
+    stage: Literal["both", "value", "policy"] = option("both")
+    compiler: Literal["auto", "cuda", "cpu"] = option(
+        "auto", "cuda (XLA's GPU compiler, no GPU needed), cpu (upper bound), auto = cuda where it is installed"
+    )
+    reserve: float = option(
+        -1.0, "GiB of a device left to CUDA, its libraries and NCCL; -1 = 0.75, or 1.25 with several devices"
+    )
+    advice: bool = option(True, "where it does not fit, find out what would")
+    quick: bool = option(False, "compile nothing: only say what state, gradients and batch need")
+    certain: bool = option(False, "compile only where that can prove that a stage does not fit (the launcher asks so)")
+    cache: bool = option(True, "use and keep results in ~/.cache/hvd/plans")
+    timeout: float = option(SECONDS, "seconds for one compilation")
+    buffers: bool = option(False, "also list the largest buffers that are no argument of the step")
+    json: bool = option(False, "print one JSON object instead of tables")
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the plan. Exit code 0: all stages that were asked for fit, or may; 2: one cannot fit."""
-    argv = list(argv)
-    if "-h" in argv or "--help" in argv:
-        print(usage())
+    if overrides.asks_help(argv):
+        about = "Does a training run fit its devices? All fields of the config are options too. Known devices: "
+        about += ", ".join(plan_devices.accelerators.ACCELERATORS)
+        overrides.print_help("hvd plan --config NAME --devices 8xh100-80gb", about, Options(), overrides.Choice())
         return EXIT_COMPLETE
     options, rest = parse(argv)
     cluster = plan_devices.parse(options.devices, options.nodes)
@@ -87,27 +77,16 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_USER if any(verdict.fits is False for verdict, _ in verdicts) else EXIT_COMPLETE
 
 
-def usage() -> str:
-    lines = ["usage: hvd plan --config NAME --devices 8xh100-80gb [options] [--dotted.field value]...", ""]
-    for name, note in _NOTES.items():
-        lines.append(f"  --{name:<10} {note}")
-    lines += ["", "known devices: " + ", ".join(plan_devices.accelerators.ACCELERATORS)]
-    return "\n".join(lines)
-
-
 def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """The planner's own options, and the rest as it was."""
-    own = overrides.leaves(Options)
-    flags = overrides.split_flags(argv)
-    mine = [flag for flag in flags if flag.field in own or flag.field.removeprefix("no_") in own]
-    options = overrides.apply(Options(), mine)
+    options, rest = overrides.take(Options(), argv)
     if not options.devices:
         raise UserError("--devices is missing: the devices of a node, such as --devices 8xh100-80gb")
     if options.compiler == "cuda" and not has_cuda_compiler():
         raise UserError(
             "--compiler cuda: jax's CUDA plugin is not installed (uv sync --extra cuda12); no GPU is needed"
         )
-    return options, [arg for flag in flags if flag not in mine for arg in (flag.token, *flag.values)]
+    return options, rest
 
 
 def stages(cfg: Experiment, asked: Literal["both", "value", "policy"]) -> list[Stage]:

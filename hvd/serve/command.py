@@ -12,7 +12,6 @@ after it has answered what it was asked.
 """
 
 import asyncio
-import dataclasses
 import os
 import signal
 import socket
@@ -26,6 +25,7 @@ from hvd import overrides
 from hvd.checks import check_config
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, Stopped, UserError
+from hvd.fields import between, option
 from hvd.robots import get_robot
 
 if TYPE_CHECKING:
@@ -42,46 +42,37 @@ _DRAIN_S = 20.0
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What the server itself is told (`usage` says what each means); other options are fields of the config."""
+    """What the server itself is told; other options say which experiment, or are fields of its config."""
 
-    config: str = ""
-    run: str = ""
-    checkpoint: str = ""
-    host: str = "127.0.0.1"
-    port: int = 8000
-    default_prompt: str = ""
-    num_flow_steps: int = 0
-    noise_seed: int = 0
-    max_batch: int = 8
-    max_wait_ms: float = 0.0
-    max_connections: int = 32
-    max_message_mb: float = 32.0
-    log_every_s: float = 60.0
+    run: str = option("", "serve this run folder, instead of the policy run of a config")
+    checkpoint: str = option(
+        "", "with --config: serve this checkpoint of openpi's form (folder or gs://, s3:// URL), not a run"
+    )
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
+    port: int = option(8000, between(0, 65_535), "0 takes a free one and prints it")
+    default_prompt: str = option("", "for requests without one; else the datasets' if they have exactly one")
+    num_flow_steps: int = option(0, between(0, 100), "Euler steps of requests that name none; 0 = the run's")
+    noise_seed: int = option(0, between(0, 2**31 - 1), "of the noise of requests without a seed")
+    max_batch: int = option(8, between(1, _MAX_BATCH), "requests that wait are computed together, up to so many")
+    max_wait_ms: float = option(0.0, between(0, 10_000), "how long a request may wait for others to join it")
+    max_connections: int = option(32, between(1, 10_000), "clients at the same time")
+    max_message_mb: float = option(32.0, between(0.01, 1024), "MiB of one request")
+    log_every_s: float = option(60.0, between(0, 1e6), "seconds between log lines; 0 = none but the last")
 
 
-_NOTES = {
-    "config": "serve the policy run of this config; its fields say which (--exp-name, --runs-dir, --policy.run-name)",
-    "run": "serve this run folder",
-    "checkpoint": "with --config: serve this checkpoint of openpi's form (folder or gs://, s3:// URL), not a run",
-    "host": "address to listen on; 0.0.0.0 lets other machines in",
-    "port": "0 takes a free one and prints it",
-    "default_prompt": "for requests without one; else the datasets' if they have exactly one",
-    "num_flow_steps": "Euler steps of requests that name none; 0 = the run's",
-    "noise_seed": "of the noise of requests without a seed",
-    "max_batch": "requests that wait are computed together, up to so many",
-    "max_wait_ms": "how long a request may wait for others to join it",
-    "max_connections": "clients at the same time",
-    "max_message_mb": "MiB of one request",
-    "log_every_s": "seconds between log lines; 0 = none but the last",
-}
+_ABOUT = f"""A trained policy behind openpi's websocket protocol: the policy run of a config (its fields, --exp-name and
+--policy.run-name among them, say which), or --run PATH. All fields of the config are options too.
+
+With {API_KEY} set, clients must send that key (openpi_client: api_key=...).
+GET /healthz and /metrics on the same port. SIGTERM: requests in flight are answered, then exit code 0."""
 
 
 def main(argv: Sequence[str]) -> int:
     """`hvd serve ...`; returns the exit code when the server was told to stop."""
-    if "-h" in argv or "--help" in argv:
-        print(usage())
+    if overrides.asks_help(argv):
+        overrides.print_help("hvd serve --config NAME | --run PATH", _ABOUT, overrides.Choice(), ServeOptions())
         return EXIT_COMPLETE
-    options, rest = parse(argv)
+    options, rest = overrides.take(ServeOptions(), argv)
     target = chosen(options, rest)
     api_key = api_key_of(os.environ.get(API_KEY))
     with bound(options.host, options.port) as sock:
@@ -103,45 +94,10 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_COMPLETE
 
 
-def usage() -> str:
-    lines = ["usage: hvd serve --config NAME | --run PATH [options] [--dotted.field value]...", ""]
-    for field in dataclasses.fields(ServeOptions):
-        name = "--" + field.name.replace("_", "-")
-        lines.append(f"  {name:<18} {_NOTES[field.name]} (default: {field.default if field.default != '' else 'none'})")
-    lines += [
-        "",
-        f"With {API_KEY} set, clients must send that key (openpi_client: api_key=...).",
-        "GET /healthz and /metrics on the same port. SIGTERM: requests in flight are answered, then exit code 0.",
-    ]
-    return "\n".join(lines)
-
-
-def parse(argv: Sequence[str]) -> tuple[ServeOptions, list[str]]:
-    """The server's own options, and the config's fields as they were. UserError for a value out of range."""
-    own = overrides.leaves(ServeOptions)
-    flags = overrides.split_flags(argv)
-    options = overrides.apply(ServeOptions(), [flag for flag in flags if flag.field in own])
-    rest = [arg for flag in flags if flag.field not in own for arg in (flag.token, *flag.values)]
-    ranges = {
-        "port": (0, 65_535),
-        "num_flow_steps": (0, 100),
-        "noise_seed": (0, 2**31 - 1),
-        "max_batch": (1, _MAX_BATCH),
-        "max_wait_ms": (0, 10_000),
-        "max_connections": (1, 10_000),
-        "max_message_mb": (0.01, 1024),
-        "log_every_s": (0, 1e6),
-    }
-    for name, (low, high) in ranges.items():
-        value = getattr(options, name)
-        if not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
-    return options, rest
-
-
 def chosen(options: ServeOptions, rest: Sequence[str]) -> Experiment | str:
     """The experiment or the run folder to serve."""
-    if bool(options.config) == bool(options.run):
+    named = any(arg.startswith("--config") for arg in rest)
+    if named == bool(options.run):
         raise UserError("hvd serve needs one of --config NAME (`hvd configs` lists them) and --run PATH")
     if options.run:
         if options.checkpoint:
@@ -149,7 +105,7 @@ def chosen(options: ServeOptions, rest: Sequence[str]) -> Experiment | str:
         if rest:
             raise UserError(f"{rest[0]}: a run folder knows its own config; --run takes no fields of one")
         return options.run
-    cfg = overrides.experiment(["--config", options.config, *rest])
+    cfg = overrides.experiment(rest)
     check_config(cfg)
     return cfg
 

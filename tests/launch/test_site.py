@@ -55,12 +55,12 @@ def test_later_sources_win(folders, monkeypatch):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("partion = 'x'", "unknown setting 'partion'; nearest: partition"),
-        ("cpus = '2'", "cpus needs a whole number, has '2'"),
-        ("cpus = true", "cpus needs a whole number, has True"),
-        ("requeue = 1", "requeue needs true or false"),
-        ("setup = 'x'", "setup needs a list of texts"),
-        ("container = 'docker'", "container 'docker' is not one of pyxis, apptainer, none"),
+        ("partion = 'x'", "unknown field 'partion'; nearest: partition"),
+        ("cpus = '2'", "cpus: '2' is not a whole number"),
+        ("cpus = true", "cpus: True is not a whole number"),
+        ("requeue = 1", "requeue: 1 is not true or false"),
+        ("setup = 'x'", "setup: 'x' is not a list of texts"),
+        ("container = 'docker'", "container: 'docker' is not one of pyxis, apptainer, none"),
         ("partition = ", "Invalid value"),
     ],
 )

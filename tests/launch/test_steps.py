@@ -62,7 +62,7 @@ def test_every_command_line_is_understood():
                 step, *args = task.args
                 assert step in cli.STEPS
                 if not cli.STEPS[step].own_flags:
-                    rest, _ = cli.take_overwrite(args)
+                    rest, _ = overrides.take_overwrite(args)
                     overrides.experiment(rest)
 
 

@@ -140,7 +140,7 @@ def test_options_of_the_launcher_of_the_site_and_of_the_config_are_told_apart():
     ]
     options, rest, for_clusters = submit.parse(argv)
     assert options == submit.Submit(stage="value", nodes=2, dry_run=True)
-    assert rest == ["--seed", "3", "--exp_name", "x"]
+    assert rest == ["--config", "demo", "--seed", "3", "--exp_name", "x"]
     assert [(flag.field, flag.values) for flag in for_clusters["slurm"]] == [("slurm.gpus_per_node", ("4",))]
 
 

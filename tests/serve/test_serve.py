@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from hvd import cli
+from hvd import cli, overrides
 from hvd.errors import EXIT_USER
 from hvd.serve import command as serve
 from hvd.serve.observation import default_prompt
@@ -320,7 +320,9 @@ def test_a_key_that_no_header_can_carry(key, monkeypatch, capsys):
 
 
 def test_the_config_s_fields_say_which_run(tmp_path):
-    options, rest = serve.parse(["--config", "demo", "--exp-name", "mine", "--port", "9000", "--seed", "3"])
+    options, rest = overrides.take(
+        serve.ServeOptions(), ["--config", "demo", "--exp-name", "mine", "--port", "9000", "--seed", "3"]
+    )
     assert options.port == 9_000 and options.host == "127.0.0.1"
     cfg = serve.chosen(options, rest)
     assert not isinstance(cfg, str) and cfg.policy_dir == "runs/mine/policy" and cfg.seed == 3

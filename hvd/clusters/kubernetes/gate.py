@@ -7,7 +7,6 @@ same file sets it to 0 again: apply compares the file with the live object, whoe
 policy goes on where it saved.
 """
 
-import argparse
 import json
 import os
 import ssl
@@ -15,11 +14,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hvd import overrides
 from hvd.errors import EXIT_COMPLETE, Failed, UserError
+from hvd.fields import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, option
 from hvd.train.complete import check_complete
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -100,26 +101,26 @@ def _text(error: urllib.error.HTTPError) -> str:
         return str(error.reason)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"hvd gate: {message}")
+@dataclass(frozen=True)
+class Gate:
+    """What the gate is told; other options say which experiment."""
+
+    value_job: str = option("", "the Job to wait for; none: only the run is verified")
+    policy_job: str = option("", "the Job to release; needed")
+    pods: int = option(1, AT_LEAST_1, "parallelism of the released Job")
+    appear: float = option(600.0, NOT_NEGATIVE, "seconds to wait for a Job that is not there yet")
+    every: float = option(2.0, POSITIVE, "seconds between two questions")
 
 
 def main(argv: Sequence[str]) -> int:
     """`hvd gate [--value-job NAME] --policy-job NAME [--pods N] --config NAME ...`; 0 once the policy Job has ended."""
-    parser = _Parser(
-        prog="hvd gate",
-        allow_abbrev=False,
-        description="wait for the value Job, verify its run, release the policy Job; other options are the config's",
-    )
-    parser.add_argument("--value-job", default="", help="none: only the run is verified")
-    parser.add_argument("--policy-job", required=True)
-    parser.add_argument("--pods", type=int, default=1, help="parallelism of the released Job")
-    parser.add_argument("--appear", type=float, default=600, help="seconds to wait for a Job that is not there yet")
-    parser.add_argument("--every", type=float, default=2, help="seconds between two questions")
-    options, rest = parser.parse_known_args(list(argv))
-    if options.pods < 1:
-        raise UserError(f"hvd gate: --pods {options.pods} must be at least 1")
+    if overrides.asks_help(argv):
+        about = "In a pod: wait for the value Job, verify its run, release the policy Job."
+        overrides.print_help("hvd gate --policy-job NAME --config NAME", about, Gate(), overrides.Choice())
+        return EXIT_COMPLETE
+    options, rest = overrides.take(Gate(), argv)
+    if not options.policy_job:
+        raise UserError("--policy-job NAME is missing: the Job to release")
     cfg = overrides.experiment(rest)
     jobs = Jobs.of_this_pod()
     if options.value_job:

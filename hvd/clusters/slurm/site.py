@@ -4,15 +4,15 @@ import dataclasses
 import os
 import re
 import tomllib
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from hvd import overrides
 from hvd.accelerators import get as get_accelerator
-from hvd.errors import UserError, nearest
+from hvd.errors import UserError
+from hvd.fields import from_plain
 
 SITE_FILE = Path("slurm") / "site.toml"  # of the working directory, which is the checkout
 JOBS_DIR = Path("slurm") / "jobs"
@@ -84,27 +84,7 @@ def read(path: Path, site: Site) -> Site:
         data = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}") from error
-    kinds = typing.get_type_hints(Site)
-    for name, value in data.items():
-        if name not in kinds:
-            raise UserError(f"{path}: unknown setting {name!r}{nearest(name, kinds)}")
-        data[name] = _typed(kinds[name], value, f"{path}: {name}")
-    return dataclasses.replace(site, **data)
-
-
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise UserError(f"{where} needs a list of texts, has {value!r}")
-        return tuple(value)
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise UserError(f"{where} {value!r} is not one of {', '.join(typing.get_args(kind))}")
-        return value
-    if type(value) is not kind:
-        needs = {str: "a text", int: "a whole number", bool: "true or false"}[kind]
-        raise UserError(f"{where} needs {needs}, has {value!r}")
-    return value
+    return from_plain(Site, data, str(path), site)
 
 
 def check(site: Site) -> None:
