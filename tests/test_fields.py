@@ -10,8 +10,9 @@ import pytest
 from hvd.configs import Experiment, PolicyConfig, StageConfig, ValueConfig
 from hvd.errors import UserError
 from hvd.experiments import get_config
-from hvd.fields import Mark, between, check_rules, from_plain, from_words, leaves, marks, option, replaced
+from hvd.fields import Mark, between, check_rules, from_plain, from_words, leaves, marks, one_of, option, replaced
 from hvd.train import run_dir
+from tests import config_docs
 
 HASHES = {
     "value": "046e70c487fe2f5c42d10e777d3153708f418bf3793c73122fcad74a78ab8424",
@@ -98,6 +99,21 @@ def test_rules_name_the_field():
         check_rules(replaced(get_config("demo"), "value.gamma", float("nan")))
 
 
+def test_a_name_in_a_table_is_looked_up_when_it_is_checked():
+    table = ["tote"]
+
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        task: str = option("tote", one_of(lambda: table))
+
+    with pytest.raises(UserError, match=r"^task 'pikc' is unknown; known: tote$"):
+        check_rules(Own("pikc"))
+    table.append("pick")
+    with pytest.raises(UserError, match=r"^task 'pikc' is unknown; nearest: pick$"):
+        check_rules(Own("pikc"))
+    check_rules(Own("pick"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Inner:
     size: int
@@ -149,3 +165,7 @@ def test_words_are_values():
     assert from_words(dict[str, float], ["p", "1"], "--x") == {"p": 1.0}
     with pytest.raises(UserError, match=r"^--x: '7 8' is not a JSON list of lists of whole numbers$"):
         from_words(tuple[tuple[int, ...], ...], ["7", "8"], "--x")
+
+
+def test_the_page_of_the_fields_is_up_to_date():
+    assert config_docs.PATH.read_text() == config_docs.page(), "python -m tests.config_docs writes it"
