@@ -33,7 +33,7 @@ def pod(monkeypatch):
 
 OTHER = """
 import sys, time
-from hvd.train import heartbeat, owner
+from hvd.runtime import heartbeat, owner
 heartbeat.BEAT_SECONDS = 0.1
 owner.claim(sys.argv[1])
 print("claimed", flush=True)
