@@ -38,7 +38,7 @@ from hvd.errors import (
     nearest,
 )
 from hvd.experiments import CONFIGS
-from hvd.runtime import job, processes
+from hvd.runtime import owner, processes, records
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -100,18 +100,18 @@ def usage() -> str:
 
 
 def command() -> NoReturn:
-    """The command `hvd`: one step as a process; a scheduler's job is told how it ended (hvd.runtime.job)."""
+    """The command `hvd`: one step as a process; a scheduler's job is told how it ended (hvd.runtime.records)."""
     if processes.several():
         faulthandler.enable()  # JAX aborts a process whose companions have gone: say where it was
     try:
         end = attempt(sys.argv[1:])
     except SystemExit as stop:
-        job.tell_exit(stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_COMPLETE)
+        records.tell_exit(stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_COMPLETE)
         raise
     except BaseException:
         traceback.print_exc()
         end = End(EXIT_FAILED)
-    job.tell_exit(end.code)
+    records.tell_exit(end.code)
     # A full disk: libraries with open files complain at exit (Orbax's threads once an array) and would hide the line.
     # A process of several that fails: leaving in order means waiting for the others, which wait for this one.
     if end.disk_full or (processes.several() and end.code not in (EXIT_COMPLETE, EXIT_STOPPED)):
@@ -186,6 +186,7 @@ def run(argv: Sequence[str]) -> int:
     if name not in STEPS:
         raise UserError(f"unknown step {name!r}{nearest(name, [*STEPS, 'configs'])}")
     step = STEPS[name]
+    owner.job_alive = _job_alive
     if step.own_flags:
         return importlib.import_module(step.module).main(rest) or EXIT_COMPLETE
     if overrides.asks_help(rest):
@@ -198,6 +199,12 @@ def run(argv: Sequence[str]) -> int:
     check_config(cfg)
     main = importlib.import_module(step.module).main
     return (main(cfg, overwrite=overwrite) if step.trains else main(cfg)) or EXIT_COMPLETE
+
+
+def _job_alive(scheduler: str, job: str) -> bool | None:
+    from hvd.clusters import base
+
+    return base.alive(scheduler, job)
 
 
 def config_lines() -> list[str]:

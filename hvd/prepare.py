@@ -1,7 +1,7 @@
 """`hvd prepare`: what a stage needs before it can train, in one step: simulated recordings, their datasets, statistics.
 
 For configs whose data are the user's own only the statistics are left to do; what is there already is not done again.
-Batch files and manifests call it, so that they are the same for every config.
+It is the first step of the value stage (hvd.stages).
 """
 
 import os

@@ -4,19 +4,23 @@ Each module of hvd.clusters beside this one is such a place. Its name is the val
 settings on the command line (`--slurm.partition gpu`); its `CLUSTER` is the class. A new scheduler is one more module.
 """
 
+import datetime
 import importlib
+import os
 import pkgutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import hvd.clusters
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, Failed, UserError, nearest
 from hvd.overrides import Flag
 
+JOBS_DIR = "HVD_JOBS_DIR"
 EXIT_TIMEOUT = 124  # as of timeout(1)
 _WAIT_S = (1.0, 5.0)  # first and longest pause between two questions about the same state
 
@@ -54,7 +58,7 @@ class Planned:
     Attributes:
         text: what --dry-run prints: commands, a batch script or manifests, to be run by hand.
         devices, processes: over all nodes.
-        hardware: of a node, as `hvd plan --devices` takes it (`8xh100-80gb`); "" = not known.
+        hardware, hardware_nodes: as `hvd plan --devices --nodes` takes them (`8xh100-80gb`, 2); "" = not known.
         parts: of `submit` only, each cluster's own.
     """
 
@@ -63,12 +67,13 @@ class Planned:
     devices: int
     processes: int
     hardware: str = ""
+    hardware_nodes: int = 1
     parts: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that the cluster has taken. `log`: a file, or the command that shows it."""
+    """A job that the cluster has taken. `log`: a file, or the command that shows it; "" = it is shown at once."""
 
     id: str
     stage: str
@@ -132,6 +137,7 @@ class JobState:
         return (self.state == "FAILED" and self.exit_code) or EXIT_FAILED
 
 
+@runtime_checkable
 class Cluster(Protocol):
     """A place where jobs run. It is made with the user's flags `--NAME.setting`, and with `hvd jobs --jobs-dir`.
 
@@ -154,8 +160,17 @@ class Cluster(Protocol):
         """What the request comes to; no side effects. UserError where it makes no sense here."""
         ...
 
+    def check(self, planned: Planned) -> None:
+        """Ask the cluster whether it could run this at all; says what is asked for, and the cluster's warnings.
+
+        Raises:
+            UserError: it never could.
+            Unreachable: it does not answer.
+        """
+        ...
+
     def submit(self, planned: Planned, again: Sequence[str] = ()) -> list[Submitted]:
-        """Hand the jobs over, in their order: all of them or none. Says what is asked for, and the cluster's warnings.
+        """Hand the jobs over, in their order: all of them or none.
 
         Args:
             again: the launcher's own command line, for a cluster that must start the launcher in the background;
@@ -171,8 +186,8 @@ class Cluster(Protocol):
         """Does the text look like an id of this cluster?"""
         ...
 
-    def states(self, everything: bool) -> list[JobState]:
-        """Our jobs, oldest first; [] where the cluster is not used. `everything`: those that ended long ago too."""
+    def states(self, days: float | None) -> list[JobState]:
+        """Our jobs, oldest first, [] where the cluster is not used; without those that ended more than `days` ago."""
         ...
 
     def state(self, job: str) -> JobState:
@@ -206,37 +221,48 @@ def names() -> list[str]:
     return [*(name for name in found if name != "local"), "local"]
 
 
-def get(name: str) -> type[Cluster]:
-    """The class of that name; UserError for an unknown one."""
+def get(name: str, flags: Sequence[Flag] = (), jobs_dir: str = "") -> Cluster:
+    """The cluster of that name; UserError for an unknown one."""
     if name not in names():
-        raise UserError(f"--cluster {name!r} is not one of auto, {', '.join(names())}{nearest(name, names())}")
-    return importlib.import_module(f"hvd.clusters.{name}").CLUSTER
+        raise UserError(f"--cluster: unknown cluster {name!r}{nearest(name, ['auto', *names()])}")
+    return importlib.import_module(f"hvd.clusters.{name}").CLUSTER(flags, jobs_dir)
 
 
-def choose(name: str) -> type[Cluster]:
-    """The class that was asked for; "auto" is the first one that answers, else this machine."""
+def choose(name: str) -> str:
+    """The name that was asked for; for "auto" that of the first cluster that answers, else this machine's."""
     if name != "auto":
-        return get(name)
-    for kind in map(get, names()):
-        if not kind().available():
-            continue
-        if kind.auto:
-            return kind
-        print(f"--cluster auto: {kind.name} is there and is used only when asked for: --cluster {kind.name}")
-    return get("local")
+        return name
+    clusters = sorted(map(get, names()), key=lambda cluster: not cluster.auto)
+    for cluster in clusters:
+        if cluster.auto and cluster.name != "local" and cluster.available():
+            return cluster.name
+    for cluster in clusters:
+        if not cluster.auto and cluster.available():
+            print(f"--cluster auto: running on this machine (--cluster {cluster.name} would use {cluster.name})")
+    return "local"
 
 
 def owner_of(job: str, jobs_dir: str = "") -> Cluster:
-    """The cluster that an id belongs to by its form; UserError where it is none of an id."""
-    for kind in map(get, names()):
-        if (cluster := kind(jobs_dir=jobs_dir)).owns(job):
+    """The cluster that an id belongs to by its form; UserError where it has no id's form."""
+    for name in names():
+        if (cluster := get(name, jobs_dir=jobs_dir)).owns(job):
             return cluster
     raise UserError(f"{job!r} is not the id of a job: a number such as 123, or a name (`hvd jobs` lists them)")
 
 
 def alive(scheduler: str, job: str) -> bool | None:
-    """Has the job not ended? None where nothing here can tell. `scheduler`: a name of `names`."""
-    return get(scheduler)().alive(job) if scheduler in names() else None
+    """Has the job not ended? None where it cannot be asked from here. `scheduler`: one of `names`."""
+    return get(scheduler).alive(job) if scheduler in names() else None
+
+
+def jobs_folder(given: str = "") -> Path:
+    """Where jobs leave their records: --jobs-dir, else $HVD_JOBS_DIR, else slurm/jobs here."""
+    return Path(given or os.environ.get(JOBS_DIR) or Path("slurm", "jobs"))
+
+
+def recent(seen: datetime.datetime | None, days: float | None) -> bool:
+    """Was it within the last days? Yes where the time is not known, or `days` is None."""
+    return seen is None or days is None or datetime.datetime.now(datetime.UTC) - seen < datetime.timedelta(days=days)
 
 
 def wait_for(job: str, timeout: float | None, ask: Callable[[], JobState | None]) -> int:

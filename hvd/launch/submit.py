@@ -1,35 +1,30 @@
 """One command for both stages: python launch/submit.py --stage all|value|policy [--config NAME] [--field value]...
 
-Checks what can be checked, then runs the stage's steps here, or as jobs of a Slurm or Kubernetes cluster. A rerun
+Checks what can be checked, then hands the stage to a cluster (hvd.clusters): this machine, Slurm, Kubernetes. A rerun
 goes on where the last one stopped. Exit codes: 0 complete (or queued), 2 the user's mistake, 143 stopped after saving,
 1 anything else.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
-import shlex
-import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from hvd import overrides
 from hvd.checks import check_config, check_datasets, check_devices, check_weights, check_writable
-from hvd.clusters import local
-from hvd.clusters.kubernetes import manifests as kubernetes
-from hvd.clusters.kubernetes import queue
-from hvd.clusters.slurm import site
-from hvd.clusters.slurm import submission as slurm
+from hvd.clusters import base
+from hvd.clusters.base import Planned, Request
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USER, Failed, UserError
-from hvd.fields import AT_LEAST_1, option
-from hvd.launch import fit, steps
-
-CLUSTERS = ("auto", "local", "slurm", "kubernetes")
+from hvd.fields import AT_LEAST_1, option, to_plain
+from hvd.files import write_atomic
+from hvd.launch import fit
+from hvd.stages import needs_value
+from hvd.train import run_dir
 
 
 @dataclass(frozen=True)
@@ -38,9 +33,7 @@ class Submit:
 
     stage: Literal["all", "value", "policy"] = option("all", "value and policy need what comes before them")
     nodes: int = option(1, AT_LEAST_1, "nodes of a job; on this machine processes that share its cores or GPUs")
-    cluster: Literal["auto", "local", "slurm", "kubernetes"] = option(
-        "auto", "auto is Slurm where it answers, else this machine"
-    )
+    cluster: str = option("auto", f"{', '.join(base.names())}; auto is Slurm where it answers, else this machine")
     dry_run: bool = option(False, "print the commands, or the batch scripts, and run nothing")
     detach: bool = option(False, "run in the background, with a log; on Kubernetes: do not follow the Jobs")
     devices: str = option(
@@ -75,191 +68,117 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
+def usage() -> str:
+    lines = ["usage: python launch/submit.py [--stage all] [--dotted.field value]...", ""]
+    notes = {
+        "stage": "all, value or policy (needs a complete value run)",
+        "nodes": "nodes of a job; on this machine processes that share its cores or GPUs",
+        "cluster": f"auto, {', '.join(base.names())}; auto is Slurm where it answers, else this machine",
+        "config": "`hvd configs` lists them",
+        "dry_run": "print the commands, or the batch scripts, and run nothing",
+        "detach": "run in the background, with a log; on Kubernetes: do not follow the Jobs",
+        "data": "a LeRobot dataset, or the folder that holds the config's repo_ids",
+        "devices": "of a node, such as 8xh100-80gb, for the memory plan; on this machine nvidia-smi is asked",
+        "plan": "refuse a job that cannot fit its devices (`hvd plan`); --no-plan submits it all the same",
+        "after": "start only after this job has completed, such as the value job of --stage policy (Slurm: its id)",
+    }
+    for field in dataclasses.fields(Submit):
+        name = "--" + field.name.replace("_", "-")
+        lines.append(f"  {name:<12} {notes[field.name]} (default: {field.default if field.default != '' else 'none'})")
+    lines += [
+        "  --overwrite  delete the stage's run directories and start again (default: --resume, go on)",
+        "  --slurm.partition gpu, --slurm.time 4:00:00, ...  any setting of slurm/site.toml",
+        "  --kubernetes.image registry/hvd:1, --kubernetes.overlay DIR, ...  its settings: docs/kubernetes.md",
+        "",
+        "Every field of the config can be set: --exp-name my_run --model.method expectile --value.batch_size 128.",
+        "`hvd train-policy --help --config NAME` lists the fields with their values.",
+    ]
+    return "\n".join(lines)
+
+
 def submit(argv: list[str]) -> int:
     """Parse, check, and run or print. Raises UserError; nothing is written before everything has been checked."""
-    options, rest, for_clusters = parse(argv)
-    passed_on, overwrite = overrides.take_overwrite(rest)
-    cfg = overrides.experiment(passed_on)
-    place = choose_cluster(options.cluster)
-    for cluster, flags in for_clusters.items():
-        if flags and place != cluster:
-            raise UserError(f"{flags[0].token} is for --cluster {cluster}, this is {place}")
-    if place == "kubernetes":
-        return to_kubernetes(cfg, options, passed_on, for_clusters["kubernetes"], overwrite)
-    if place == "slurm":
-        return to_slurm(cfg, options, passed_on, for_clusters["slurm"], overwrite)
-    if options.after:
-        raise UserError(f"--after is for --cluster slurm and kubernetes, this is {place}")
-    return here(cfg, options, passed_on, overwrite, argv)
-
-
-def here(cfg: Experiment, options: Submit, passed_on: list[str], overwrite: bool, argv: Sequence[str]) -> int:
-    """Run the steps on this machine."""
-    found = local.gpus()
-    if found and len(found) < options.nodes:
-        raise UserError(f"--nodes {options.nodes}: this machine has only {len(found)} GPU(s) to divide among them")
-    check(cfg, options, local.devices(options.nodes), options.nodes)
-    plan = steps.plan(cfg, options.stage, passed_on, overwrite)
-    log_dir = logs(cfg)
-    if options.dry_run:
-        print("\n".join(commands(plan, options.nodes)))
-        return EXIT_COMPLETE
-    if options.plan:
-        fit.check(options.stage, passed_on, options.devices, options.nodes)
-    if options.detach:
-        return detach(argv, log_dir)
-    started = time.monotonic()
-    code = local.Runner(log_dir, options.nodes).run(plan)
-    if code == EXIT_COMPLETE:
-        finish(cfg, options.stage, time.monotonic() - started)
-    return code
-
-
-def to_slurm(
-    cfg: Experiment, options: Submit, passed_on: list[str], for_site: list[overrides.Flag], overwrite: bool
-) -> int:
-    """Put the stage's jobs into Slurm's queue, or print their scripts."""
-    if options.after and not options.after.isdigit():
-        raise UserError(f"--after {options.after!r} is no job id")
-    settings = site.load(for_site)
-    gpus = slurm.gpus(cfg, settings, asked=any(flag.field == "slurm.gpus_per_node" for flag in for_site))
-    jobs = slurm.jobs(cfg, options.stage, passed_on, options.nodes, settings, gpus, overwrite)
-    check(cfg, options, *slurm.devices(jobs[0].request, settings), on_cluster=True)
-    if options.dry_run:
-        for job in jobs:
-            waits = slurm.dependency(f"<id of the {job.after} job>" if job.after else options.after)
-            if len(jobs) > 1 or waits:
-                print(f"# ---- sbatch {' '.join([*waits, f'{job.request.stage}.sbatch'])}")
-            print(job.script, end="")
-        return EXIT_COMPLETE
-    kind = f"{gpus}x{settings.gpu}" if gpus and settings.gpu else ""
-    if options.plan and (options.devices or kind):
-        fit.check(options.stage, passed_on, options.devices or kind, options.nodes)
-    for job in jobs:
-        print(slurm.describe(job), flush=True)
-    slurm.check(jobs)
-    for job, number in zip(jobs, slurm.submit(jobs, options.after), strict=True):
-        waits = f", after the {job.after} job" if job.after else ""
-        print(f"{job.request.stage}: job {number}{waits}; log {site.JOBS_DIR}/{number}.log")
-    print("follow them: hvd jobs; hvd jobs logs ID -f")
-    return EXIT_COMPLETE
-
-
-def to_kubernetes(
-    cfg: Experiment, options: Submit, passed_on: list[str], flags: list[overrides.Flag], overwrite: bool
-) -> int:
-    """Apply the stage's manifests, or print them; follows the Jobs unless --detach."""
-    asked = kubernetes.settings(flags)
-    if options.after and (options.stage != "policy" or not queue.is_name(options.after)):
-        raise UserError(f"--after {options.after!r}: it names the value Job that --stage policy waits for")
+    options, rest, settings = parse(argv)
+    given, overwrite = overrides.take_overwrite(rest)
+    cfg = overrides.experiment(given)
+    name = base.choose(options.cluster)
+    for flag in settings:
+        if not flag.field.startswith(f"{name}."):
+            raise UserError(f"{flag.token} is for --cluster {flag.field.partition('.')[0]}, this is {name}")
+    cluster = base.get(name, settings)
     check_config(cfg)
-    manifests = kubernetes.render(
-        cfg, options.stage, passed_on, options.nodes, asked, after=options.after, overwrite=overwrite
-    )
-    gpus = kubernetes.gpus(manifests)
-    check_devices(cfg, options.nodes * max(1, gpus), options.nodes)
+    planned = cluster.plan(Request(cfg, options.stage, tuple(given), options.nodes, overwrite, options.after))
+    check(planned, files=cluster.shares_files, later=options.dry_run and not cluster.stays)
     if options.dry_run:
-        print(kubernetes.to_yaml(manifests), end="")
+        print(planned.text, end="")
         return EXIT_COMPLETE
-    if not shutil.which("kubectl"):
-        raise UserError("--cluster kubernetes: there is no kubectl on this machine")
-    kind = options.devices or (f"{gpus}x{asked.gpu}" if gpus and asked.gpu else "")
-    if options.plan and kind:
-        fit.check(options.stage, passed_on, kind, options.nodes)
-    names = kubernetes.submit(manifests)
-    print(f"follow them: hvd jobs; hvd jobs logs {names[0]} -f", flush=True)
-    return EXIT_COMPLETE if options.detach else kubernetes.follow(names)
+    if options.plan and (options.devices or planned.hardware):
+        nodes = options.nodes if options.devices else planned.hardware_nodes
+        fit.check(options.stage, given, options.devices or planned.hardware, nodes)
+    cluster.check(planned)
+    if cluster.shares_files:
+        request = dataclasses.replace(planned.request, options=("--config-file", config_file(cfg)))
+        planned = cluster.plan(request)
+    again = [flag for flag in overrides.split_flags(argv) if options.detach and flag.field != "detach"]
+    jobs = cluster.submit(planned, overrides.joined(again))
+    for job in jobs:
+        if job.log:
+            after = f", after the {job.after} job" if job.after else ""
+            print(f"{job.stage}: job {job.id}{after}; log {job.log}", flush=True)
+    if any(job.log for job in jobs):
+        print(f"follow them: hvd jobs; hvd jobs logs {jobs[0].id} -f", flush=True)
+    codes = (cluster.wait(job.id, None) for job in jobs if cluster.stays and not options.detach)
+    return next((code for code in codes if code), EXIT_COMPLETE)
 
 
-def parse(argv: Sequence[str]) -> tuple[Submit, list[str], dict[str, list[overrides.Flag]]]:
-    """The launcher's own options, the experiment's, and the flags of each cluster (--slurm.NAME, ...)."""
+def parse(argv: Sequence[str]) -> tuple[Submit, list[str], list[overrides.Flag]]:
+    """The launcher's own options, the experiment's, and the settings of clusters (--slurm.NAME, ...)."""
+    prefixes = tuple(f"{name}." for name in base.names())
     flags = overrides.split_flags(argv)
-    theirs = {name: [flag for flag in flags if flag.field.startswith(f"{name}.")] for name in ("slurm", "kubernetes")}
-    others = [flag for flag in flags if not flag.field.startswith(("slurm.", "kubernetes."))]
-    options, rest = overrides.take(Submit(), overrides.joined(others))
+    settings = [flag for flag in flags if flag.field.startswith(prefixes)]
+    options, rest = overrides.take(Submit(), overrides.joined([flag for flag in flags if flag not in settings]))
     choice, fields = overrides.take(overrides.Choice(), rest)
     if not choice.config_file:
         choice = dataclasses.replace(choice, config=choice.config or "demo")
-    return options, [*choice.as_flags(), *fields], theirs
+    return options, [*choice.as_flags(), *fields], settings
 
 
-def choose_cluster(asked: str) -> str:
-    """The place a job runs at: what was asked for; auto is Slurm where it answers, else this machine."""
-    if asked != "auto":
-        return asked
-    if slurm.available():
-        return "slurm"
-    if queue.available():
-        print("--cluster auto: running on this machine (kubectl has a context: --cluster kubernetes would use it)")
-    return "local"
+def check(planned: Planned, *, files: bool, later: bool) -> None:
+    """Everything that can be known before a step runs; raises UserError.
 
-
-def check(cfg: Experiment, options: Submit, devices: int, processes: int, *, on_cluster: bool = False) -> None:
-    """Everything that can be known before a step runs; raises UserError. `devices`: of all processes."""
-    check_config(cfg)
-    check_devices(cfg, devices, processes)
+    Args:
+        files: datasets, weights and run folders are where this machine sees them.
+        later: it is printed, and another time submitted.
+    """
+    request, cfg = planned.request, planned.request.cfg
+    check_devices(cfg, planned.devices, planned.processes)
+    if not files:
+        return
     check_datasets(cfg)
-    check_weights(cfg, ("value", "policy") if options.stage == "all" else (options.stage,))
+    check_weights(cfg, ("value", "policy") if request.stage == "all" else (request.stage,))
     check_writable(cfg.exp_dir)
     check_writable(cfg.assets_dir)
-    # a script is printed for later, and --after is a value job that is not complete yet: the job itself asks again
-    later = bool(options.after) or (options.dry_run and on_cluster)
-    if options.stage == "policy" and steps.needs_value(cfg) and not later:
+    # --after is a value job that is not complete yet: the job itself asks again
+    if request.stage == "policy" and needs_value(cfg) and not later and not request.after:
         from hvd.train.complete import check_complete
 
         check_complete(cfg.value_dir, stage="value", cfg=cfg)
 
 
-def logs(cfg: Experiment) -> Path:
-    """Folder of the steps' logs: in the experiment's, or below runs/ when that is remote."""
-    name = cfg.exp_name or cfg.name
-    return (Path("runs") / name if "://" in cfg.exp_dir else Path(cfg.exp_dir)) / "logs"
+def config_file(cfg: Experiment) -> str:
+    """The resolved config as a file of the experiment's folder (below runs/ when that is remote), for its steps.
 
+    It is named by what it holds: a job in the queue keeps its own when the next one is submitted with another config.
+    """
+    data = to_plain(cfg)
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+    folder = os.path.join("runs", cfg.exp_name or cfg.name) if "://" in cfg.exp_dir else cfg.exp_dir
+    path = os.path.join(folder, "configs", f"{digest}.yaml")
+    if not os.path.exists(path):
+        import yaml
 
-def commands(plan: Sequence[steps.Group], nodes: int) -> list[str]:
-    """The plan as shell commands, one a line; what runs at the same time is said in a comment."""
-    lines = []
-    for group in plan:
-        at_a_time = len(local.core_shares(len(group)))
-        if len(group) > 1:
-            lines.append(f"# the next {len(group)}: {at_a_time} at a time, each on its share of the cores")
-        for task in group:
-            count = nodes if task.spread else 1
-            for index in range(count):
-                env = local.node_environment("127.0.0.1:PORT", count, index) if count > 1 else {}
-                words = [f"{name}={value}" for name, value in env.items()]
-                command = [*local.COMMAND, *task.args]
-                lines.append(" ".join([*words, shlex.join(command)]) + (" &" if index < count - 1 else ""))
-    return lines
-
-
-def detach(argv: Sequence[str], log_dir: Path) -> int:
-    """The same command without --detach, in a session of its own; prints how to follow and to stop it."""
-    log_dir.mkdir(parents=True, exist_ok=True)
-    log = log_dir / "submit.log"
-    again = [flag for flag in overrides.split_flags(argv) if flag.field != "detach"]
-    command = [sys.executable, "-m", "hvd.launch.submit", *overrides.joined(again)]
-    with open(log, "a", encoding="utf-8") as out:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    print(f"running in the background: process {process.pid}, log {log}")
-    print(f"follow it: tail -f {shlex.quote(str(log))}; stop it (it saves): kill {process.pid}")
-    return EXIT_COMPLETE
-
-
-def finish(cfg: Experiment, stage: str, seconds: float) -> None:
-    """The last lines: results and where the report is, or what comes next."""
-    print(f"stage {stage} complete after {seconds / 60:.1f} minutes")
-    if stage == "value":
-        print(f"value run: {cfg.value_dir}; next: --stage policy")
-    elif stage == "policy":
-        print(f"policy run: {cfg.policy_dir}; next: hvd evaluate and hvd report with the same options, or --stage all")
-    else:
-        from hvd.report.results import summary
-
-        print(summary(cfg))
-        print(f"report: {os.path.join(cfg.exp_dir, 'report.html')}")
+        write_atomic(path, yaml.safe_dump({"version": run_dir.code_version(), "config": data}, sort_keys=False))
+    return path
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from hvd.method import advantage_table, advantages, flow
 from hvd.models import precision
 from hvd.models.augment import augment, draw
 from hvd.models.pi0 import Pi0, freeze_filter
-from hvd.runtime import job, preemption
+from hvd.runtime import preemption, records
 from hvd.train import complete, flops, gradients, inference, loop, mesh, pretrained, stage_data, state
 from hvd.train import optimizer as optim
 from hvd.train import run_dir as runs
@@ -93,7 +93,7 @@ def main(cfg: Experiment, overwrite: bool = False) -> None:
 
 def _main(cfg: Experiment, overwrite: bool) -> None:
     folder, own = cfg.policy_dir, cfg.policy
-    overwrite = overwrite and not job.has_begun(folder)
+    overwrite = overwrite and not records.has_begun(folder)
 
     # --- what can be refused before anything heavy; rule 1: only on a complete value run
     weighted = own.weighting != "none"

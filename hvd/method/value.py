@@ -10,7 +10,7 @@ from hvd.models import precision
 from hvd.models.augment import augment, draw
 from hvd.models.pi0 import freeze_filter
 from hvd.models.value import ValueModel, trunk_variant
-from hvd.runtime import job, preemption
+from hvd.runtime import preemption, records
 from hvd.train import flops, gradients, loop, mesh, pretrained, stage_data, state
 from hvd.train import optimizer as optim
 from hvd.train import run_dir as runs
@@ -105,7 +105,7 @@ def main(cfg: Experiment, overwrite: bool = False) -> None:
 
 def _main(cfg: Experiment, overwrite: bool) -> None:
     folder, own = cfg.value_dir, cfg.value
-    overwrite = overwrite and not job.has_begun(folder)
+    overwrite = overwrite and not records.has_begun(folder)
 
     # --- what can be refused before anything heavy
     runs.check_startable(folder, cfg, "value", {}, overwrite=overwrite)

@@ -1,7 +1,7 @@
-"""A sign of life on the run's storage, for owners that nobody here can ask about: pods of a Kubernetes cluster.
+"""A sign of life on the run's storage, for owners whose scheduler cannot be asked from a node: pods of Kubernetes.
 
-A trainer's pod may not ask the cluster's API (it has no rights there). So the owner counts up in a small file, and who
-finds another owner watches whether the number moves: no clock is compared with another machine's, no file time is read.
+A trainer's pod has no right to ask the cluster's API. So the owner counts up in a small file, and a process that finds
+another owner watches whether the number moves: no clocks are compared, no file times are read.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ import time
 
 from etils import epath
 
-from hvd import files
+from hvd.files import write_atomic
 from hvd.runtime import preemption
-from hvd.train import run_dir as runs
 
-FILE = f"{runs.OWNER}.alive"
+OWNER = "owner.json"  # which job works on the run (hvd.runtime.owner)
+FILE = f"{OWNER}.alive"
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0  # twelve missed beats; a network file system may show a file half a minute late
 
@@ -38,7 +38,7 @@ class Heartbeat:
     def _beat(self) -> None:
         for number in itertools.count(1):
             with contextlib.suppress(Exception):  # a full disk is the training's to report
-                files.write_atomic(self._path, f"{self._who} {number}\n")
+                write_atomic(self._path, f"{self._who} {number}\n".encode())
             if self._done.wait(BEAT_SECONDS):
                 return
 
@@ -52,9 +52,9 @@ def lives(run_dir: os.PathLike | str, who: str) -> bool:
     path = epath.Path(run_dir) / FILE
     first, began = _read(path), time.monotonic()
     while time.monotonic() - began < SILENT_SECONDS:
-        found = _read(path)
-        if found != first:
-            return found.startswith(f"{who} ")
+        now = _read(path)
+        if now != first:
+            return now.startswith(f"{who} ")
         if preemption.requested():
             preemption.raise_stopped("before the first step")
         time.sleep(0.5)

@@ -1,9 +1,9 @@
 """One job at a time works on a run directory: owner.json says which.
 
 No file locks (NFS may not have them), no time-outs, no file times: the file is put there by linking, which fails if
-there is one already (where there are no links, by exclusive creation), and whether the owner still lives is asked of
-Slurm, or of this machine's process table. A Kubernetes pod has nobody to ask: there the owner shows a sign of life
-(hvd.runtime.heartbeat).
+there is one already (where there are no links, by exclusive creation). Whether the owner still lives is asked of its
+scheduler by `job_alive`, which the command line hands in, or of this machine's process table. A pod of Kubernetes
+cannot ask its scheduler: such an owner shows a sign of life (hvd.runtime.heartbeat).
 """
 
 import errno
@@ -11,46 +11,60 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from hvd import files
 from hvd.errors import Lost, UserError
+from hvd.files import is_local, write_atomic
 from hvd.runtime import heartbeat
-from hvd.train.run_dir import OWNER
+from hvd.runtime.heartbeat import OWNER
 
 KUBERNETES = "kubernetes"
 _beats: dict[str, heartbeat.Heartbeat] = {}
 
 
+def _unknown(scheduler: str, job: str) -> bool | None:
+    return None
+
+
+# (scheduler, job id) -> has the job not ended? None where it cannot be asked. hvd.cli hands in hvd.clusters.base.alive.
+job_alive: Callable[[str, str], bool | None] = _unknown
+
+
 @dataclass(frozen=True)
 class Owner:
-    """Who works on a run directory. A Slurm job that was requeued is the same owner, on whatever node."""
+    """Who works on a run directory. A job that was requeued is the same owner, on whatever node."""
 
-    job: str  # Slurm's id, or the Kubernetes Job's name and uid; "" where no scheduler runs the process
-    cluster: str  # Slurm's name of the cluster, or KUBERNETES
+    job: str  # the scheduler's id, or the Kubernetes Job's name and uid; "" where no scheduler runs the process
+    cluster: str  # the scheduler's own name of the cluster, or KUBERNETES
     host: str
     machine: str  # boot id and process namespace: process ids mean something within these only
     pid: int
     started: str  # of the process, in the kernel's clock ticks: process ids come again
     user: str
     pod: str = ""  # uid of a Kubernetes pod
+    scheduler: str = "slurm"  # of the job, a name of hvd.clusters; files of older versions are Slurm's or have a pod
 
     @property
     def name(self) -> str:
         if self.pod:
             return f"pod {self.host} of Job {self.job.partition('/')[0]}"
-        return f"Slurm job {self.job} on {self.host}" if self.job else f"process {self.pid} on {self.host}"
+        return (
+            f"{self.scheduler.capitalize()} job {self.job} on {self.host}"
+            if self.job
+            else f"process {self.pid} on {self.host}"
+        )
 
 
 def myself(env: Mapping[str, str] = os.environ) -> Owner:
-    pod = env.get("HVD_POD_UID", "")
+    """This process; HVD_SCHEDULER and HVD_JOB_ID tell the job where neither Slurm nor Kubernetes runs it."""
+    pod, job = env.get("HVD_POD_UID", ""), env.get("HVD_JOB_ID") or env.get("SLURM_JOB_ID", "")
     return Owner(
-        job=f"{env.get('HVD_JOB_NAME', '')}/{env.get('HVD_JOB_UID', '')}" if pod else env.get("SLURM_JOB_ID", ""),
+        job=f"{env.get('HVD_JOB_NAME', '')}/{env.get('HVD_JOB_UID', '')}" if pod else job,
         cluster=KUBERNETES if pod else env.get("SLURM_CLUSTER_NAME", ""),
         host=socket.gethostname(),
         machine=_machine(),
@@ -58,6 +72,7 @@ def myself(env: Mapping[str, str] = os.environ) -> Owner:
         started=_started(os.getpid()) or "",
         user=env.get("USER", ""),
         pod=pod,
+        scheduler=KUBERNETES if pod else env.get("HVD_SCHEDULER", "slurm"),
     )
 
 
@@ -66,10 +81,10 @@ def claim(run_dir: os.PathLike | str) -> None:
 
     Raises:
         UserError: another job works on it.
-        Lost: Slurm cannot say whether the other job still lives.
+        Lost: whether the other job still lives cannot be asked.
     """
     path, me = epath.Path(run_dir) / OWNER, myself()
-    if files.is_local(path):
+    if is_local(path):
         _claim_local(path, me, run_dir)
     else:
         _claim_remote(path, me)
@@ -84,31 +99,31 @@ def _claim_local(path: epath.Path, me: Owner, run_dir: os.PathLike | str) -> Non
     mine.write_text(json.dumps(asdict(me)) + "\n")
     try:
         while not _linked(mine, target):
-            found = _read(target)
-            if found is None:
+            owner = _read(target)
+            if owner is None:
                 continue  # released this very moment
-            _refuse_if_alive(found, me, run_dir)
-            _put_away(target, found, mine)
+            _refuse_if_alive(owner, me, run_dir)
+            _put_away(target, owner, mine)
     finally:
         mine.unlink(missing_ok=True)
 
 
 def release(run_dir: os.PathLike | str) -> None:
-    """The run directory is free again; somebody else's claim is left alone."""
+    """The run directory is free again; the claim of another owner is left alone."""
     if beat := _beats.pop(os.fspath(run_dir), None):
         beat.stop()
     path = epath.Path(run_dir) / OWNER
-    found = _read(path)
-    if found is not None and _same(found, myself()):
+    owner = _read(path)
+    if owner is not None and _same(owner, myself()):
         path.unlink(missing_ok=True)
 
 
 def _claim_remote(path: epath.Path, me: Owner) -> None:
     """An object store: without linking two claims of the same second may both succeed."""
-    found = _read(path)
-    if found is not None:
-        _refuse_if_alive(found, me, path.parent)
-    files.write_atomic(path, json.dumps(asdict(me)))
+    owner = _read(path)
+    if owner is not None:
+        _refuse_if_alive(owner, me, path.parent)
+    write_atomic(path, json.dumps(asdict(me)).encode())
 
 
 def _linked(source: Path, target: Path) -> bool:
@@ -159,7 +174,7 @@ def _same(a: Owner, b: Owner) -> bool:
     if a.pod or b.pod:
         return a.pod == b.pod
     if a.job or b.job:
-        return (a.job, a.cluster) == (b.job, b.cluster)
+        return (a.scheduler, a.job, a.cluster) == (b.scheduler, b.job, b.cluster)
     return (a.machine, a.pid, a.started) == (b.machine, b.pid, b.started)
 
 
@@ -173,7 +188,7 @@ def _refuse_if_alive(owner: Owner, me: Owner, run_dir: os.PathLike | str) -> Non
     elif owner.machine == me.machine:
         alive = _started(owner.pid) == owner.started
     else:
-        alive = True  # a process of another machine: nobody here can tell
+        alive = True  # a process of another machine: it cannot be seen from here
     if alive:
         by = f" of {owner.user}" if owner.user and owner.user != me.user else ""
         advice = "" if owner.job else f"; if it is gone for good, delete {Path(run_dir) / OWNER}"
@@ -197,14 +212,10 @@ def _pod_alive(owner: Owner, me: Owner, run_dir: os.PathLike | str) -> bool:
 def _job_alive(owner: Owner, me: Owner) -> bool:
     if me.cluster and owner.cluster != me.cluster:
         return True  # another cluster's job; its ids mean nothing here
-    listed = os.environ.get("HVD_LIVE_JOBS")  # batch scripts ask before they enter a container without Slurm's programs
-    if listed is not None:
-        return owner.job in listed.split()
-    from hvd.clusters.slurm import queue as slurm
-
-    alive = slurm.alive(owner.job)
+    alive = job_alive(owner.scheduler, owner.job)
     if alive is None:
-        raise Lost(f"{owner.name} was at work on this run, and Slurm cannot be asked whether it still is")
+        name = owner.scheduler.capitalize()
+        raise Lost(f"{owner.name} was at work on this run, and {name} cannot be asked whether it still is")
     return alive
 
 

@@ -1,6 +1,6 @@
 """Nothing hangs silently: a run that makes no progress for a while prints every thread's stack and ends.
 
-A process that waits for a lost or stopped companion waits for ever. Each process watches itself; since a run's
+A process that waits for a lost or stopped companion would wait for ever. Each process watches itself; since a run's
 processes go in step, all that still live print their stacks within moments of each other, and the scheduler starts the
 job again (exit code 76).
 """
@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterator
 
 from hvd.errors import EXIT_HUNG
-from hvd.runtime import job, processes
+from hvd.runtime import processes, records
 
-_LAST_WORDS_SECONDS = 5.0  # the first process that ends takes the others with it: they print before that
+_PRINTING_SECONDS = 5.0  # the first process that ends takes the others with it: they print before that
 _WITHOUT_PYTHON_SECONDS = 60.0
 
 _WARM_UP = 10  # times longer: reading weights and compiling are no steps
@@ -73,6 +73,6 @@ def _end(idle: float) -> None:
     )
     faulthandler.dump_traceback(file=2, all_threads=True)
     print(f"hang: process {rank} on {host} ends; the last checkpoint is whole", file=sys.__stderr__, flush=True)
-    job.tell_exit(EXIT_HUNG)
-    time.sleep(_LAST_WORDS_SECONDS)
+    records.tell_exit(EXIT_HUNG)
+    time.sleep(_PRINTING_SECONDS)
     os._exit(EXIT_HUNG)

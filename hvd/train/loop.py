@@ -22,8 +22,7 @@ from hvd.configs import Experiment, StageConfig
 from hvd.data import normalize
 from hvd.data.loader import Loader
 from hvd.errors import EXIT_LOST, EXIT_USER, Failed, Lost, UserError
-from hvd.runtime import job as jobs
-from hvd.runtime import owner, preemption, watchdog
+from hvd.runtime import owner, preemption, records, watchdog
 from hvd.train import complete, host_memory, state
 from hvd.train import run_dir as runs
 from hvd.train.checkpoints import Checkpoints
@@ -88,7 +87,7 @@ def claim(data: StageData, folder: str, devices: Devices, inputs: dict[str, str]
         if overwrite:
             runs.delete(folder)
         runs.write_config(folder, cfg, stage, inputs)
-        jobs.tell_begun(folder)
+        records.tell_begun(folder)
         normalize.save(epath.Path(folder) / runs.NORM_STATS, data.transform.stats)
     devices.barrier("claimed")
 
@@ -116,7 +115,7 @@ def run(job: Job) -> None:
         stack.enter_context(watchdog.watch(job.cfg.hang_timeout))
         if devices.is_main:
             stack.callback(owner.release, job.folder)
-            jobs.tell_run(job.stage, job.folder, steps)
+            records.tell_run(job.stage, job.folder, steps)
         checkpoints = Checkpoints(job.folder, job.program.graph, stage_cfg.keep_period)
         stack.callback(checkpoints.close)
         start = int(devices.from_main(np.asarray(checkpoints.latest() or 0)))
@@ -272,7 +271,7 @@ class _Trainer:
         asked = time.perf_counter()
         self._save()
         self._checkpoints.wait()
-        seconds, grace = round(time.perf_counter() - asked, 3), jobs.grace_seconds()
+        seconds, grace = round(time.perf_counter() - asked, 3), records.grace_seconds()
         told = {"save_seconds": seconds} | ({"grace_seconds": grace} if grace else {})
         self._telemetry.event("stop", step=self._done, signal=preemption.requested(), **told)
         of_grace = f" of {grace:.0f} s grace" if grace else ""

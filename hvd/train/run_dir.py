@@ -29,6 +29,7 @@ from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.fields import Mark, from_plain, is_default, marks, to_plain
 from hvd.files import write_atomic
+from hvd.runtime.heartbeat import OWNER
 
 Stage = Literal["value", "policy"]
 
@@ -36,7 +37,6 @@ CONFIG = "config.yaml"
 NORM_STATS = "norm_stats.json"
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
-OWNER = "owner.json"
 
 
 # --------------------------------------------------------------------------------------------------- whose run is it

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from hvd.clusters import base
+from hvd.clusters.slurm import log
 from hvd.clusters.slurm import queue as asking
-from hvd.jobs import watch
 from tests.jobs.fake_slurm import FakeSlurm
 
 
@@ -24,10 +25,10 @@ def work(tmp_path, monkeypatch):
     (work / "slurm" / "jobs").mkdir(parents=True)
     monkeypatch.chdir(work)
     monkeypatch.delenv("HVD_JOBS_DIR", raising=False)
-    monkeypatch.setattr(watch, "_WAIT_S", (0.01, 0.05))
-    monkeypatch.setattr(watch, "_ASK_EVERY_S", 0.05)
-    monkeypatch.setattr(watch, "_READ_EVERY_S", 0.01)
-    monkeypatch.setattr(watch, "_SETTLE_S", 0.05)
+    monkeypatch.setattr(base, "_WAIT_S", (0.01, 0.05))
+    monkeypatch.setattr(log, "_ASK_EVERY_S", 0.05)
+    monkeypatch.setattr(log, "_READ_EVERY_S", 0.01)
+    monkeypatch.setattr(log, "_SETTLE_S", 0.05)
     return work
 
 

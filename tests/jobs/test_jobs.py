@@ -12,7 +12,10 @@ import time
 import pytest
 
 from hvd import cli
-from hvd.jobs import command, listing, registry, watch
+from hvd.clusters.base import jobs_folder
+from hvd.clusters.slurm import log as job_log
+from hvd.clusters.slurm import records
+from hvd.jobs import command, listing
 
 
 def jobs(*argv: str) -> int:
@@ -77,19 +80,19 @@ def test_without_run_json_the_config_says_how_many_steps(slurm, submitted, run_f
     cfg = overrides.experiment(["--config", "demo", "--value.num_train_steps", "777"])
     runs.write_config(run_folder, cfg, "value", {})
     submitted("9")
-    assert registry.progress(registry.read(registry.folder(), "9")).total == 777
+    assert records.progress(records.read(jobs_folder(), "9")).total == 777
     (run_folder / "config.yaml").write_text("stage: value")
-    assert registry.progress(registry.read(registry.folder(), "9")).total is None
+    assert records.progress(records.read(jobs_folder(), "9")).total is None
 
 
 def test_the_last_line_of_a_long_metrics_file_is_found(slurm, submitted, run_folder, monkeypatch):
-    monkeypatch.setattr(registry, "_TAIL", 64)
+    monkeypatch.setattr(records, "_TAIL", 64)
     with (run_folder / "metrics.jsonl").open("w") as file:
         file.write(json.dumps({"step": 7, "split": "train", "time/step_s": 0.5}) + "\n")
         for step in range(500):
             file.write(json.dumps({"step": step, "split": "val", "loss": 0.5}) + "\n")
     submitted("9")
-    done = registry.progress(registry.read(registry.folder(), "9"))
+    done = records.progress(records.read(jobs_folder(), "9"))
     assert (done.step, done.step_s) == (7, 0.5)
 
 
@@ -134,19 +137,15 @@ def test_a_waiting_job_of_plain_sbatch_is_known_by_its_name_and_folder(slurm, wo
     assert line.split()[:5] == ["5", "policy", "-", "PENDING", "Priority"]
 
 
-def test_a_forgotten_job_s_own_word_counts(slurm, submitted, capsys):
+def test_the_folder_tells_how_a_forgotten_job_ended(slurm, submitted, capsys):
     submitted("1", end="2099-01-01T00:00:00Z 0 complete")
     submitted("2", end="2099-01-01T00:00:00Z 1 value: loss is not finite")
     submitted("3")
     assert jobs() == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[3] for row in rows] == ["COMPLETED", "FAILED", "UNKNOWN"]
-    assert "value: loss is not finite" in listing.as_table([row_of("2")])
-
-
-def row_of(number: str) -> listing.Row:
-    job = registry.read(registry.folder(), number)
-    return listing.row(job, command.look([job])[0][number], None)
+    assert jobs("--json") == 0
+    assert json.loads(capsys.readouterr().out)[1]["reason"] == "value: loss is not finite"
 
 
 def test_the_list_goes_on_without_the_controller(slurm, submitted, capsys):
@@ -177,12 +176,12 @@ def test_durations(seconds, text):
         ("logs 77", "no job 77 in slurm/jobs; known: 9, 8"),
         ("wait 77", "no job 77 in slurm/jobs; known: 9, 8"),
         ("cancel 77 --yes", "no job 77 in slurm/jobs; known: 9, 8"),
-        ("logs ../9", "'../9' is no job id"),
-        ("wait 9_1", "'9_1' is no job id"),
+        ("logs ../9", "'../9' is not the id of a job"),
+        ("wait 9_1", "'9_1' is not the id of a job"),
         ("lgos 9", "hvd jobs: unknown command 'lgos'; nearest: logs"),
         ("logs", "hvd jobs logs: the following arguments are required: id"),
-        ("logs 9 -n many", "hvd jobs logs: argument -n/--lines: 'many' is no number of lines"),
-        ("wait 9 --timeout soon", "hvd jobs wait: argument --timeout: 'soon' is no number of seconds"),
+        ("logs 9 -n many", "hvd jobs logs: argument -n/--lines: 'many' is not a number of lines"),
+        ("wait 9 --timeout soon", "hvd jobs wait: argument --timeout: 'soon' is not a number of seconds"),
         ("list 9", "hvd jobs list: unrecognized arguments: 9"),
         ("list --jobs-dir", "--jobs-dir needs a folder"),
         ("cancel 8 --yes", "job 8 has ended (COMPLETED: complete): there is nothing to cancel"),
@@ -290,7 +289,7 @@ def test_who_refuses_is_said(chain, capsys):
             1,
             "CANCELLED: DependencyNeverSatisfied (job 8, which it waits for, did not complete)",
         ),
-        ({"forgotten": True}, 1, "UNKNOWN: nobody knows it any more, and it left no word of its end"),
+        ({"forgotten": True}, 1, "UNKNOWN: Slurm has forgotten the job, and its folder does not say how it ended"),
     ],
 )
 def test_wait_ends_with_the_job_s_code(slurm, submitted, capsys, what, code, text):
@@ -332,7 +331,7 @@ def test_wait_gives_up_after_its_timeout(slurm, submitted, capsys):
     submitted("9")
     slurm.job("9")
     assert jobs("wait", "9", "--timeout", "0.1") == 124
-    assert capsys.readouterr().err == "job 9, which is RUNNING, has not ended within 0.1 s; it is left alone\n"
+    assert capsys.readouterr().err == "job 9, which is RUNNING on node1, has not ended within 0.1 s; it is left alone\n"
 
 
 def test_a_job_that_can_never_start_is_not_waited_for(slurm, submitted, capsys):
@@ -367,15 +366,15 @@ def test_logs_prints_the_last_lines(submitted, capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("text", ["", "\n", "a", "a\nb\nc\n", "a\nb\nc", "\n\nab\n\n", "ab\ncd"])
 @pytest.mark.parametrize("lines", [0, 1, 2, 9])
 def test_the_last_lines_are_those_of_tail(monkeypatch, block, text, lines):
-    monkeypatch.setattr(watch, "_BLOCK", block)
+    monkeypatch.setattr(job_log, "_BLOCK", block)
     file = io.BytesIO(text.encode())
-    file.seek(watch.start_of_last(file, lines))
+    file.seek(job_log.start_of_last(file, lines))
     assert file.read().decode() == "".join(text.splitlines(keepends=True)[-lines:])
 
 
 def test_each_state_of_a_progress_bar_is_a_line():
     file = io.BytesIO(b"start\n" + b"".join(b"\r%d%%" % i for i in range(100)) + b"\nend\n")
-    file.seek(watch.start_of_last(file, 3))
+    file.seek(job_log.start_of_last(file, 3))
     assert file.read() == b"98%\r99%\nend\n"
 
 

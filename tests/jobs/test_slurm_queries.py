@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
+from hvd.clusters.base import Unreachable
 from hvd.clusters.slurm import queue as asking
-from hvd.clusters.slurm.queue import Queued, Status, Unreachable
+from hvd.clusters.slurm.queue import Queued, Status
 from hvd.errors import Failed
 
 

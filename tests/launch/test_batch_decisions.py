@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from hvd.clusters.slurm import batch
-from hvd.clusters.slurm.batch import Request, Step
+from hvd.clusters.slurm import script
+from hvd.clusters.slurm.script import BatchJob
 from hvd.clusters.slurm.site import Site
+from hvd.stages import Step
 
-REQUEST = Request("value", (Step("one", ("prepare",)), Step("all", ("train-value",))), ("--config", "demo"), 2, 0)
+STEPS = (Step("prepare", "prepare"), Step("train-value", "train-value", ("--overwrite",), spread=True))
+JOB = BatchJob("value", STEPS, ("--config", "demo"), 2, 0, Site())
 SOON = "2020-01-01T00:00:00"  # an end of the job that is near, or over
 RUNNING = "JobId=7 JobName=x JobState=RUNNING Reason=None Restarts=0 PreemptTime=None EndTime=Unknown"
 
@@ -42,8 +44,8 @@ def attempt(tmp_path):
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "sinfo": SINFO, "squeue": "#!/bin/bash\n"}.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
-    script = tmp_path / "job.sh"
-    script.write_text(batch.render(REQUEST, Site()))
+    path = tmp_path / "value.sbatch"
+    path.write_text(script.render(JOB))
 
     def run(said: str, code: int, *, job: str = RUNNING, restarts: int = 0, **files: str):
         for name, text in {"said": said, "code": str(code), "job": job, **files}.items():
@@ -57,7 +59,7 @@ def attempt(tmp_path):
             "SLURM_JOB_NODELIST": "n[1-2]",
             "SLURM_RESTART_COUNT": str(restarts),
         }
-        done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", str(path)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout + done.stderr, tmp_path / "slurm" / "jobs" / "7"
 
     return run
@@ -72,7 +74,8 @@ def test_a_stage_that_is_complete(attempt):
     assert code == 0 and (folder / "end").read_text().endswith(" 0 complete\n") and not requeued(folder)
     first, second = (folder.parents[2] / "srun").read_text().splitlines()
     assert "--nodes=1 --ntasks=1" in first and "prepare --config demo" in first
-    assert "--label" in second and "--kill-on-bad-exit=1" in second and "train-value --config demo" in second
+    assert "--label" in second and "--kill-on-bad-exit=1" in second
+    assert second.endswith("train-value --config demo --overwrite")
 
 
 @pytest.mark.parametrize(
@@ -197,3 +200,22 @@ def test_a_silent_controller_is_asked_again_and_then_said(attempt):
 def test_a_cluster_that_does_not_requeue(attempt):
     code, _, folder = attempt("143 143", 143, requeue_code="1")
     assert code == 143 and "Slurm does not requeue it: submit it again" in (folder / "end").read_text()
+
+
+def test_settings_of_gpus_are_for_jobs_that_have_some_and_the_user_s_own_come_first(attempt, tmp_path, monkeypatch):
+    text = (
+        (tmp_path / "value.sbatch")
+        .read_text()
+        .replace("gpu_settings=(TF_CPP_MIN_LOG_LEVEL=1)", "gpu_settings=(A=1 B=2 XLA_FLAGS=--new=1)")
+    )
+    (tmp_path / "value.sbatch").write_text(text)
+    environment = '#!/bin/bash\nprintf "%s\\n" "$A,$B,$XLA_FLAGS,$JAX_PLATFORMS,$HVD_EXPECT_GPUS" >>"$FOLDER/srun"\n'
+    (tmp_path / "bin" / "srun").write_text(environment)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name, value in {"B": "mine", "XLA_FLAGS": "--old"}.items():
+        monkeypatch.setenv(name, value)
+    attempt("0 0", 0)
+    (tmp_path / "value.sbatch").write_text("export SLURM_JOB_GPUS=0\n" + text)
+    attempt("0 0", 0)
+    seen = (tmp_path / "srun").read_text().splitlines()
+    assert seen == [",mine,--old,cpu,"] * 2 + ["1,mine,--new=1 --old,,1"] * 2

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from hvd.clusters import local
+from hvd.clusters.local import cluster as local
+from hvd.clusters.local import runner
 from hvd.errors import UserError
 from hvd.launch import fit, submit
 
@@ -85,22 +86,22 @@ def test_unknown_devices_are_a_mistake_before_anything_runs(plans):
         (["7"], "0, GPU-a, NVIDIA L4\n", "", "several kinds or unknown (none)"),
     ],
 )
-def test_this_machines_gpus(monkeypatch, tmp_path, visible, rows, want, why):
+def test_this_machines_gpus(monkeypatch, tmp_path, capsys, visible, rows, want, why):
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!{sys.executable}\nprint({rows!r}, end='')\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(local, "gpus", lambda: visible)
-    devices, reason = fit.of_this_machine()
-    assert devices == want and why in reason and bool(why) == bool(reason)
+    monkeypatch.setattr(runner, "gpus", lambda: visible)
+    assert local.hardware() == want
+    reason = capsys.readouterr().err
+    assert why in reason and bool(why) == bool(reason)
 
 
 def test_without_nvidia_smi_the_job_goes_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(local, "gpus", lambda: ["0"])
-    monkeypatch.setattr(fit, "COMMAND", ("/nonexistent",))
-    fit.check("value", DEMO, "", 1)
-    assert capsys.readouterr().out == "memory: not planned, nvidia-smi does not tell the GPUs' names; --devices does\n"
+    monkeypatch.setattr(runner, "gpus", lambda: ["0"])
+    assert local.hardware() == ""
+    assert capsys.readouterr().err == "memory: not planned, nvidia-smi does not tell the GPUs' names; --devices does\n"
 
 
 def test_submit_refuses_before_it_starts_anything(plans, monkeypatch, tmp_path, capsys):

@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from hvd.clusters import local
+from hvd.clusters.local import runner as local
 from hvd.errors import UserError
-from hvd.launch.steps import Task
+from hvd.stages import Step
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_step.py")))
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(tmp_path, *groups, nodes=1):
-    return local.Runner(tmp_path / "logs", nodes, FAKE).run(groups)
+    return local.Runner(tmp_path / "logs", nodes, (), FAKE).run(groups)
+
+
+def step(name, words, spread=False):
+    return Step(words[0], name, tuple(words[1:]), spread)
 
 
 def notes(path):
@@ -29,7 +33,7 @@ def notes(path):
 
 def test_steps_run_one_after_the_other_and_say_so(tmp_path, capfd):
     out = tmp_path / "notes"
-    groups = [(Task(name, ("note", str(out), name, "0.1")),) for name in ("first", "second")]
+    groups = [(step(name, ("note", str(out), name, "0.1")),) for name in ("first", "second")]
     assert run(tmp_path, *groups) == 0
     first, second = notes(out)
     assert (first["name"], second["name"]) == ("first", "second")
@@ -39,7 +43,7 @@ def test_steps_run_one_after_the_other_and_say_so(tmp_path, capfd):
 
 
 def test_what_a_step_prints_goes_to_the_terminal_and_to_its_log(tmp_path, capfd):
-    assert run(tmp_path, (Task("talk", ("say", "to out", "to err")),)) == 0
+    assert run(tmp_path, (step("talk", ("say", "to out", "to err")),)) == 0
     printed = capfd.readouterr()
     assert "to out" in printed.out
     assert printed.err == "to err\n"
@@ -48,7 +52,7 @@ def test_what_a_step_prints_goes_to_the_terminal_and_to_its_log(tmp_path, capfd)
 
 
 def test_a_progress_bar_is_one_line_of_the_log(tmp_path, capfd):
-    assert run(tmp_path, (Task("bar", ("bar",)),)) == 0
+    assert run(tmp_path, (step("bar", ("bar",)),)) == 0
     log = (tmp_path / "logs" / "bar.log").read_text()
     assert log.count("work:") == 1 and "3/4" in log
     assert capfd.readouterr().err.count("work:") == 1
@@ -60,7 +64,7 @@ def test_tasks_of_a_group_run_side_by_side_each_on_its_own_cores(tmp_path, monke
     if len(cores) < 2:
         pytest.skip("one core only")
     out = tmp_path / "notes"
-    assert run(tmp_path, tuple(Task(f"t{i}", ("note", str(out), f"t{i}", "4")) for i in range(4))) == 0
+    assert run(tmp_path, tuple(step(f"t{i}", ("note", str(out), f"t{i}", "4")) for i in range(4))) == 0
     records = sorted(notes(out), key=lambda record: record["began"])
     assert len(records) == 4
     a, b = records[:2]
@@ -71,14 +75,14 @@ def test_tasks_of_a_group_run_side_by_side_each_on_its_own_cores(tmp_path, monke
 
 
 def test_lines_of_a_group_have_the_name_of_their_task(tmp_path, capfd):
-    assert run(tmp_path, (Task("a", ("say", "x", "y")), Task("b", ("say", "x", "y")))) == 0
+    assert run(tmp_path, (step("a", ("say", "x", "y")), step("b", ("say", "x", "y")))) == 0
     printed = capfd.readouterr()
     assert "a | x\n" in printed.out and "b | x\n" in printed.out and "a | y\n" in printed.err
 
 
 def test_nodes_are_processes_that_know_of_each_other(tmp_path):
     out = tmp_path / "notes"
-    groups = [(Task("alone", ("note", str(out), "alone", "0")),), (Task("all", ("note", str(out), "all", "0"), True),)]
+    groups = [(step(name, ("note", str(out), name, "0"), name == "all"),) for name in ("alone", "all")]
     assert run(tmp_path, *groups, nodes=2) == 0
     alone, *both = notes(out)
     assert alone["HVD_NUM_PROCESSES"] is None
@@ -91,12 +95,12 @@ def test_nodes_are_processes_that_know_of_each_other(tmp_path):
 @pytest.mark.parametrize("code", [1, 2, 143])
 def test_the_exit_code_of_the_step_that_fails_is_returned_and_the_rest_does_not_run(tmp_path, code):
     out = tmp_path / "notes"
-    assert run(tmp_path, (Task("bad", ("exit", str(code))),), (Task("next", ("note", str(out), "", "0")),)) == code
+    assert run(tmp_path, (step("bad", ("exit", str(code))),), (step("next", ("note", str(out), "", "0")),)) == code
     assert not out.exists()
 
 
 def test_a_killed_step_is_named(tmp_path, capfd):
-    assert run(tmp_path, (Task("poor", ("killed",)),)) == 137
+    assert run(tmp_path, (step("poor", ("killed",)),)) == 137
     assert "poor: killed by SIGKILL (out of memory?)" in capfd.readouterr().err
 
 
@@ -104,7 +108,7 @@ def test_a_failure_stops_the_companions(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "core_shares", lambda tasks: [os.sched_getaffinity(0)] * 2)
     state = tmp_path / "state"
     start = time.monotonic()
-    assert run(tmp_path, (Task("long", ("wait", str(state), "143")), Task("bad", ("exit", "1")))) == 1
+    assert run(tmp_path, (step("long", ("wait", str(state), "143")), step("bad", ("exit", "1")))) == 1
     assert time.monotonic() - start < 20
     assert not state.exists() or "READY" not in state.read_text() or "SIGTERM" in state.read_text()
 
@@ -120,12 +124,12 @@ def test_worst_of_several_exit_codes(codes, expected):
 LAUNCHER = """
     import sys
     from pathlib import Path
-    from hvd.clusters import local
-    from hvd.launch.steps import Task
+    from hvd.clusters.local import runner as local
+    from hvd.stages import Step
     command, folder, code = ({python!r}, {fake!r}), Path({folder!r}), {code!r}
-    waits, later = ("wait", str(folder / "state"), code), ("wait", str(folder / "next"), "0")
-    runner = local.Runner(folder / "logs", 1, command)
-    sys.exit(runner.run([(Task("waits", waits),), (Task("next", later),)]))
+    waits, later = (str(folder / "state"), code), (str(folder / "next"), "0")
+    runner = local.Runner(folder / "logs", 1, (), command)
+    sys.exit(runner.run([(Step("wait", "waits", waits),), (Step("wait", "next", later),)]))
 """
 
 
@@ -167,11 +171,11 @@ def test_two_launches_of_one_experiment_do_not_run_at_once(tmp_path, monkeypatch
     process = start_launcher(tmp_path, 143)
     monkeypatch.setattr(local, "PATIENCE_SECONDS", 0.5)
     with pytest.raises(UserError, match="another launch is at work"):
-        run(tmp_path, (Task("late", ("exit", "0")),))
+        run(tmp_path, (step("late", ("exit", "0")),))
     process.kill()  # the step outlives it, as one that is saving would, and still holds the lock
     process.wait(30)
     with pytest.raises(UserError, match="another launch is at work"):
-        run(tmp_path, (Task("late", ("exit", "0")),))
+        run(tmp_path, (step("late", ("exit", "0")),))
     os.kill(int((tmp_path / "state").read_text().split()[1]), signal.SIGTERM)
     monkeypatch.setattr(local, "PATIENCE_SECONDS", 20)
-    assert run(tmp_path, (Task("late", ("exit", "0")),)) == 0
+    assert run(tmp_path, (step("late", ("exit", "0")),)) == 0

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from hvd.launch.output import Stream, short
+from hvd.clusters.local.output import Stream, short
 
 
 def feed(chunks, **options):

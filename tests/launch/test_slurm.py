@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from hvd.clusters.slurm import submission as slurm
+from hvd.clusters.slurm import handover as slurm
+from hvd.clusters.slurm import script
 from hvd.clusters.slurm.site import Site
 from hvd.launch import submit
 
@@ -82,10 +84,11 @@ def test_what_is_left_on_the_disk(cluster):
     assert files == sorted(
         f"slurm/jobs/{i}/{name}" for i in (100, 101, 102) for name in ("job.json", f"{i}_submission.sh")
     ), "no pickle, no temporary file, no link"
-    assert [str(path) for path in Path.cwd().iterdir()] == [str(Path.cwd() / "slurm")]
+    (config,) = (path for path in Path("runs").rglob("*") if not path.is_dir())
+    assert re.fullmatch(r"runs/demo/configs/[0-9a-f]{12}\.yaml", str(config))
     about = json.loads(Path("slurm/jobs/101/job.json").read_text())
     assert about["after"] == "100" and about["stage"] == "policy" and about["run_dir"] == "runs/demo/policy"
-    assert about["options"] == ["--config", "demo"] and about["log"] == "slurm/jobs/101.log"
+    assert about["options"] == ["--config-file", str(config)] and about["log"] == "slurm/jobs/101.log"
 
 
 def test_what_slurm_could_never_run_is_refused_before_anything_is_submitted(cluster, capsys):
@@ -126,12 +129,12 @@ def test_gpus_need_a_jax_that_has_cuda(cluster, capsys, monkeypatch):
 
 def test_hvd_is_called_as_the_working_directory_has_it(cluster):
     python = f"{sys.executable} -m hvd.cli"
-    assert slurm.with_command(Site()).command == python, "no .venv here"
-    assert slurm.with_command(Site(command="mine")).command == "mine"
-    assert slurm.with_command(Site(container="pyxis", image="x")).command == ""
+    assert script.with_command(Site()).command == python, "no .venv here"
+    assert script.with_command(Site(command="mine")).command == "mine"
+    assert script.with_command(Site(container="pyxis", image="x")).command == ""
     Path(".venv/bin").mkdir(parents=True)
     Path(".venv/bin/python").touch()
-    assert slurm.with_command(Site()).command == "", "the script's own default"
+    assert script.with_command(Site()).command == "", "the script's own default"
 
 
 def test_the_batch_must_be_divisible_by_the_devices_of_all_nodes(cluster, capsys):

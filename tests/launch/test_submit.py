@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hvd.clusters import local
+from hvd.clusters import base
+from hvd.clusters.kubernetes import queue
+from hvd.clusters.local import runner as local
 from hvd.launch import submit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,22 +34,16 @@ def test_a_dry_run_prints_every_command_and_writes_nothing(tmp_path):
     done = launch("--stage", "all", "--dry-run", "--exp-name", "mine", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if "hvd.cli" in line]
-    assert [line.split("hvd.cli ")[1].split()[0] for line in lines][:6] == [
-        "simulate",
-        "convert",
-        "convert",
-        "norm-stats",
-        "train-value",
-        "advantages",
-    ]
-    assert all("--exp-name mine" in line for line in lines if " convert " not in line)
+    first = ["prepare", "train-value", "advantages", "train-policy"]
+    assert [line.split("hvd.cli ")[1].split()[0] for line in lines][:4] == first
+    assert all("--exp-name mine" in line for line in lines)
     assert lines[-1].endswith("report --config demo --exp-name mine")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_printed_commands_run(tmp_path):
     done = launch("--stage", "value", "--dry-run", cwd=tmp_path)
-    command = next(line for line in done.stdout.splitlines() if "norm-stats" in line)
+    command = next(line for line in done.stdout.splitlines() if "train-value" in line)
     ran = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 2, "there are no data yet, and that is what it says"
     assert ran.stderr.startswith("error: ")
@@ -59,7 +55,7 @@ def test_a_dry_run_with_nodes_shows_the_processes(tmp_path):
     assert len(lines) == 2
     for index, line in enumerate(lines):
         assert "HVD_NUM_PROCESSES=2" in line and f"HVD_PROCESS_ID={index}" in line
-    assert "HVD_" not in next(line for line in done.stdout.splitlines() if "norm-stats" in line)
+    assert "HVD_" not in next(line for line in done.stdout.splitlines() if " prepare " in line)
 
 
 def test_it_never_imports_jax(tmp_path):
@@ -99,7 +95,7 @@ def fake(folder: Path, name: str, script: str) -> None:
         ({"scontrol": "exit 1"}, ""),  # Slurm's programs are there, a cluster is not
         (
             {"kubectl": "echo my-cluster"},
-            "running on this machine (kubectl has a context: --cluster kubernetes would use it)",
+            "running on this machine (--cluster kubernetes would use kubernetes)",
         ),
         ({"kubectl": "exit 1"}, ""),
     ],
@@ -109,8 +105,8 @@ def test_auto_is_this_machine_where_there_is_no_cluster(tmp_path, monkeypatch, c
         fake(tmp_path / "bin", name, script)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin" if programs else str(tmp_path))
     if programs.keys() <= {"scontrol"} and os.path.exists("/usr/bin/kubectl"):
-        monkeypatch.setattr(submit.queue, "available", lambda: False)
-    assert submit.choose_cluster("auto") == "local"
+        monkeypatch.setattr(queue, "available", lambda: False)
+    assert base.choose("auto") == "local"
     printed = capsys.readouterr().out
     assert said in printed and bool(printed) == bool(said)
 
@@ -119,10 +115,10 @@ def test_auto_is_slurm_where_it_answers_but_not_inside_a_job(tmp_path, monkeypat
     fake(tmp_path / "bin", "scontrol", "[ $1 = ping ]")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setattr(submit.queue, "available", lambda: False)
-    assert submit.choose_cluster("auto") == "slurm"
+    monkeypatch.setattr(queue, "available", lambda: False)
+    assert base.choose("auto") == "slurm"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert submit.choose_cluster("auto") == "local"
+    assert base.choose("auto") == "local"
 
 
 def test_options_of_the_launcher_of_the_site_and_of_the_config_are_told_apart():
@@ -138,16 +134,23 @@ def test_options_of_the_launcher_of_the_site_and_of_the_config_are_told_apart():
         "--slurm.gpus-per-node",
         "4",
     ]
-    options, rest, for_clusters = submit.parse(argv)
+    options, rest, settings = submit.parse(argv)
     assert options == submit.Submit(stage="value", nodes=2, dry_run=True)
     assert rest == ["--config", "demo", "--seed", "3", "--exp_name", "x"]
-    assert [(flag.field, flag.values) for flag in for_clusters["slurm"]] == [("slurm.gpus_per_node", ("4",))]
+    assert [(flag.field, flag.values) for flag in settings] == [("slurm.gpus_per_node", ("4",))]
 
 
-@pytest.mark.parametrize("flags", [("--slurm.time", "1:00"), ("--after", "17")])
-def test_what_is_for_slurm_is_refused_elsewhere(capsys, flags):
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (("--slurm.time", "1:00"), "--slurm.time is for --cluster slurm, this is local"),
+        (("--after", "17"), "--after is for clusters with a queue; this machine has none"),
+        (("--local.x", "1"), "unknown field --local.x: this machine has no settings"),
+    ],
+)
+def test_what_is_for_another_cluster_is_refused(capsys, flags, line):
     assert submit.main(["--stage", "value", "--cluster", "local", *flags]) == 2
-    assert f"{flags[0]} is for --cluster slurm" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_devices_are_counted_without_jax(monkeypatch):
@@ -171,7 +174,7 @@ def test_detached_it_runs_on_in_the_background(tmp_path):
     assert first.startswith("running in the background: process ")
     pid, log = int(first.split("process ")[1].split(",")[0]), tmp_path / first.split("log ")[1]
     until = time.monotonic() + 60
-    while "] simulate" not in log.read_text():
+    while "] prepare" not in log.read_text():
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.05)
     os.kill(pid, signal.SIGTERM)

@@ -14,9 +14,8 @@ import time
 import pytest
 
 from hvd import cli
-from hvd.clusters.slurm import queue as slurm_queue
 from hvd.errors import EXIT_HUNG, EXIT_LOST, Lost, UserError
-from hvd.runtime import job, owner, processes
+from hvd.runtime import owner, processes, records
 from hvd.runtime.processes import Group
 from hvd.train import loop, mesh
 from hvd.train import run_dir as runs
@@ -136,12 +135,12 @@ def test_alone_there_is_nobody_to_lose(monkeypatch):
 
 
 def test_a_restart_does_not_overwrite_what_its_job_has_begun(tmp_path, monkeypatch):
-    assert not job.has_begun("runs/x/value")
-    job.tell_begun("runs/x/value")
-    assert not job.has_begun("runs/x/value"), "without a job nothing is kept"
+    assert not records.has_begun("runs/x/value")
+    records.tell_begun("runs/x/value")
+    assert not records.has_begun("runs/x/value"), "without a job nothing is kept"
     monkeypatch.setenv("HVD_JOB_DIR", str(tmp_path))
-    job.tell_begun("runs/x/value")
-    assert job.has_begun("runs/x/value") and not job.has_begun("runs/x/policy")
+    records.tell_begun("runs/x/value")
+    assert records.has_begun("runs/x/value") and not records.has_begun("runs/x/policy")
 
 
 # ------------------------------------------------------------------------------------------------- owning a run folder
@@ -195,9 +194,8 @@ def test_a_process_of_another_machine_is_believed_to_live(tmp_path, other):
 
 
 @pytest.mark.parametrize("alive", [True, False, None])
-def test_a_job_is_asked_of_slurm_and_not_of_the_clock(tmp_path, monkeypatch, other, alive):
-    monkeypatch.setattr(slurm_queue, "alive", lambda number: {"77": alive}[number])
-    monkeypatch.delenv("HVD_LIVE_JOBS", raising=False)
+def test_a_job_is_asked_of_its_scheduler_and_not_of_the_clock(tmp_path, monkeypatch, other, alive):
+    monkeypatch.setattr(owner, "job_alive", lambda scheduler, number: {("slurm", "77"): alive}[scheduler, number])
     hold(tmp_path, dataclasses.replace(other[0], job="77", host="gpu7"))
     if alive is None:
         with pytest.raises(Lost, match="Slurm cannot be asked"):
@@ -211,6 +209,7 @@ def test_a_job_is_asked_of_slurm_and_not_of_the_clock(tmp_path, monkeypatch, oth
 
 def test_in_a_container_the_batch_script_has_asked(tmp_path, monkeypatch, other):
     hold(tmp_path, dataclasses.replace(other[0], job="77", host="gpu7"))
+    monkeypatch.setattr(owner, "job_alive", cli._job_alive)
     monkeypatch.setenv("HVD_LIVE_JOBS", "1 77 8")
     with pytest.raises(UserError, match="job 77"):
         owner.claim(tmp_path)

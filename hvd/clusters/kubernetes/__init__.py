@@ -1,1 +1,5 @@
 """Kubernetes."""
+
+from hvd.clusters.kubernetes.cluster import Kubernetes
+
+CLUSTER = Kubernetes

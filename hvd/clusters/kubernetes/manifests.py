@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
-from hvd import overrides
+from hvd import gpu_environment, overrides
 from hvd.clusters.kubernetes import queue as cluster
 from hvd.configs import Experiment
-from hvd.errors import EXIT_COMPLETE, Failed, UserError
-from hvd.launch import gpu_environment, steps
+from hvd.errors import Failed, UserError
+from hvd.stages import needs_value
 
 K8S = Path(__file__).resolve().parents[3] / "k8s"
 FILES = {"value": K8S / "base" / "value-job.yaml", "policy": K8S / "base" / "awr-job.yaml"}
@@ -99,7 +99,7 @@ def render(
         after: name of the Job that the policy waits for where the value stage is not part of it.
     """
     found = [doc for doc in _source(nodes, asked) if stage == "all" or _belongs(doc, stage)]
-    if stage != "value" and not steps.needs_value(cfg):  # imitation waits for nothing
+    if stage != "value" and not needs_value(cfg):  # imitation waits for nothing
         found = [doc for doc in found if _component(doc) != "gate"]
     changed = []
     for doc in found:
@@ -166,7 +166,7 @@ def _job(
         spec["completions"] = nodes
     elif nodes > 1:
         raise UserError(f"kubernetes.overlay {asked.overlay}: its Jobs are not Indexed, --nodes {nodes} needs that")
-    if spec["parallelism"] or not steps.needs_value(cfg):
+    if spec["parallelism"] or not needs_value(cfg):
         spec["parallelism"] = nodes
     _trainer(pod["containers"][0], nodes, asked)
     if asked.queue:
@@ -230,8 +230,8 @@ def to_yaml(manifests: Sequence[Manifest]) -> str:
 # ----------------------------------------------------------------------------------------------------------- applying
 
 
-def submit(manifests: Sequence[Manifest]) -> list[str]:
-    """Apply the manifests, after the cluster has looked at them; the names of the stages' Jobs in their order.
+def submit(manifests: Sequence[Manifest]) -> list[tuple[str, str]]:
+    """Apply the manifests, after the cluster has looked at them; (stage, name) of the stages' Jobs in their order.
 
     A Job that lives is left as it is: to apply a released policy Job would pause it. One that has ended makes room for
     its successor, which goes on where the run stopped.
@@ -252,7 +252,7 @@ def submit(manifests: Sequence[Manifest]) -> list[str]:
     for line in _apply(wanted, []).splitlines():
         print(line, flush=True)
     stages = {_component(doc): doc["metadata"]["name"] for doc in manifests if doc["kind"] == "Job"}
-    return [stages[stage] for stage in ("value", "policy") if stage in stages]  # kustomize sorts by name
+    return [(stage, stages[stage]) for stage in ("value", "policy") if stage in stages]  # kustomize sorts by name
 
 
 def _present(manifests: Sequence[Manifest]) -> tuple[list[str], list[str]]:
@@ -304,12 +304,3 @@ def _apply(manifests: Sequence[Manifest], flags: Sequence[str]) -> str:
         )
         raise kind(f"the cluster refuses the manifests: {text}")
     return done.stdout
-
-
-def follow(names: Sequence[str]) -> int:
-    """Until the Jobs have ended, one after the other; the exit code of the first that fails."""
-    for name in names:
-        code = cluster.wait(name, None)
-        if code:
-            return code
-    return EXIT_COMPLETE

@@ -10,14 +10,15 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hvd.clusters import base
+from hvd.clusters.base import JobState, Unreachable
 from hvd.errors import Failed, UserError, nearest
-from hvd.jobs import listing
-from hvd.jobs.listing import Row
 
 OURS = "app.kubernetes.io/name=hvd"
 COMPONENT = "app.kubernetes.io/component"
@@ -25,10 +26,6 @@ _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,250}[a-z0-9])?")
 _ANSWER_S = 60.0
 # `value:  52%|####  | 31/60 [00:15<00:14,  2.03step/s, loss=5.4]`
 _BAR = re.compile(r"(\d+)/(\d+) \[[^\[\]]*?,\s*([\d.]+)(step/s|s/step)")
-
-
-class Silent(Failed):
-    """The cluster cannot be asked; says nothing about any Job."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ def find() -> dict[str, KubernetesJob]:
     """Our Jobs of the namespace, oldest first.
 
     Raises:
-        Silent: the cluster does not answer, or refuses.
+        Unreachable: the cluster does not answer, or refuses.
     """
     jobs = json.loads(kubectl("get", "jobs", "-l", OURS, "-o", "json"))["items"]
     pods = json.loads(kubectl("get", "pods", "-l", f"{OURS},job-name", "-o", "json"))["items"] if jobs else []
@@ -175,7 +172,7 @@ def kubectl(*argv: str, stdin: str | None = None) -> str:
     """What it prints.
 
     Raises:
-        Silent: it failed; its last line is in the text.
+        Unreachable: it failed; its last line is in the text.
     """
     try:
         done = subprocess.run(
@@ -184,17 +181,17 @@ def kubectl(*argv: str, stdin: str | None = None) -> str:
     except FileNotFoundError:
         raise UserError("there is no kubectl on this machine") from None
     except subprocess.TimeoutExpired:
-        raise Silent(f"kubectl {argv[0]} did not answer within {_ANSWER_S:.0f} s") from None
+        raise Unreachable(f"kubectl {argv[0]} did not answer within {_ANSWER_S:.0f} s") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise Silent(f"kubectl {argv[0]}: {lines[-1] if lines else f'exit code {done.returncode}'}")
+        raise Unreachable(f"kubectl {argv[0]}: {lines[-1] if lines else f'exit code {done.returncode}'}")
     return done.stdout
 
 
 # ------------------------------------------------------------------------------------------------------------ showing
 
 
-def rows(jobs: Mapping[str, KubernetesJob]) -> list[Row]:
+def rows(jobs: Mapping[str, KubernetesJob]) -> list[JobState]:
     """The Jobs as `hvd jobs list` shows them; steps and rate are those of the log's last progress bar."""
     waits = waiting_for(jobs)
     return [_row(job, waits.get(name, "")) for name, job in jobs.items()]
@@ -208,10 +205,10 @@ def waiting_for(jobs: Mapping[str, KubernetesJob]) -> dict[str, str]:
     return {name: other for name, other in found.items() if name and other}
 
 
-def _row(job: KubernetesJob, after: str) -> Row:
+def _row(job: KubernetesJob, after: str) -> JobState:
     step, total, rate = progress(job)
     left = None if step is None or total is None or not rate else (total - step) / rate
-    return Row(
+    return JobState(
         id=job.name,
         stage=job.stage,
         name=job.name,
@@ -231,6 +228,7 @@ def _row(job: KubernetesJob, after: str) -> Row:
         waiting_for=[after] if after and job.state in ("PAUSED", "PENDING") else [],
         submitted=job.job["metadata"]["creationTimestamp"],
         log=f"kubectl logs job/{job.name}",
+        ended=job.ended,
     )
 
 
@@ -251,7 +249,7 @@ def progress(job: KubernetesJob) -> tuple[int | None, int | None, float | None]:
 def recent(job: KubernetesJob, days: float) -> bool:
     """Does the Job live, or has it ended within the last days?"""
     times = [one.get("lastTransitionTime") for one in job.job["status"].get("conditions") or ()]
-    return not job.ended or not times[0] or listing.recent(datetime.datetime.fromisoformat(times[0]), days)
+    return not job.ended or not times[0] or base.recent(datetime.datetime.fromisoformat(times[0]), days)
 
 
 def describe(job: KubernetesJob) -> str:
@@ -270,11 +268,11 @@ def result(job: KubernetesJob) -> int:
 # --------------------------------------------------------------------------------------------------- logs, wait, cancel
 
 
-def wait(name: str, timeout: float | None) -> int | None:
+def wait(name: str, timeout: float | None) -> int:
     """Until the Job has ended, or its gate has failed; a line for each change of its state.
 
     Returns:
-        Its exit code, or that of the gate; None after `timeout` seconds.
+        Its exit code, or that of the gate; EXIT_TIMEOUT after `timeout` seconds.
     """
     began, said, job = time.monotonic(), "", one(name)
     while True:
@@ -288,14 +286,15 @@ def wait(name: str, timeout: float | None) -> int | None:
             print(f"{name} will not start: its gate {gate.name} {describe(gate)}", flush=True)
             return result(gate)
         if timeout is not None and time.monotonic() - began > timeout:
-            return None
+            print(f"Job {name} has not ended within {timeout:g} s; it is left alone", file=sys.stderr)
+            return base.EXIT_TIMEOUT
         time.sleep(1)
         job = _again(name, job)
 
 
 def _failed_gate(name: str) -> KubernetesJob | None:
     """The Job's gate, if that has failed."""
-    with contextlib.suppress(Silent):
+    with contextlib.suppress(Unreachable):
         gates = [job for job in find().values() if job.stage == "gate" and job.option("--policy-job") == name]
         return next((gate for gate in gates if gate.state == "FAILED"), None)
     return None
@@ -305,7 +304,7 @@ def _again(name: str, last: KubernetesJob) -> KubernetesJob:
     """The Job once more; as it was while the cluster does not answer. UserError when it has been deleted."""
     try:
         return one(name)
-    except Silent:
+    except Unreachable:
         return last
 
 

@@ -1,1 +1,5 @@
 """Slurm."""
+
+from hvd.clusters.slurm.cluster import Slurm
+
+CLUSTER = Slurm

@@ -1,7 +1,8 @@
 """Asking Slurm: what it says of a job, whether a job lives, what waits for what; and cancelling.
 
 Three places know a job, one after the other: slurmctld (squeue, scontrol) until MinJobAge, five minutes by default,
-after its end; slurmdbd (sacct) after that, where the cluster has one; nobody otherwise.
+after its end; slurmdbd (sacct) after that, where the cluster has one; else only its own
+folder.
 """
 
 import os
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from hvd.clusters.base import Absent, Unreachable
 from hvd.errors import Failed
 
 # Everything else, states of future versions included, is taken for life: two jobs in one run folder are worse than a
@@ -28,14 +30,6 @@ _FEW = 8  # jobs that are asked for one by one before the whole queue is
 _UNKNOWN_JOB = "Invalid job id"
 _OVER = "already completing or completed"
 _FIELD = r"(?:^|\s){}=(.*?)(?=\s[A-Z][\w/:&]*=|\s*$)"
-
-
-class Unreachable(Failed):
-    """Slurm cannot be asked: none here, or its controller does not answer. Says nothing about any job."""
-
-
-class NoSlurm(Unreachable):
-    """There is no such program on this machine: trying again does not help."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ def dependencies(text: str) -> tuple[str, ...]:
 
 
 def cancel(ids: Sequence[str]) -> None:
-    """Cancel the jobs, one after the other in this order; one that has ended already is none to cancel.
+    """Cancel the jobs, one after the other in this order; one that has ended already is left alone.
 
     Raises Unreachable, and Failed where Slurm refuses.
     """
@@ -177,7 +171,7 @@ def _scontrol(job: str, tries: int) -> Status | None:
 
 
 def _sacct(ids: Sequence[str]) -> dict[str, Status]:
-    """Those of the jobs that accounting knows; {} where there is none, which is nobody's mistake."""
+    """Those of the jobs that accounting knows; {} where there is none."""
     if not ids:
         return {}
     command = ["sacct", "-n", "-X", "-P", "-D", "-j", ",".join(ids), "-o", "JobID,State,ExitCode,NodeList,Reason"]
@@ -225,7 +219,7 @@ def _shell_code(text: str) -> int | None:
 
 
 def _ask(command: Sequence[str], tries: int = 3) -> subprocess.CompletedProcess[str]:
-    """The finished command, tried again while nobody answers; Unreachable in the end.
+    """The finished command, tried again while Slurm does not answer; Unreachable in the end.
 
     What it says of a job ("Invalid job id", a refusal) is an answer.
     """
@@ -233,7 +227,7 @@ def _ask(command: Sequence[str], tries: int = 3) -> subprocess.CompletedProcess[
     for pause in _PAUSES_S[: tries - 1]:
         try:
             return _answer(command)
-        except NoSlurm:
+        except Absent:
             raise
         except Unreachable:
             if time.monotonic() - began > _TRY_FOR_S:
@@ -265,9 +259,9 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
             check=False,
         )
     except FileNotFoundError:
-        raise NoSlurm(f"Slurm cannot be asked: no {command[0]} on this machine (a login node has it)") from None
+        raise Absent(f"Slurm cannot be asked: no {command[0]} on this machine (a login node has it)") from None
     except OSError as error:
-        raise NoSlurm(f"Slurm cannot be asked: {command[0]}: {error.strerror}") from None
+        raise Absent(f"Slurm cannot be asked: {command[0]}: {error.strerror}") from None
     except subprocess.TimeoutExpired:
         raise Unreachable(f"Slurm cannot be asked: {command[0]} did not answer within {_TIMEOUT_S:g} s") from None
 

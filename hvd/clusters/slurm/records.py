@@ -21,7 +21,6 @@ from typing import Any
 
 from hvd.errors import UserError
 
-JOBS_DIR = "HVD_JOBS_DIR"
 _DEFAULT = Path("slurm/jobs")
 _ID = re.compile(r"[0-9]{1,18}")
 _TAIL = 64 << 10
@@ -29,7 +28,7 @@ _TAIL = 64 << 10
 
 @dataclass(frozen=True)
 class End:
-    """The job's own last word."""
+    """How the job ended, by its own record."""
 
     time: datetime.datetime | None
     exit_code: int
@@ -37,11 +36,10 @@ class End:
 
 
 @dataclass(frozen=True)
-class Job:
+class JobRecord:
     """What the folder says of a job; "" and None for what it does not.
 
     Attributes:
-        cluster: whom to ask about it; "slurm" where nobody said.
         after: ids of the jobs that it waits for.
         causes: of its restarts: cause -> how often.
         steps: how many the trainer was told to do.
@@ -51,7 +49,6 @@ class Job:
     id: str
     log: Path
     base: Path
-    cluster: str = "slurm"
     stage: str = ""
     name: str = ""
     exp_dir: str = ""
@@ -90,11 +87,6 @@ class Progress:
         return max(0, self.total - self.step) * self.step_s
 
 
-def folder(given: str = "") -> Path:
-    """The jobs folder: --jobs-dir, else $HVD_JOBS_DIR, else slurm/jobs here."""
-    return Path(given or os.environ.get(JOBS_DIR) or _DEFAULT)
-
-
 def is_id(text: str) -> bool:
     return bool(_ID.fullmatch(text))
 
@@ -114,29 +106,28 @@ def ids(jobs: Path) -> list[str]:
     return sorted((name for name in found if is_id(name)), key=int)
 
 
-def read(jobs: Path, job: str) -> Job:
+def read(jobs: Path, job: str) -> JobRecord:
     """What the folder says of the job. Never fails: what is missing, half written or not ours is left out."""
     place = jobs / job
-    said, run = _json(place / "job.json"), _json(place / "run.json")
-    return Job(
+    launched, run = _json(place / "job.json"), _json(place / "run.json")
+    return JobRecord(
         id=job,
         log=jobs / f"{job}.log",
         base=base(jobs),
-        cluster=_text(said, "cluster") or "slurm",
-        stage=_text(run, "stage") or _text(said, "stage"),
-        name=_text(said, "name"),
-        exp_dir=_text(said, "exp_dir"),
-        run_dir=_text(run, "run_dir") or _text(said, "run_dir"),
-        submitted=_text(said, "submitted"),
-        after=tuple(re.findall(r"[0-9]+", _text(said, "after"))),
+        stage=_text(run, "stage") or _text(launched, "stage"),
+        name=_text(launched, "name"),
+        exp_dir=_text(launched, "exp_dir"),
+        run_dir=_text(run, "run_dir") or _text(launched, "run_dir"),
+        submitted=_text(launched, "submitted"),
+        after=tuple(re.findall(r"[0-9]+", _text(launched, "after"))),
         steps=_number(run, "steps"),
         causes=_causes(place / "restarts"),
         end=_end(place / "end"),
     )
 
 
-def last_sign(jobs: Path, job: Job) -> datetime.datetime | None:
-    """When the job ended, by its own word; else when it last left a trace."""
+def last_sign(jobs: Path, job: JobRecord) -> datetime.datetime | None:
+    """When the job ended, by its own record; else when one of its files last changed."""
     if job.end is not None and job.end.time is not None:
         return job.end.time
     times = []
@@ -148,7 +139,7 @@ def last_sign(jobs: Path, job: Job) -> datetime.datetime | None:
     return datetime.datetime.fromtimestamp(max(times), datetime.UTC) if times else None
 
 
-def progress(job: Job) -> Progress:
+def progress(job: JobRecord) -> Progress:
     """How far its run is, by the run's folder; Progress() where the job trains none or has not begun."""
     if not job.run_dir:
         return Progress(total=job.steps)
@@ -272,7 +263,7 @@ def _configured_steps(run: str, stage: str) -> int | None:
         return None
 
 
-def _remote_progress(job: Job) -> Progress:
+def _remote_progress(job: JobRecord) -> Progress:
     """The same of gs:// and s3://."""
     from etils import epath
 
@@ -288,5 +279,5 @@ def _remote_progress(job: Job) -> Progress:
             checkpoint=max(steps, default=None),
             complete=(run / "complete.json").exists(),
         )
-    except Exception:  # no library for it, no credentials, no network: each has its own errors; a table is no place
+    except Exception:  # no library, credentials or network: each has errors of its own
         return Progress(total=job.steps)

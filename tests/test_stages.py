@@ -2,26 +2,23 @@
 
 import pytest
 
-from hvd import cli, overrides
+from hvd import cli, overrides, stages
 from hvd.errors import UserError
-from hvd.launch import steps
 
 
-def plan(stage, *options, config="demo", **more):
-    given = ["--config", config, *options]
-    return steps.plan(overrides.experiment(given), stage, given, **more)
+def plan(stage, *options, config="demo", together=True, **more):
+    cfg = overrides.experiment(["--config", config, *options])
+    parts = stages.parts(cfg, stage, together=together, **more)
+    return [group for groups in parts.values() for group in groups]
 
 
 def names(groups):
-    return [[task.name for task in group] for group in groups]
+    return [[step.name for step in group] for group in groups]
 
 
 def test_all_of_the_demo():
     assert names(plan("all", "--evaluate.baselines", "true")) == [
-        ["simulate"],
-        ["convert-optimal"],
-        ["convert-mixed"],
-        ["norm-stats"],
+        ["prepare"],
         ["train-value"],
         ["advantages"],
         ["policy", "imitation-expert", "imitation-mixed", "imitation-success"],
@@ -33,15 +30,10 @@ def test_all_of_the_demo():
     ]
 
 
-def test_all_with_the_user_s_own_data():
-    assert names(plan("all", config="g1")) == [
-        ["norm-stats"],
-        ["train-value"],
-        ["advantages"],
-        ["policy"],
-        ["evaluate-policy"],
-        ["report"],
-    ]
+def test_where_the_stages_are_jobs_the_baselines_are_trained_after_the_policy():
+    both = [names(plan("all", "--evaluate.baselines", "true", together=together)) for together in (True, False)]
+    assert both[1][3:7] == [["policy"], ["imitation-expert"], ["imitation-mixed"], ["imitation-success"]]
+    assert {name for group in both[0] for name in group} == {name for group in both[1] for name in group}
 
 
 def test_the_two_stages_are_what_all_trains():
@@ -58,8 +50,8 @@ def test_imitation_needs_no_value_run():
 def test_every_command_line_is_understood():
     for config, options in (("demo", ["--evaluate.baselines", "true"]), ("g1", ["--exp-name", "x"])):
         for group in plan("all", *options, config=config):
-            for task in group:
-                step, *args = task.args
+            for one in group:
+                step, *args = one.words(["--config", config, *options])
                 assert step in cli.STEPS
                 if not cli.STEPS[step].own_flags:
                     rest, _ = overrides.take_overwrite(args)
@@ -69,9 +61,9 @@ def test_every_command_line_is_understood():
 def test_baselines_differ_from_the_policy_in_weights_and_data_only():
     found = {}
     for group in plan("policy", "--evaluate.baselines", "true"):
-        for task in group:
-            if task.args[0] == "train-policy":
-                found[task.name] = overrides.experiment(list(task.args[1:]))
+        for step in group:
+            if step.step == "train-policy":
+                found[step.name] = overrides.experiment(["--config", "demo", *step.extra])
     weights = {name: cfg.policy.weighting for name, cfg in found.items()}
     assert weights == {
         "policy": "hvd",
@@ -88,12 +80,12 @@ def test_baselines_differ_from_the_policy_in_weights_and_data_only():
 
 def test_overwrite_goes_to_the_trainings():
     for group in plan("all", overwrite=True):
-        for task in group:
-            assert ("--overwrite" in task.args) == (task.args[0] in ("train-value", "train-policy"))
+        for step in group:
+            assert ("--overwrite" in step.extra) == (step.step in ("train-value", "train-policy"))
 
 
 def test_only_what_jax_distributes_is_spread():
-    spread = {task.args[0] for group in plan("all") for task in group if task.spread}
+    spread = {step.step for group in plan("all") for step in group if step.spread}
     assert spread == {"train-value", "advantages", "train-policy"}
 
 

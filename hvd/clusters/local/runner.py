@@ -1,6 +1,6 @@
 """Runs a plan on this machine: each step as processes, signals handed on, logs kept, the failing exit code returned.
 
-Tasks of one group run side by side, each on its own share of the cores: small models gain little from many threads, so
+Steps of one group run side by side, each on its own share of the cores: small models gain little from many threads, so
 two trainings on one core each are faster than one after the other on two.
 """
 
@@ -21,23 +21,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TextIO
 
+from hvd.clusters.local.output import Stream, short
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, UserError
-from hvd.launch.output import Stream, short
-from hvd.launch.steps import Group, Task
+from hvd.stages import Group, Step
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STATUS_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0  # for another launch of the same experiment to end
 GRACE_SECONDS = 60.0  # from SIGTERM to SIGKILL for the companions of a process that failed
-AT_A_TIME = 4  # tasks of a group, at most
+AT_A_TIME = 4  # steps of a group, at most
 COMMAND = (sys.executable, "-m", "hvd.cli")
 
 
 @dataclass
 class Running:
-    """One process of one task."""
+    """One process of one step."""
 
-    task: Task
+    step: Step
     process: subprocess.Popen
     streams: list[Stream]
     log: TextIO
@@ -47,10 +47,15 @@ class Running:
 
 @dataclass
 class Runner:
-    """Runs the groups of a plan. `nodes` processes for each task that is spread; logs below `log_dir`."""
+    """Runs groups of steps. `nodes` processes for each step that is spread; logs below `log_dir`.
+
+    Attributes:
+        options: tell each step the config.
+    """
 
     log_dir: Path
     nodes: int = 1
+    options: tuple[str, ...] = ()
     command: tuple[str, ...] = COMMAND
     _running: list[Running] = field(default_factory=list)
     _signal: int = 0
@@ -77,17 +82,17 @@ class Runner:
         with selectors.DefaultSelector() as selector:
             while True:
                 while waiting and free and not self._signal and not any(codes):
-                    task = waiting.pop(0)
-                    used[task.name] = free.pop(0)
-                    self._start(task, shares[used[task.name]], selector, alone=len(group) == 1)
+                    step = waiting.pop(0)
+                    used[step.name] = free.pop(0)
+                    self._start(step, shares[used[step.name]], selector, alone=len(group) == 1)
                 if not self._running:
                     break
                 self._pump(selector)
                 for done in self._reap(selector):
                     codes.append(self._code(done))
-                    last = not any(other.task is done.task for other in self._running)
-                    if last and done.task.name in used:  # several processes of one step may end at once
-                        free.append(used.pop(done.task.name))
+                    last = not any(other.step is done.step for other in self._running)
+                    if last and done.step.name in used:  # several processes of one step may end at once
+                        free.append(used.pop(done.step.name))
                     if codes[-1] and not self._signal:
                         self._stop_companions(done)
                 if time.monotonic() >= next_status:
@@ -97,18 +102,18 @@ class Runner:
             codes.append(EXIT_STOPPED)  # between two steps, or a step that was done by then; not complete in any case
         return worst(codes)
 
-    def _start(self, task: Task, cores: set[int], selector: selectors.BaseSelector, alone: bool) -> None:
-        count = self.nodes if task.spread else 1
+    def _start(self, step: Step, cores: set[int], selector: selectors.BaseSelector, alone: bool) -> None:
+        count = self.nodes if step.spread else 1
         cores_of = [cores] * count if len(cores) < count else _split(sorted(cores), count)
         coordinator = f"127.0.0.1:{_free_port()}"
-        print(f"[{time.strftime('%H:%M:%S')}] {task.name}", flush=True)
+        print(f"[{time.strftime('%H:%M:%S')}] {step.name}", flush=True)
         for index in range(count):
-            name = task.name if index == 0 else f"{task.name}.{index}"
+            name = step.name if index == 0 else f"{step.name}.{index}"
             log = open(self.log_dir / f"{name}.log", "a", encoding="utf-8")
             env = {**os.environ, **environment(cores_of[index] if len(cores) < _cpu_count() or count > 1 else set())}
             if count > 1:
                 env |= node_environment(coordinator, count, index)
-            argv = [*self.command, *task.args]
+            argv = [*self.command, *step.words(self.options)]
             print(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(argv)}", file=log, flush=True)
             with _affinity(cores_of[index]):
                 process = subprocess.Popen(
@@ -127,7 +132,7 @@ class Runner:
                 Stream(sys.stderr, log, prefix, raw=alone and count == 1 and sys.stderr.isatty()),
             ]
             pipes = [pipe for pipe in (process.stdout, process.stderr) if pipe is not None]
-            running = Running(task, process, streams, log, pipes)
+            running = Running(step, process, streams, log, pipes)
             self._running.append(running)
             for pipe, stream in zip(pipes, streams, strict=True):
                 selector.register(pipe, selectors.EVENT_READ, (running, pipe, stream))
@@ -163,22 +168,22 @@ class Runner:
     def _code(self, done: Running) -> int:
         """The exit code as a shell has it; a death by the signal that we handed on is a stop."""
         code = done.process.returncode
-        log = self.log_dir / f"{done.task.name}.log"
+        log = self.log_dir / f"{done.step.name}.log"
         if code < 0:
             number = -code
             if self._signal and number in FORWARDED:
                 return EXIT_STOPPED
             hint = " (out of memory?)" if number == signal.SIGKILL else ""
-            print(f"{done.task.name}: killed by {signal.Signals(number).name}{hint}; log: {log}", file=sys.stderr)
+            print(f"{done.step.name}: killed by {signal.Signals(number).name}{hint}; log: {log}", file=sys.stderr)
             return 128 + number
         if code not in (EXIT_COMPLETE, EXIT_USER, EXIT_STOPPED):
-            print(f"{done.task.name}: failed with exit code {code}; log: {log}", file=sys.stderr)
+            print(f"{done.step.name}: failed with exit code {code}; log: {log}", file=sys.stderr)
         return code
 
     def _stop_companions(self, failed: Running) -> None:
         if not self._running:
             return
-        print(f"{failed.task.name} has failed; stopping {', '.join(r.task.name for r in self._running)}", flush=True)
+        print(f"{failed.step.name} has failed; stopping {', '.join(r.step.name for r in self._running)}", flush=True)
         for running in self._running:
             self._send(running, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_SECONDS
@@ -190,7 +195,7 @@ class Runner:
 
     def _status(self) -> None:
         """The state of the bars, when it has changed; a terminal draws a single bar itself."""
-        bars = [(r.task.name, short(s.bar)) for r in self._running for s in r.streams if s.bar]
+        bars = [(r.step.name, short(s.bar)) for r in self._running for s in r.streams if s.bar]
         if not bars or (len(self._running) == 1 and sys.stderr.isatty()):
             return
         seen = dict(reversed(bars))  # one of each task: process 0's
@@ -241,11 +246,10 @@ def environment(cores: set[int]) -> dict[str, str]:
 
 
 def node_environment(coordinator: str, count: int, index: int) -> dict[str, str]:
-    """Variables by which a step finds its companions (hvd/train/mesh.py); GPUs are divided among them."""
+    """Variables by which a step finds its companions (hvd/runtime/processes.py); GPUs are divided among them."""
     env = {"HVD_COORDINATOR": coordinator, "HVD_NUM_PROCESSES": str(count), "HVD_PROCESS_ID": str(index)}
-    found = gpus()
-    if found:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(_split(found, count)[index])
+    if visible := gpus():
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(_split(visible, count)[index])
     return env
 
 
@@ -260,19 +264,18 @@ def gpus() -> list[str]:
 
 def devices(nodes: int) -> int:
     """How many devices a run on this machine has, over all its processes."""
-    found = len(gpus())
-    if found:
-        return found
+    if visible := gpus():
+        return len(visible)
     for flag in os.environ.get("XLA_FLAGS", "").split():
         if flag.startswith("--xla_force_host_platform_device_count="):
             return nodes * int(flag.partition("=")[2])
     return nodes
 
 
-def core_shares(tasks: int) -> list[set[int]]:
-    """The cores for each of the tasks that run at a time; one share with all cores where a GPU does the work."""
+def core_shares(steps: int) -> list[set[int]]:
+    """The cores for each of the steps that run at a time; one share with all cores where a GPU does the work."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(_cpu_count()))
-    at_a_time = 1 if gpus() else max(1, min(tasks, len(cores), AT_A_TIME))
+    at_a_time = 1 if gpus() else max(1, min(steps, len(cores), AT_A_TIME))
     return _split(cores, at_a_time)
 
 

@@ -1,24 +1,16 @@
-#!/bin/bash
-#SBATCH --job-name=hvd-value
-#SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task=2
-#SBATCH --mem=6G
-#SBATCH --time=1-00:00:00
-#SBATCH --signal=USR1@300
-#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --output=slurm/jobs/%j.log
-
-# hvd: value stage. `python launch/submit.py --stage value` submits this script; `--dry-run` prints it.
-
-options=(--config demo)
-[ $# = 0 ] || options=("$@")
-
+# shellcheck shell=bash disable=SC2154 # the script that sources this sets options, hvd and the other settings
+# The batch program of hvd's jobs: slurm/value.sbatch, slurm/awr.sbatch and what launch/submit.py renders source it.
+#
+# It runs the stage's steps by srun and decides, by the code that each of their processes left when it ended
+# (hvd.runtime.records), whether the job is complete, goes back into the queue or fails. It needs bash and Slurm's
+# programs on the node; hvd itself may be in a container.
+#
+# Set before: options (of hvd, an array), grace (seconds from the signal to the kill), node_failures (restarts for lost
+# nodes, killed and hung processes), gpu_settings (NAME=VALUE for jobs that have GPUs; may be unset), container (may be
+# unset). Set after, before the first step: hvd (how hvd is called, an array).
 set -o pipefail
 
 # --- the job's records, for `hvd jobs` and for its own next attempt
-grace=300 node_failures=3
 job=$PWD/slurm/jobs/$SLURM_JOB_ID attempt=${SLURM_RESTART_COUNT:-0}
 mkdir -p "$job"
 : >>"$job/restarts"
@@ -29,13 +21,13 @@ end() { # CODE REASON: the job ends for good
   echo "hvd: job $SLURM_JOB_ID ends with exit code $1: $2"
   exit "$1"
 }
-lost() { grep -cE '^[^ ]+ [0-9]+ (node-failure|killed|hang|lost) ' "$job/restarts" || true; }
+failures() { grep -cE '^[^ ]+ [0-9]+ (node-failure|killed|hang|lost) ' "$job/restarts" || true; }
 
 if [ "$attempt" -gt 0 ]; then
   # an attempt that left no cause had no time to: its node has gone
-  read -r cause 2>/dev/null <"$job/cause" || cause="node-failure the attempt ended without a word"
+  read -r cause 2>/dev/null <"$job/cause" || cause="node-failure the attempt ended without a record"
   echo "$(now) $attempt $cause" >>"$job/restarts"
-  [ "$(lost)" -le "$node_failures" ] || end 1 "gave up after $(lost) node failures, killed or hung processes"
+  [ "$(failures)" -le "$node_failures" ] || end 1 "gave up after $(failures) node failures, killed or hung processes"
 fi
 rm -rf "$job/cause" "$job/end"
 echo "hvd: job $SLURM_JOB_ID, attempt $attempt on $SLURM_JOB_NODELIST: ${options[*]@Q}"
@@ -43,18 +35,26 @@ echo "hvd: job $SLURM_JOB_ID, attempt $attempt on $SLURM_JOB_NODELIST: ${options
 # --- the environment of the steps
 export HVD_JOB_DIR=$job HVD_GRACE_SECONDS=$grace PYTHONUNBUFFERED=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over by itself
-HVD_LIVE_JOBS=$(squeue -h -o %A | tr '\n' ' ') && export HVD_LIVE_JOBS # no squeue in a container
+if [ -n "${container:-}" ]; then # there is no squeue in a container
+  HVD_LIVE_JOBS=$(squeue -h -o %A | tr '\n' ' ') && export HVD_LIVE_JOBS
+fi
 if [ -n "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then
-  export HVD_EXPECT_GPUS=1 # without any, refuse: jax would train on the CPU and not say so
-  # XLA's informative lines of every process would bury the log
-  export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-1}
+  export HVD_EXPECT_GPUS=1 # without a GPU the steps refuse to run: jax would train on the CPU and not say so
+  for setting in "${gpu_settings[@]}"; do # the user's own values come first
+    name=${setting%%=*} value=${setting#*=}
+    if [ "$name" = XLA_FLAGS ]; then
+      export XLA_FLAGS="$value ${XLA_FLAGS:-}"
+    else
+      export "$name=${!name:-$value}"
+    fi
+  done
 else
   export JAX_PLATFORMS=cpu
 fi
 
 # --- what is decided when a step has failed
 ask() { (trap '' TERM && exec "$@" 2>/dev/null); } # also when Slurm's SIGTERM comes in between
-slurm() { # the job as Slurm has it; its controller may be silent for a moment
+job_now() { # the job as Slurm has it; its controller may not answer for a moment
   local line try
   for try in 1 2 3 4; do
     line=$(ask scontrol show job -o "$SLURM_JOB_ID") && [ -n "$line" ] && break
@@ -63,10 +63,10 @@ slurm() { # the job as Slurm has it; its controller may be silent for a moment
   echo "$line"
 }
 cause() { # why the steps were asked to stop, or Slurm ends the attempt
-  local job_now end
-  job_now=$(slurm)
-  end=${job_now##* EndTime=}
-  case $job_now in
+  local shown end
+  shown=$(job_now)
+  end=${shown##* EndTime=}
+  case $shown in
     *" PreemptTime="[0-9]*) echo "preempted" ;;
     *) if [ -n "$(ask sinfo -h -N -n "$SLURM_JOB_NODELIST" -t down,fail -o %N)" ]; then
          echo "node-failure"
@@ -77,28 +77,28 @@ cause() { # why the steps were asked to stop, or Slurm ends the attempt
        fi ;;
   esac
 }
-# Slurm ends the attempt: steps may still save, but this script may be killed before it has their word
+# Slurm ends the attempt: steps may still save, but this script may be killed before their processes have ended
 trap 'echo "$(cause) ended by Slurm" >"$job/cause"' TERM
 again() { # CAUSE TEXT: back into the queue under the same id
-  trap '' TERM # Slurm sends it at the requeue that is asked for here, which is not the cause
+  trap '' TERM # Slurm sends it at the requeue that is asked for here; that is not the cause
   echo "$1 $2" >"$job/cause"
   echo "hvd: job $SLURM_JOB_ID goes back into the queue: $1, $2"
   if ask scontrol requeue "$SLURM_JOB_ID"; then exit 143; fi
   end 143 "$1, $2; Slurm does not requeue it: submit it again to go on"
 }
-infrastructure() { # CAUSE TEXT: the same, so many times
-  [ "$(lost)" -lt "$node_failures" ] || end 1 "$2; gave up after $(lost) restarts for such reasons"
+infrastructure() { # CAUSE TEXT: the same, node_failures times
+  [ "$(failures)" -lt "$node_failures" ] || end 1 "$2; gave up after $(failures) restarts for such reasons"
   again "$1" "$2"
 }
-verdict() { # STEP CODE TASKS: by what each process said; one that was killed has said nothing
-  local said saved
-  said=$(cat "$job"/exit/* 2>/dev/null)
-  has() { grep -qx "$1" <<<"$said"; }
+verdict() { # STEP CODE TASKS: by the code of each process; one that was killed has left none
+  local codes saved
+  codes=$(cat "$job"/exit/* 2>/dev/null)
+  has() { grep -qx "$1" <<<"$codes"; }
   if has 2; then end 2 "$1: a mistake to be mended, see the log"; fi
   if has 1; then end 1 "$1 failed, see the log"; fi
   case $2 in 126 | 127) end 2 "$1 could not be started, see the log" ;; esac
-  saved=$([ "$(grep -cxE '0|143' <<<"$said")" = "$3" ] && echo yes)
-  case $(slurm) in
+  saved=$([ "$(grep -cxE '0|143' <<<"$codes")" = "$3" ] && echo yes)
+  case $(job_now) in
     *" JobState=RUNNING "* | *" JobState=SIGNALING "*) ;;
     "") end 143 "$1 ended with $2 and Slurm does not answer: submit it again to go on" ;;
     *" Reason=TimeLimit "*) [ -z "$saved" ] || again time-limit "$1 has saved at the very limit" ;;
@@ -113,30 +113,25 @@ verdict() { # STEP CODE TASKS: by what each process said; one that was killed ha
   infrastructure killed "$1: srun ended with $2"
 }
 
-port() { # of this node, where process 0 will be: one that nobody listens on
+# --- a step
+port() { # of this node, where process 0 will be: one that is free
   local candidate
   for candidate in $(shuf -i 12288-32767 -n 50); do
     (exec 3<>"/dev/tcp/127.0.0.1/$candidate") 2>/dev/null || break
   done
   echo "$candidate"
 }
-step() { # one|all NAME ARGUMENT...: a step of hvd on the first task or on all of them
+step() { # one|all NAME ARGUMENT...: `hvd NAME` on the first task or on all of them
   local tasks=$SLURM_NTASKS where=() code=0 last pid
   [ "$1" = all ] || { tasks=1 where=(--nodes=1 --ntasks=1); }
   [ "$tasks" = 1 ] || { where+=(--label); HVD_COORDINATOR_PORT=$(port); export HVD_COORDINATOR_PORT; }
   shift
   rm -rf "$job/exit"
   echo "hvd: $(now) $1 on $tasks task(s)"
-  srun --kill-on-bad-exit=1 --mpi=none "${where[@]}" \
-    apptainer exec ${HVD_EXPECT_GPUS:+--nv} --pwd "$PWD" --bind "$PWD" --bind /data:/data --bind /scratch /images/hvd.sif hvd "$@" "${options[@]}" &
+  srun --kill-on-bad-exit=1 --mpi=none "${where[@]}" "${hvd[@]}" "$1" "${options[@]}" "${@:2}" &
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do wait "$pid"; code=$?; done # a trap interrupts wait
   wait "$pid" 2>/dev/null; last=$?
   [ "$last" = 127 ] || code=$last
   [ "$code" = 0 ] || verdict "$1" "$code" "$tasks"
 }
-
-# --- the stage
-step one prepare
-step all train-value
-end 0 "complete"

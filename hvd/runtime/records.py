@@ -1,6 +1,6 @@
-"""The scheduler's job that a process belongs to: what it tells the batch script and `hvd jobs`, by small files.
+"""What a process tells the batch script and `hvd jobs` about itself, by small files in the folder of its job.
 
-    $HVD_JOB_DIR/run.json      which run it works on
+    $HVD_JOB_DIR/run.json      the run it works on
     $HVD_JOB_DIR/begun/<run>   the run has been begun by this job: a restart does not --overwrite it again
     $HVD_JOB_DIR/exit/<rank>   with which code each process ended; one that was killed leaves none
 
@@ -33,13 +33,14 @@ def grace_seconds() -> float:
 def tell_run(stage: str, run_dir: str, steps: int) -> None:
     """Name the run that the job works on; by the main process."""
     if job := folder():
-        write_atomic(job / "run.json", json.dumps({"stage": stage, "run_dir": os.fspath(run_dir), "steps": steps}))
+        about = {"stage": stage, "run_dir": os.fspath(run_dir), "steps": steps}
+        write_atomic(job / "run.json", json.dumps(about).encode())
 
 
 def tell_begun(run_dir: str) -> None:
     """The run's folder has been emptied, or gone on from, by this job; by the main process."""
     if job := folder():
-        write_atomic(job / "begun" / os.path.basename(run_dir), run_dir + "\n")
+        write_atomic(job / "begun" / os.path.basename(run_dir), f"{run_dir}\n".encode())
 
 
 def has_begun(run_dir: str) -> bool:
@@ -52,4 +53,4 @@ def tell_exit(code: int) -> None:
     """Record the code that this process is about to end with; a disk that takes nothing must not hide that code."""
     if job := folder():
         with contextlib.suppress(OSError):
-            write_atomic(job / "exit" / str(processes.rank()), f"{code}\n")
+            write_atomic(job / "exit" / str(processes.rank()), f"{code}\n".encode())

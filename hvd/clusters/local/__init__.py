@@ -1,0 +1,5 @@
+"""This machine."""
+
+from hvd.clusters.local.cluster import Local
+
+CLUSTER = Local

@@ -1,0 +1,76 @@
+"""Which steps a stage has, as commands of `hvd`, in their order. Imports no jax and runs nothing.
+
+A step may be asked for again and again: each one finds out by itself what is done already.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from hvd.configs import Experiment
+from hvd.errors import UserError
+
+STAGES = ("all", "value", "policy")
+
+# Imitation by the same code: which data and which weights a baseline has. Results are compared by these names.
+BASELINES: dict[str, tuple[str, ...]] = {
+    "imitation-expert": ("--policy.weighting", "none", "--policy.suboptimal_share", "0"),
+    "imitation-mixed": ("--policy.weighting", "none"),
+    "imitation-success": ("--policy.weighting", "none", "--suboptimal_data.success_only", "true"),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a stage: `hvd STEP`, how the config is told, `extra`.
+
+    Attributes:
+        name: of its log.
+        spread: over the nodes; else it is one process.
+    """
+
+    step: str
+    name: str
+    extra: tuple[str, ...] = ()
+    spread: bool = False
+
+    def words(self, options: Iterable[str]) -> tuple[str, ...]:
+        """The arguments of `hvd`. `options` tell the config: `--config-file PATH`, `--config NAME --field value`."""
+        return (self.step, *options, *self.extra)
+
+
+Group = tuple[Step, ...]  # steps that do not wait for each other
+
+
+def parts(cfg: Experiment, stage: str, *, overwrite: bool = False, together: bool = False) -> dict[str, list[Group]]:
+    """The parts of a stage in their order, "all" being value, policy and evaluate; each could be a job of its own.
+
+    Args:
+        overwrite: the trainings delete their run directories and start again.
+        together: the baselines are trained beside the policy; else they are the first steps of the evaluation.
+    """
+    if stage not in STAGES:
+        raise UserError(f"--stage {stage!r} is not one of {', '.join(STAGES)}")
+    again = ("--overwrite",) if overwrite else ()
+
+    def training(name: str, extra: Sequence[str]) -> Step:
+        return Step("train-policy", name, (*extra, *again), spread=True)
+
+    runs = {cfg.policy.run_name: ()} | (
+        {name: ("--policy.run_name", name, *flags) for name, flags in BASELINES.items()}
+        if cfg.evaluate.baselines
+        else {}
+    )
+    policy, *baselines = (training(name, extra) for name, extra in runs.items())
+    advantages = [(Step("advantages", "advantages", spread=True),)] if needs_value(cfg) else []
+    evaluations = [(Step("evaluate", f"evaluate-{name}", extra),) for name, extra in runs.items()]
+    every = {
+        "value": [(Step("prepare", "prepare"),), (Step("train-value", "train-value", again, spread=True),)],
+        "policy": [*advantages, (policy, *baselines) if together else (policy,)],
+        "evaluate": [*([] if together else [(one,) for one in baselines]), *evaluations, (Step("report", "report"),)],
+    }
+    return every if stage == "all" else {stage: every[stage]}
+
+
+def needs_value(cfg: Experiment) -> bool:
+    """Does the policy use the value run? Imitation does not."""
+    return cfg.policy.weighting != "none"
