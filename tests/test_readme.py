@@ -10,13 +10,13 @@ import pytest
 import hvd.experiments as experiments
 from hvd import cli, export, overrides
 from hvd.checks import check_config, check_devices
+from hvd.clusters import base
 from hvd.clusters.kubernetes import manifests as kubernetes
 from hvd.clusters.slurm import site
-from hvd.clusters.slurm import submission as slurm
 from hvd.configs import Experiment
 from hvd.data import convert
 from hvd.fields import leaves
-from hvd.launch import steps, submit
+from hvd.launch import submit
 from hvd.plan import command as plan
 from hvd.plan import devices as plan_devices
 from hvd.serve import command as serve
@@ -82,22 +82,18 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
             args, _ = overrides.take_overwrite(args)
             check_config(overrides.experiment(args))
         case ["python", "launch/submit.py", *args]:
-            options, rest, for_clusters = submit.parse(args)
+            options, rest, settings = submit.parse(args)
             given, _ = overrides.take_overwrite(rest)
             cfg = overrides.experiment(given)
             check_config(cfg)
-            assert steps.plan(cfg, options.stage, given)
-            if options.cluster == "kubernetes":
-                settings = kubernetes.settings(for_clusters["kubernetes"])
-                if (options.nodes > 1 or settings.overlay) and not with_kubectl(monkeypatch):
-                    pytest.skip("no kubectl here, which renders overlays")
-                assert kubernetes.render(cfg, options.stage, given, options.nodes, settings)
-                return
             # what is shown must be possible: the batches are divisible by the devices that a cluster would give
-            settings = site.load(for_clusters["slurm"])
-            gpus = slurm.gpus(cfg, settings, asked=False)
-            job = slurm.jobs(cfg, options.stage, given, options.nodes, settings, gpus, False)[0]
-            check_devices(cfg, *slurm.devices(job.request, settings))
+            name = options.cluster if options.cluster != "auto" else "slurm"
+            overlay = options.nodes > 1 or any(flag.field == "kubernetes.overlay" for flag in settings)
+            if name == "kubernetes" and overlay and not with_kubectl(monkeypatch):
+                pytest.skip("no kubectl here, which renders overlays")
+            request = base.Request(cfg, options.stage, tuple(given), options.nodes)
+            planned = base.get(name, settings).plan(request)
+            check_devices(cfg, planned.devices, planned.processes)
         case ["pytest", *paths]:
             assert all((ROOT / path).exists() for path in paths)
         case _:

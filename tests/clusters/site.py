@@ -54,7 +54,7 @@ class Site:
         folder.mkdir(parents=True)
         (folder / ".venv").symlink_to(sys.prefix)
         (folder / "slurm" / "jobs").mkdir(parents=True)
-        for name in ("value.sbatch", "awr.sbatch"):
+        for name in ("value.sbatch", "awr.sbatch", "job.sh"):
             (folder / "slurm" / name).write_text((ROOT / "slurm" / name).read_text())
         if not (shared / "data").exists():
             factory.write_dataset(shared / "data" / "optimal", episodes=4, length=20, seed=1)

@@ -91,7 +91,9 @@ def test_they_leave_the_files_of_their_jobs_and_nothing_else(submitted):
     site, _, _, jobs = submitted
     kept = ("{0}.log", "{0}/{0}_submission.sh", "{0}/job.json", "{0}/restarts", "{0}/end")
     expected = {f"slurm/jobs/{name.format(job)}" for job in jobs for name in kept}
-    assert files(site.folder) == expected | {".venv", "slurm/value.sbatch", "slurm/awr.sbatch"}
+    (config,) = (path.name for path in (site.run / "configs").iterdir())
+    expected |= {f"slurm/{name}" for name in ("value.sbatch", "awr.sbatch", "job.sh")}
+    assert files(site.folder) == expected | {".venv", f"runs/demo/configs/{config}"}
     assert not [path for path in (site.folder / "slurm").rglob("*") if path.is_symlink()]
 
 

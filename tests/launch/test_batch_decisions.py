@@ -38,12 +38,13 @@ SINFO = '#!/bin/bash\ncat "$FOLDER/down" 2>/dev/null\n'
 
 
 @pytest.fixture
-def attempt(tmp_path):
+def attempt(tmp_path, monkeypatch):
     """Runs the script once; returns (exit code, what it printed, the job's folder)."""
     (tmp_path / "bin").mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "sinfo": SINFO, "squeue": "#!/bin/bash\n"}.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "value.sbatch"
     path.write_text(script.render(JOB))
 
