@@ -1,9 +1,10 @@
-"""What the README tells a user to type is understood, and the names in it exist."""
+"""What README.md and docs/ tell a user to type is understood, and the names in them exist."""
 
 import os
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -24,21 +25,20 @@ from tests.clusters import kubernetes_cluster
 from tests.folders import ROOT
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"(?:^    .*\n|^\n(?=    ))+", README, re.MULTILINE)
+PAGES = {path.relative_to(ROOT): path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 COMMANDS = [
-    line.split("&&")[-1].partition("#")[0].strip()
-    for block in BLOCKS
-    for line in (raw.strip() for raw in block.splitlines())
-    if re.match(r"(pip install uv && )?uv run ", line)
+    line.partition("#")[0].strip().removeprefix("./")
+    for page in PAGES.values()
+    for line in (raw.strip() for raw in re.findall(r"^    .*$", page, re.MULTILINE))
+    if re.match(r"(\./)?uv run ", line)
 ]
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """An empty working folder beside a ../shared with a dataset, and the README's own config among the configs."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    info = tmp_path / "shared" / "data" / "g1_bottle" / "meta" / "info.json"
+    """A working folder with a dataset in data/g1, and the README's own config among the configs."""
+    monkeypatch.chdir(tmp_path)
+    info = tmp_path / "data" / "g1" / "meta" / "info.json"
     info.parent.mkdir(parents=True)
     info.write_text("{}")
     source = re.search(r"^    def my_task\(\).*?^        \)\n", README, re.MULTILINE | re.DOTALL)
@@ -51,7 +51,7 @@ def place(tmp_path, monkeypatch):
 
 def test_the_readme_begins_with_the_two_lines():
     assert COMMANDS[:2] == ["uv run python launch/submit.py --stage all", "uv run pytest"]
-    assert len(COMMANDS) > 15
+    assert len(COMMANDS) > 25
 
 
 def with_kubectl(monkeypatch) -> bool:
@@ -60,7 +60,7 @@ def with_kubectl(monkeypatch) -> bool:
     return bool(shutil.which("kubectl"))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", list(dict.fromkeys(COMMANDS)))
 def test_a_command_is_understood(command, capsys, monkeypatch):
     words = shlex.split(command)
     match words[2:]:
@@ -105,13 +105,13 @@ def test_every_option_that_is_named_exists():
     for own in (serve.ServeOptions, export.Export, plan.Options, overrides.Choice, overrides.RunDirectory):
         known |= {*leaves(own)}
     known |= {"help", "extra", "no_push_to_hub"}
-    ours = [
-        line if not line.startswith("| `") or "|" not in line[3:] else line.split("|")[2]  # not the old code base's
-        for line in README.partition("## Coming from")[2].splitlines()
-    ]
-    text = README.partition("## Coming from")[0] + "\n".join(ours)
+    # of a table "there | here" the first column is another code base's
+    text = "\n".join(
+        re.sub(r"^\| [^|]*\|", "", page, flags=re.MULTILINE) if path.name.startswith("coming-from") else page
+        for path, page in PAGES.items()
+    )
     # their options are their own
-    text = re.sub(r"sbatch .*|kubectl [^|`]*|`docker run [^`]*`|`--(read-only|build-arg) [^`]*`", "", text)
+    text = re.sub(r"sbatch .*|kubectl [^|`]*|docker run .*|hf download .*|`--(read-only|build-arg)[^`]*`", "", text)
     known |= {f"slurm.{name}" for name in leaves(site.Site)}
     known |= {f"kubernetes.{name}" for name in leaves(kubernetes.Settings)}
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_.-]*[a-z0-9])", text))
@@ -119,11 +119,30 @@ def test_every_option_that_is_named_exists():
     unknown = {
         name for name in named if not {name.replace("-", "_"), name.replace("-", "_").removeprefix("no_")} & known
     }
-    unknown -= set(cli.STEPS)  # arrows of the picture: recordings --convert--> dataset
-    unknown -= {"slurm.NAME", "slurm"}
+    unknown -= {"slurm.NAME", "kubernetes.NAME"}
     assert unknown <= {"value.batchsize"}, "the typing mistake that the README shows is the only unknown option"
 
 
 def test_files_and_folders_that_are_named_exist():
-    for name in re.findall(r"`((?:hvd|launch|tests)/[\w/.]+)`", README):
-        assert (ROOT / name).exists(), name
+    for path, page in PAGES.items():
+        for name in re.findall(r"`((?:hvd|launch|tests|docs|docker|slurm|k8s)/[\w/.-]+)`", page):
+            assert (ROOT / name).exists(), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("path", [*PAGES, Path("CONTRIBUTING.md"), Path("BENCHMARKS.md")], ids=str)
+def test_links_lead_somewhere_inside_the_repository(path):
+    page = (ROOT / path).read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page):
+        file, _, heading = target.partition("#")
+        linked = (ROOT / path).parent / file if file else ROOT / path
+        assert linked.is_file() and ROOT in linked.resolve().parents, target
+        headings = (
+            {
+                re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-")
+                for h in re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
+            }
+            if heading
+            else {""}
+        )
+        assert heading in headings, target
+    assert "../shared" not in page or path.name == "CONTRIBUTING.md"
