@@ -93,7 +93,13 @@ def export(cfg: Experiment, options: Export) -> Path:
         raise UserError(f"{run} has no {runs.CONFIG}: it is not a run directory")
     trained = record.config
     stats = normalize.load(epath.Path(run) / runs.NORM_STATS)
-    params = export_params.exported(trained, stage, export_params.restored(trained, stage, run, found.step), options)
+    params = export_params.exported(
+        trained,
+        stage,
+        export_params.restored(trained, stage, run, found.step),
+        keep_padding=options.keep_padding,
+        merge_lora=options.merge_lora,
+    )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:

@@ -12,18 +12,17 @@ from jaxtyping import Float32
 from hvd.configs import Experiment, NormConfig
 from hvd.data import normalize
 from hvd.errors import UserError
-from hvd.export import Export
 from hvd.method import policy, value
 from hvd.models import weights
 from hvd.train import checkpoints, inference, mesh
 from hvd.train.state import Graph, Tree
 
 
-def exported(cfg: Experiment, stage: str, params: Tree, options: Export) -> Tree:
+def exported(cfg: Experiment, stage: str, params: Tree, *, keep_padding: bool, merge_lora: bool) -> Tree:
     """The parameters as they are written: merged and with padding cut where that is asked for."""
-    if stage == "policy" and not options.keep_padding:
+    if stage == "policy" and not keep_padding:
         params = without_padding(params, inference.pad_mask(cfg))
-    if options.merge_lora:
+    if merge_lora:
         model = cfg.model
         variants = (
             (model.paligemma_variant, model.action_expert_variant)
