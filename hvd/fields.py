@@ -11,6 +11,7 @@ import enum
 import functools
 import json
 import math
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -181,27 +182,24 @@ def _wrong(kind: Any, value: Any, where: str) -> UserError:
     return UserError(f"{where}: {value!r} is not {needs(kind)}{hint if 'nearest' in hint else ''}")
 
 
-def from_plain[T](kind: type[T], data: Any, where: str, default: T | None = None) -> T:
+def from_plain(kind: Any, data: Any, where: str) -> Any:
     """`data`, as JSON, TOML or YAML have it, as a value of `kind` (lists as tuples, mappings as dataclasses).
 
     Args:
         where: begins the error line: the file and field.
-        default: of a dataclass: what fields have that `data` does not name; else their own defaults.
 
     Raises:
         UserError: `data` does not fit; the line names the field.
     """
-    return _from_plain(kind, data, where, default)
-
-
-def _from_plain(kind: Any, data: Any, where: str, default: Any = None) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, data, where, default)
+        return _dataclass(kind, data, where)
     if origin is tuple and isinstance(data, list | tuple):
-        return tuple(_from_plain(inner[0], item, where) for item in data)
+        return tuple(from_plain(inner[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     if origin is dict and isinstance(data, Mapping):
-        return {str(key): _from_plain(inner[1], item, f"{where}: {key}") for key, item in data.items()}
+        return {str(key): from_plain(inner[1], item, f"{where}: {key}") for key, item in data.items()}
+    if origin in (typing.Union, types.UnionType):  # optional: it is left out, not null
+        return from_plain(inner[0], data, where)
     if origin is Literal and data in inner:
         return data
     if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
@@ -211,21 +209,17 @@ def _from_plain(kind: Any, data: Any, where: str, default: Any = None) -> Any:
     raise _wrong(kind, data, where)
 
 
-def _dataclass(kind: Any, data: Any, where: str, default: Any) -> Any:
+def _dataclass(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: {data!r} is not a group of fields")
     hints = typing.get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind) if field.init]
     for name in data:
-        if name not in known:
-            raise UserError(f"{where}: unknown field {name!r}{nearest(str(name), known)}")
-    values = {name: _from_plain(hints[name], value, f"{where}: {name}") for name, value in data.items()}
-    if default is not None:
-        return dataclasses.replace(default, **values)
+        if name not in hints:
+            raise UserError(f"{where}: unknown field {name!r}{nearest(str(name), hints)}")
     for field in dataclasses.fields(kind):
-        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
+        if field.name not in data and field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}: field {field.name!r} is missing")
-    return kind(**values)
+    return kind(**{name: from_plain(hints[name], value, f"{where}: {name}") for name, value in data.items()})
 
 
 def from_words(kind: Any, words: Sequence[str], where: str) -> Any:
@@ -236,7 +230,7 @@ def from_words(kind: Any, words: Sequence[str], where: str) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (tuple, dict):
         if len(words) == 1 and words[0].lstrip()[:1] in ("[", "{"):
-            return _from_plain(kind, _json(words[0], where), where)
+            return from_plain(kind, _json(words[0], where), where)
         if words and any(typing.get_origin(part) for part in inner):  # a list of lists
             raise UserError(f"{where}: {' '.join(words)!r} is not a JSON {_name(kind)}")
         if origin is tuple:
@@ -252,7 +246,7 @@ def from_words(kind: Any, words: Sequence[str], where: str) -> Any:
             return kind(word)
         except ValueError:
             raise _wrong(kind, word, where) from None
-    return _from_plain(kind, word, where)
+    return from_plain(kind, word, where)
 
 
 def one(words: Sequence[str], where: str, needed: str) -> str:

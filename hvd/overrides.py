@@ -67,9 +67,23 @@ def take[T](options: T, argv: Sequence[str]) -> tuple[T, list[str]]:
     return options, joined([flag for flag in flags if flag not in ours])
 
 
-def parse[T](options: T, argv: Sequence[str]) -> T:
-    """A command's options where there are no others."""
-    options = apply(options, split_flags(argv))
+def parse[T](options: T, argv: Sequence[str], positional: str = "", short: Mapping[str, str] | None = None) -> T:
+    """A command's options where there are no others.
+
+    Args:
+        positional: the field that a word takes which belongs to no option.
+        short: "-n" -> "--lines".
+    """
+    words = [(short or {}).get(arg, arg) for arg in argv]
+    if positional:
+        known = leaves(type(options))
+        for place, word in enumerate(words):
+            before = words[place - 1][2:].replace("-", "_") if place else ""
+            takes = before in known and known[before].kind is not bool and words[place - 1].startswith("--")
+            if not word.startswith("--") and not takes:
+                words = [f"--{positional}={word}", *words[:place], *words[place + 1 :]]
+                break
+    options = apply(options, split_flags(words))
     check_rules(options, lambda name: "--" + name.replace("_", "-"))
     return options
 

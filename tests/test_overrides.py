@@ -75,7 +75,7 @@ def test_nothing_else_changes():
         ("--no-wandb true", "--no-wandb takes no value, got 'true'"),
         ("--value 3", "--value is a group of fields, for example --value.num_train_steps"),
         ("--name other", "--name: the config's name is fixed; --exp_name names a run of it"),
-        ("--model.hierarchical_actions [1]", "--model.hierarchical_actions: 1 is not a list of whole numbers"),
+        ("--model.hierarchical_actions [1]", "--model.hierarchical_actions[0]: 1 is not a list of whole numbers"),
         ("--model.hierarchical_actions [[1]", "--model.hierarchical_actions: '[[1]' is not JSON"),
         ("--optimal_data.keys.images a", "--optimal_data.keys.images: 'a' is not pairs"),
         ("--model.hierarchical_actions 7 8", "--model.hierarchical_actions: '7 8' is not a JSON list of lists"),

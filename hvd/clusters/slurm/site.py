@@ -12,7 +12,7 @@ from typing import Literal
 from hvd import overrides
 from hvd.accelerators import get as get_accelerator
 from hvd.errors import UserError
-from hvd.fields import from_plain
+from hvd.fields import from_plain, to_plain
 
 SITE_FILE = Path("slurm") / "site.toml"  # of the working directory, which is the checkout
 JOBS_DIR = Path("slurm") / "jobs"
@@ -84,7 +84,7 @@ def read(path: Path, site: Site) -> Site:
         data = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}") from error
-    return from_plain(Site, data, str(path), site)
+    return from_plain(Site, {**to_plain(site), **data}, str(path))
 
 
 def check(site: Site) -> None:
