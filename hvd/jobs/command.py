@@ -3,105 +3,104 @@
 Which cluster an id belongs to is told by its form (hvd.clusters.base.owner_of).
 """
 
-import argparse
+import inspect
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from dataclasses import dataclass
 
+from hvd import overrides
 from hvd.clusters import base
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, UserError, nearest
+from hvd.fields import NOT_NEGATIVE, between, option
 from hvd.jobs import listing
 
-COMMANDS = ("list", "logs", "cancel", "wait")
 _DAYS = 7
-_LINES = 200
+
+
+@dataclass(frozen=True)
+class List:
+    """Jobs that have not ended, and those that have within a week. Steps, rate, time left and checkpoint are the run
+    folder's."""
+
+    all: bool = option(False, "those that ended earlier, too")
+    json: bool = option(False, "print them as a JSON list")
+    jobs_dir: str = option("", f"where the folders of Slurm's jobs are (default: ${base.JOBS_DIR}, else slurm/jobs)")
+
+
+@dataclass(frozen=True)
+class One:
+    """A job: `id` is Slurm's number, or the name of a Kubernetes Job (of kubectl's cluster and namespace)."""
+
+    id: str = option("", "Slurm's number, or the name of a Kubernetes Job (of kubectl's cluster and namespace)")
+    jobs_dir: str = option("", f"where the folders of Slurm's jobs are (default: ${base.JOBS_DIR}, else slurm/jobs)")
+
+
+@dataclass(frozen=True)
+class Logs(One):
+    """The end of the job's log."""
+
+    follow: bool = option(False, "-f: until the job has ended")
+    lines: int = option(200, NOT_NEGATIVE, "-n: so many; 0 = all of it")
+
+
+@dataclass(frozen=True)
+class Cancel(One):
+    """Cancel the job and those that wait for it, after asking."""
+
+    yes: bool = option(False, "-y: without asking")
+
+
+@dataclass(frozen=True)
+class Wait(One):
+    """Wait until the job has ended for good, and end with its exit code. A job that is requeued has not ended.
+
+    The code is 1 for a job that was cancelled, ran out of time or lost its node, and 124 after --timeout.
+    """
+
+    timeout: float = option(-1.0, between(-1, 1e9), "seconds; -1 = for ever")
+
+
+COMMANDS = {"list": List(), "logs": Logs(), "cancel": Cancel(), "wait": Wait()}
+_SHORT = {"-f": "--follow", "-n": "--lines", "-y": "--yes"}
 
 
 def main(argv: Sequence[str]) -> int:
     """`hvd jobs ...`; returns its exit code."""
-    if "-h" in argv or "--help" in argv or argv[:1] == ["help"]:
-        print(usage())
+    words = [*argv[2:], *argv[:2]] if argv[:1] == ["--jobs-dir"] else list(argv)
+    name = words.pop(0) if words and not words[0].startswith("-") else "list"
+    if overrides.asks_help(argv) or name == "help":
+        print_help(name if argv[0] in COMMANDS else "")
         return EXIT_COMPLETE
-    jobs_dir, rest = take_jobs_dir(argv)
-    if rest and not rest[0].startswith("-") and rest[0] not in COMMANDS:
-        raise UserError(f"hvd jobs: unknown command {rest[0]!r}{nearest(rest[0], COMMANDS)}")
-    command, *rest = rest if rest and rest[0] in COMMANDS else ["list", *rest]
-    parser = _Parser(prog=f"hvd jobs {command}", add_help=False, allow_abbrev=False)
-    if command == "list":
-        parser.add_argument("--all", action="store_true")
-        parser.add_argument("--json", action="store_true")
-        options = parser.parse_args(rest)
-        return show(jobs_dir, everything=options.all, as_json=options.json)
-    parser.add_argument("id")
-    if command == "logs":
-        parser.add_argument("-f", "--follow", action="store_true")
-        parser.add_argument("-n", "--lines", type=_count, default=_LINES)
-    elif command == "cancel":
-        parser.add_argument("-y", "--yes", action="store_true")
-    else:
-        parser.add_argument("--timeout", type=_seconds)
-    options = parser.parse_args(rest)
-    cluster = base.owner_of(options.id, jobs_dir)
-    if command == "cancel":
-        return cancel(cluster, options.id, yes=options.yes)
-    if command == "logs":
-        return cluster.logs(options.id, options.lines, options.follow)
-    return cluster.wait(options.id, options.timeout)
+    if name not in COMMANDS:
+        raise UserError(f"hvd jobs: unknown command {name!r}{nearest(name, COMMANDS)}")
+    if name == "list":
+        listed = overrides.parse(List(), words)
+        return show(listed.jobs_dir, everything=listed.all, as_json=listed.json)
+    options = overrides.parse(COMMANDS[name], words, positional="id", short=_SHORT)
+    assert isinstance(options, One)
+    if not options.id:
+        raise UserError(f"hvd jobs {name} ID: the id is missing (`hvd jobs` lists them)")
+    cluster = base.owner_of(options.id, options.jobs_dir)
+    match options:
+        case Cancel():
+            return cancel(cluster, options.id, yes=options.yes)
+        case Logs():
+            return cluster.logs(options.id, options.lines, options.follow)
+        case Wait():
+            return cluster.wait(options.id, None if options.timeout < 0 else options.timeout)
+    raise AssertionError(name)
 
 
-def usage() -> str:
-    return f"""\
-usage: hvd jobs [list] [--all] [--json]
-       hvd jobs logs ID [-f] [-n LINES]
-       hvd jobs cancel ID [--yes]
-       hvd jobs wait ID [--timeout SECONDS]
-
-  list    jobs that have not ended, and those that have within {_DAYS} days (--all: every one). Steps, rate, time left
-          and checkpoint are the run folder's; --json prints them as a list
-  logs    the last {_LINES} lines of the job's log (-n LINES; 0: all of it); -f follows it until the job has ended
-  cancel  the job and those that wait for it, after asking (--yes: without)
-  wait    until the job has ended for good; ends with its exit code, 1 for a job that was cancelled, ran out of time or
-          lost its node, 124 after --timeout SECONDS. A job that is requeued has not ended
-
-  ID is Slurm's number, or the name of a Kubernetes Job (of the cluster and namespace of kubectl's context)
-  --jobs-dir PATH  where the folders of Slurm's jobs are (default: ${base.JOBS_DIR}, else slurm/jobs)"""
-
-
-def take_jobs_dir(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """--jobs-dir, wherever it stands, and the other arguments."""
-    given, rest = "", []
-    left = list(argv)
-    while left:
-        arg = left.pop(0)
-        name, equals, value = arg.partition("=")
-        if name not in ("--jobs-dir", "--jobs_dir"):
-            rest.append(arg)
-            continue
-        given = value if equals else left.pop(0) if left else ""
-        if not given:
-            raise UserError("--jobs-dir needs a folder")
-    return given, rest
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; `hvd jobs --help` shows how")
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of lines")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return value
+def print_help(name: str) -> None:
+    """Of one command, or ("") what there is."""
+    if name:
+        usage = f"hvd jobs {name}" + ("" if name == "list" else " ID")
+        overrides.print_help(usage, inspect.getdoc(COMMANDS[name]) or "", COMMANDS[name])
+        return
+    print("usage: hvd jobs [list] | logs ID | cancel ID | wait ID\n")
+    for command, options in COMMANDS.items():
+        print(f"  {command:<7} {(inspect.getdoc(options) or '').replace('\n', ' ').split('. ')[0].rstrip('.')}")
+    print("\nhvd jobs COMMAND --help lists its options.")
 
 
 def show(jobs_dir: str, *, everything: bool, as_json: bool) -> int:

@@ -179,11 +179,11 @@ def test_durations(seconds, text):
         ("logs ../9", "'../9' is not the id of a job"),
         ("wait 9_1", "'9_1' is not the id of a job"),
         ("lgos 9", "hvd jobs: unknown command 'lgos'; nearest: logs"),
-        ("logs", "hvd jobs logs: the following arguments are required: id"),
-        ("logs 9 -n many", "hvd jobs logs: argument -n/--lines: 'many' is not a number of lines"),
-        ("wait 9 --timeout soon", "hvd jobs wait: argument --timeout: 'soon' is not a number of seconds"),
-        ("list 9", "hvd jobs list: unrecognized arguments: 9"),
-        ("list --jobs-dir", "--jobs-dir needs a folder"),
+        ("logs", "hvd jobs logs ID: the id is missing"),
+        ("logs 9 -n many", "--lines: 'many' is not a whole number"),
+        ("wait 9 --timeout soon", "--timeout: 'soon' is not a number"),
+        ("list 9", "'9' stands alone; options are written --field value"),
+        ("list --jobs-dir", "--jobs-dir: the value is missing"),
         ("cancel 8 --yes", "job 8 has ended (COMPLETED: complete): there is nothing to cancel"),
         ("cancel 9", "hvd jobs cancel asks before it cancels, and there is no terminal to answer at: add --yes"),
     ],
@@ -201,7 +201,10 @@ def test_a_mistake_is_one_line(slurm, submitted, capsys, monkeypatch, argv, line
 
 def test_help(capsys):
     assert jobs("--help") == 0
-    assert "hvd jobs wait ID [--timeout SECONDS]" in capsys.readouterr().out
+    assert "wait ID" in capsys.readouterr().out
+    for name, option in (("list", "--json"), ("logs", "--lines"), ("cancel", "--yes"), ("wait", "--timeout")):
+        assert jobs(name, "--help") == 0
+        assert option in capsys.readouterr().out
 
 
 def test_no_jax(slurm, work):
