@@ -115,7 +115,9 @@ class KubernetesCluster:
             (self.folder / "bin").mkdir()
             wrapper = self.folder / "bin" / "kubectl"
             enter = shlex.join(self.enter())
-            wrapper.write_text(f'#!/bin/sh\nKUBECONFIG={ready} exec {enter} {CACHE / "kubectl"} "$@"\n')
+            # its cache goes there too: without HOME kubectl would keep one in the working directory
+            settings = f"KUBECONFIG={ready} KUBECACHEDIR={self.folder / 'cache'}"
+            wrapper.write_text(f'#!/bin/sh\n{settings} exec {enter} {CACHE / "kubectl"} "$@"\n')
             wrapper.chmod(0o755)
             self._make_volume()
         except BaseException:

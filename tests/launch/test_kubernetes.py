@@ -1,7 +1,7 @@
 """Rendering the manifests, and handing them to a kubectl that is faked (a real cluster: tests/clusters)."""
 
 import json
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from hvd.clusters.kubernetes import manifests as kubernetes
 from hvd.errors import Failed, UserError
 from hvd.launch import submit
 from tests.k8s import render as manifests
-from tests.k8s.wiring import violations
+from tests.k8s.promises import keeps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -283,25 +283,25 @@ def test_without_a_checkout_it_says_so(monkeypatch, tmp_path, capsys):
     assert "reads the manifests of a checkout" in capsys.readouterr().err
 
 
-def test_the_links_beside_the_base_are_its_files():
-    for name in ("storage", "value-job", "awr-job"):
-        assert (ROOT / "k8s" / f"{name}.yaml").resolve() == ROOT / "k8s" / "base" / f"{name}.yaml"
-    tracked = subprocess.run(
-        ["git", "ls-files", "-s", "k8s"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert tracked.count("120000") == 3
+def test_a_file_that_is_not_its_copy_in_the_base_is_refused(monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    with (tmp_path / "k8s" / "value-job.yaml").open("a") as file:
+        file.write("# mine\n")
+    monkeypatch.setattr(kubernetes, "K8S", tmp_path / "k8s")
+    with pytest.raises(UserError, match=r"k8s/value-job.yaml and its copy .*k8s/base/value-job.yaml, .* differ"):
+        render()
 
 
-# The claim is applied by itself; and these two checks are about both stages together
-SEPARATE = {"all": ("references",), "value": ("references", "rbac", "order"), "policy": ("references", "rbac", "order")}
+# The claim is applied by itself; and the order is a promise of both stages together
+SEPARATE = {"all": ("references",), "value": ("references", "order"), "policy": ("references", "order")}
 
 
 @pytest.mark.parametrize("stage", ["value", "policy", "all"])
 @pytest.mark.parametrize("asked", [{}, {"name": "exp2", "gpus_per_node": 8}, {"gpus_per_node": 0}])
-def test_what_is_rendered_keeps_the_policies_of_the_files(stage, asked):
+def test_what_is_rendered_keeps_the_promises_of_the_files(stage, asked):
     """Security, exit codes, variables, names: tests/k8s."""
     left_out = (*SEPARATE[stage], *(["gpus"] if asked.get("gpus_per_node") == 0 else []))
-    assert violations(render(stage=stage, **asked), skip=left_out) == []
+    keeps(render(stage=stage, **asked), but=left_out)
 
 
 @pytest.mark.parametrize("stage", ["value", "policy", "all"])
@@ -309,12 +309,12 @@ def test_what_is_rendered_keeps_the_policies_of_the_files(stage, asked):
 def test_overlays_keep_them_too(monkeypatch, stage, overlay):
     program = manifests.kubectl()
     if not program:
-        pytest.skip("no kubectl here: python -m tests.clusters.kubernetes_cluster")
+        pytest.skip(manifests.NO_KUBECTL)
     monkeypatch.setenv("PATH", f"{Path(program).parent}:/usr/bin:/bin")
     nodes = 3 if overlay == "multi-node" else 1
     found = render(stage=stage, nodes=nodes, overlay=str(ROOT / "k8s" / "overlays" / overlay))
-    left_out = (*SEPARATE[stage], *(["gpus", "exit-codes"] if overlay == "smoke" else []))
-    assert violations(found, skip=left_out) == []
+    left_out = (*SEPARATE[stage], *(["gpus", "exit_codes"] if overlay == "smoke" else []))
+    keeps(found, but=left_out)
     if overlay == "multi-node":
         job = next(doc for doc in found if doc["kind"] == "Job")
         assert job["spec"]["completions"] == 3 and job["spec"]["backoffLimit"] == 9

@@ -22,7 +22,7 @@ from hvd.errors import Failed, UserError
 from hvd.stages import needs_value
 
 K8S = Path(__file__).resolve().parents[3] / "k8s"
-FILES = {"value": K8S / "base" / "value-job.yaml", "policy": K8S / "base" / "awr-job.yaml"}
+FILES = ("value-job.yaml", "awr-job.yaml")
 MULTI_NODE = K8S / "overlays" / "multi-node"
 GPU = "nvidia.com/gpu"
 _PREFIX = "hvd"  # of all names in the files
@@ -114,9 +114,13 @@ def render(
 def _source(nodes: int, asked: Settings) -> list[Manifest]:
     if not K8S.is_dir():
         raise UserError(f"--cluster kubernetes reads the manifests of a checkout: there is no {K8S}")
+    for name in FILES:
+        file, copied = K8S / name, K8S / "base" / name
+        if file.read_bytes() != copied.read_bytes():
+            raise UserError(f"{file} and its copy {copied}, which overlays start from, differ: make them the same")
     overlay = Path(asked.overlay) if asked.overlay else MULTI_NODE if nodes > 1 else None
     if overlay is None:
-        return [doc for path in FILES.values() for doc in yaml.safe_load_all(path.read_text())]
+        return [doc for name in FILES for doc in yaml.safe_load_all((K8S / name).read_text())]
     if not overlay.is_absolute() and not overlay.exists():
         overlay = K8S.parent / overlay  # from wherever the launcher is called
     if not (overlay / "kustomization.yaml").is_file():
