@@ -1,4 +1,4 @@
-"""Two pods of one stage by jax.distributed, on a real cluster (acceptance D4).
+"""Two pods of one stage by jax.distributed, on a real cluster.
 
 The cluster is of version 1.20, which has no Indexed Jobs: the manifests are those of `--nodes 2`, and this file plays
 the controller of Indexed Jobs, one pod an index, named and numbered as the real one does.

@@ -1,7 +1,7 @@
 """What every shipped manifest promises, one function each, as assertions over its objects.
 
 tests/k8s/test_promises.py holds the shipped manifests to them and shows that each can be broken;
-tests/launch/test_kubernetes.py holds what the launcher renders to them.
+tests/k8s/test_manifests.py holds what the launcher renders to them.
 """
 
 import re

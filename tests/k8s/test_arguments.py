@@ -30,7 +30,7 @@ def parsed(monkeypatch):
         raise Started
 
     monkeypatch.setattr(gate.overrides, "experiment", experiment)
-    monkeypatch.setattr(gate.Jobs, "of_this_pod", of_this_pod)
+    monkeypatch.setattr(gate.Api, "of_this_pod", of_this_pod)
 
     def parse_container(args: list[str]) -> Experiment:
         step, *rest = args

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hvd.clusters import base
-from hvd.clusters.kubernetes import queue
+from hvd.clusters.kubernetes import kubectl
 from hvd.clusters.local import runner as local
 from hvd.launch import submit
 
@@ -105,7 +105,7 @@ def test_auto_is_this_machine_where_there_is_no_cluster(tmp_path, monkeypatch, c
         fake(tmp_path / "bin", name, script)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin" if programs else str(tmp_path))
     if programs.keys() <= {"scontrol"} and os.path.exists("/usr/bin/kubectl"):
-        monkeypatch.setattr(queue, "available", lambda: False)
+        monkeypatch.setattr(kubectl, "available", lambda: False)
     assert base.choose("auto") == "local"
     printed = capsys.readouterr().out
     assert said in printed and bool(printed) == bool(said)
@@ -115,7 +115,7 @@ def test_auto_is_slurm_where_it_answers_but_not_inside_a_job(tmp_path, monkeypat
     fake(tmp_path / "bin", "scontrol", "[ $1 = ping ]")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setattr(queue, "available", lambda: False)
+    monkeypatch.setattr(kubectl, "available", lambda: False)
     assert base.choose("auto") == "slurm"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert base.choose("auto") == "local"

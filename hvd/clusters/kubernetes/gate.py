@@ -1,10 +1,11 @@
 """`hvd gate`: release a paused Kubernetes Job once another one is complete and its run is proven to be whole.
 
 The policy Job waits with `parallelism: 0`, so that it holds no GPU. The gate is a small Job beside it: it waits for the
-value Job, verifies the run on the shared storage (rule 1 of the house: a Job that Kubernetes calls Complete is not
-believed), and then sets the policy Job's parallelism. It stays until that Job has ended, because `kubectl apply` of the
-same file sets it to 0 again: apply compares the file with the live object, whoever changed that. Released again, the
-policy goes on where it saved.
+value Job, verifies the run on the shared storage (that Kubernetes calls the Job Complete does not prove it), and then
+sets the policy Job's parallelism. It stays until that Job has ended, because `kubectl apply` of the same file sets the
+parallelism to 0 again. The gate then releases the policy again, which goes on where it saved.
+
+It asks the cluster's REST interface itself: the image holds no kubectl (80 MB), and needs two calls of it.
 """
 
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd import overrides
+from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, Failed, UserError
 from hvd.fields import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, option
 from hvd.train.complete import check_complete
@@ -28,7 +30,7 @@ _ANSWER_S = 20.0
 _SETTLE_S = 5.0  # what a node wrote last may not be on this side of a network file system yet
 
 
-class Jobs:
+class Api:
     """The Jobs of the pod's own namespace, by the cluster's REST interface and the pod's service account."""
 
     def __init__(self, server: str, account: Path):
@@ -37,7 +39,7 @@ class Jobs:
         self._tls = _tls(account / "ca.crt") if server.startswith("https") else None
 
     @classmethod
-    def of_this_pod(cls) -> "Jobs":
+    def of_this_pod(cls) -> "Api":
         host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
         if not host or not (ACCOUNT / "token").exists():
             raise UserError("hvd gate runs in a pod of a Kubernetes cluster, with the token of its service account")
@@ -122,15 +124,15 @@ def main(argv: Sequence[str]) -> int:
     if not options.policy_job:
         raise UserError("--policy-job NAME is missing: the Job to release")
     cfg = overrides.experiment(rest)
-    jobs = Jobs.of_this_pod()
+    api = Api.of_this_pod()
     if options.value_job:
-        await_complete(jobs, options.value_job, appear=options.appear, every=options.every)
+        await_complete(api, options.value_job, appear=options.appear, every=options.every)
     verify(cfg)
-    hold_open(jobs, options.policy_job, options.pods, appear=options.appear, every=options.every)
+    hold_open(api, options.policy_job, options.pods, appear=options.appear, every=options.every)
     return EXIT_COMPLETE
 
 
-def await_complete(jobs: Jobs, name: str, *, appear: float, every: float) -> None:
+def await_complete(api: Api, name: str, *, appear: float, every: float) -> None:
     """Until the Job is complete.
 
     Raises:
@@ -139,7 +141,7 @@ def await_complete(jobs: Jobs, name: str, *, appear: float, every: float) -> Non
     began, seen = time.monotonic(), False
     print(f"waiting for Job {name}", flush=True)
     while True:
-        job = jobs.read(name)
+        job = api.read(name)
         if job is None and seen:
             raise Failed(f"Job {name} has been deleted before it was complete: apply both again")
         if job is None and time.monotonic() - began > appear:
@@ -153,17 +155,17 @@ def await_complete(jobs: Jobs, name: str, *, appear: float, every: float) -> Non
         time.sleep(every)
 
 
-def verify(cfg) -> None:
-    """Rule 1: the value run is there, whole, finite, of this config. UserError names what is wrong."""
+def verify(cfg: Experiment) -> None:
+    """The value run is there, whole, finite, of this config. UserError names what is wrong."""
     try:
-        found = check_complete(cfg.value_dir, stage="value", cfg=cfg)
+        run = check_complete(cfg.value_dir, stage="value", cfg=cfg)
     except UserError:
         time.sleep(_SETTLE_S)
-        found = check_complete(cfg.value_dir, stage="value", cfg=cfg)
-    print(f"{cfg.value_dir}: complete at step {found.step}, {len(found.files)} files verified", flush=True)
+        run = check_complete(cfg.value_dir, stage="value", cfg=cfg)
+    print(f"{cfg.value_dir}: complete at step {run.step}, {len(run.files)} files verified", flush=True)
 
 
-def hold_open(jobs: Jobs, name: str, pods: int, *, appear: float, every: float) -> None:
+def hold_open(api: Api, name: str, pods: int, *, appear: float, every: float) -> None:
     """Keep the Job's parallelism at `pods` until it has ended or is deleted.
 
     Raises:
@@ -171,7 +173,7 @@ def hold_open(jobs: Jobs, name: str, pods: int, *, appear: float, every: float) 
     """
     began, generation = time.monotonic(), None
     while True:
-        job = jobs.set_parallelism(name, pods)
+        job = api.set_parallelism(name, pods)
         if job is None:
             if generation is not None:
                 print(f"Job {name} has been deleted", flush=True)

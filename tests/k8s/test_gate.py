@@ -71,7 +71,7 @@ def api(tmp_path):
         thread.start()
         (tmp_path / "token").write_text("secret\n")
         (tmp_path / "namespace").write_text("lab")
-        found.client = gate.Jobs(f"http://127.0.0.1:{server.server_port}", tmp_path)
+        found.client = gate.Api(f"http://127.0.0.1:{server.server_port}", tmp_path)
         yield found
         server.shutdown()
         thread.join()

@@ -1,0 +1,167 @@
+"""Manifests with what the user asked for put in."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hvd import overrides
+from hvd.clusters.base import Request
+from hvd.clusters.kubernetes import manifests, submission
+from hvd.errors import UserError
+from hvd.launch import submit
+from tests.k8s import render as shipped
+from tests.k8s.promises import environment, keeps
+from tests.k8s.render import Document, containers, documents, jobs
+
+
+def render(*argv: str, stage: str = "all", nodes: int = 1, after: str = "", overwrite: bool = False, **asked):
+    options = ("--config", "demo", *argv)
+    request = Request(overrides.experiment(options), stage, options, nodes, overwrite, after)
+    return manifests.render(request, manifests.Settings(**asked))
+
+
+def job(docs: list[Document], component: str) -> Document:
+    (found,) = [one for one in jobs(docs) if shipped.component(one) == component]
+    return found
+
+
+def args(docs: list[Document], component: str, place: int = -1) -> list[str]:
+    return containers(job(docs, component))[place]["args"]
+
+
+def test_the_files_are_what_is_rendered_by_default(capsys):
+    """What `kubectl apply -f k8s/value-job.yaml -f k8s/awr-job.yaml` applies."""
+    files = [doc for doc in documents("base") if doc["kind"] != "PersistentVolumeClaim"]
+    assert render() == files
+    assert submit.main(["--stage", "all", "--cluster", "kubernetes", "--dry-run"]) == 0
+    assert list(yaml.safe_load_all(capsys.readouterr().out)) == files
+
+
+def test_options_go_to_every_container_and_overwrite_to_the_training():
+    docs = render("--exp_name", "x", "--value.batch_size", "8", overwrite=True)
+    options = ["--config", "demo", "--exp_name", "x", "--value.batch_size", "8"]
+    assert args(docs, "value", 0) == ["prepare", *options]
+    assert args(docs, "value") == ["train-value", *options, "--overwrite"]
+    assert args(docs, "policy") == ["train-policy", *options, "--overwrite"]
+    gate = ["gate", "--value-job", "hvd-value", "--policy-job", "hvd-awr", "--pods", "1"]
+    assert args(docs, "gate") == [*gate, *options]
+
+
+def test_one_stage():
+    assert [doc["metadata"]["name"] for doc in render(stage="value")] == ["hvd-value"]
+    policy = render(stage="policy")
+    assert {doc["kind"] for doc in policy} == {"Job", "ServiceAccount", "Role", "RoleBinding"}
+    assert job(policy, "policy")["spec"]["parallelism"] == 0, "the gate verifies the value run"
+    assert args(policy, "gate")[:3] == ["gate", "--value-job", ""]
+
+
+def test_the_gate_may_read_the_job_that_it_waits_for():
+    docs = render(stage="policy", after="other-value")
+    assert args(docs, "gate")[2] == "other-value"
+    (role,) = [doc for doc in docs if doc["kind"] == "Role"]
+    assert [rule["resourceNames"] for rule in role["rules"]] == [["other-value"], ["hvd-awr"]]
+
+
+def test_imitation_waits_for_nothing():
+    docs = render("--policy.weighting", "none", stage="policy")
+    assert len(docs) == 1 and job(docs, "policy")["spec"]["parallelism"] == 1
+
+
+def test_every_setting_has_its_place():
+    docs = render(image="reg/hvd:1", claim="nfs", gpus_per_node=4, gpu="h100-80gb", cpus=32, memory="200Gi")
+    for component in ("value", "policy"):
+        trainer = containers(job(docs, component))[-1]
+        assert trainer["resources"]["limits"] == {"memory": "200Gi", "nvidia.com/gpu": 4}
+        assert trainer["resources"]["requests"] == {"cpu": "32", "memory": "200Gi"}
+        env = environment(trainer)
+        assert env["HVD_EXPECT_GPUS"]["value"] == "1" and "latency_hiding" in env["XLA_FLAGS"]["value"]
+    for one in jobs(docs):  # the gate, too: it reads the claim that the stages write
+        assert one["spec"]["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == "nfs"
+        assert {container["image"] for container in containers(one)} == {"reg/hvd:1"}
+    docs = render(gpus_per_node=0, queue="robots", priority="low")
+    for component in ("value", "policy"):
+        trainer, labels = containers(job(docs, component))[-1], job(docs, component)["metadata"]["labels"]
+        assert "nvidia.com/gpu" not in trainer["resources"]["limits"]
+        assert environment(trainer)["HVD_EXPECT_GPUS"]["value"] == "0"
+        assert labels["kueue.x-k8s.io/queue-name"] == "robots"
+        assert job(docs, component)["spec"]["template"]["spec"]["priorityClassName"] == "low"
+
+
+def test_another_name_for_all_of_an_experiment():
+    """And for nothing else: not for the user's own options."""
+    docs = render("--exp_name", "hvd-value", name="exp2")
+    assert [doc["metadata"]["name"] for doc in docs] == ["exp2-value", "exp2-awr", *["exp2-awr-gate"] * 4]
+    keeps(docs, but=("references",))  # rights, order, accounts: by the new names
+    assert args(docs, "value")[-2:] == ["--exp_name", "hvd-value"]
+    text = json.dumps(docs).replace('"--exp_name", "hvd-value"', "")
+    assert "hvd-value" not in text and "hvd-awr" not in text and "hvd-credentials" in text and "hvd-storage" in text
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--kubernetes.name", "My_Exp"), "kubernetes.name 'My_Exp'"),
+        (("--kubernetes.memory", "lots"), "kubernetes.memory 'lots' is no size"),
+        (("--kubernetes.gpus_per_node", "-2"), "must not be negative"),
+        (("--kubernetes.cpus", "0"), "kubernetes.cpus 0 must be at least 1"),
+        (("--kubernetes.image", "a b"), "must not hold spaces"),
+        (("--kubernetes.nam", "x"), "nearest: --kubernetes.name"),
+        (("--kubernetes.overlay", "k8s"), "no kustomization.yaml in it"),
+        (("--after", "hvd-value"), "--after 'hvd-value'"),
+        (("--slurm.time", "1:00"), "--slurm.time is for --cluster slurm, this is kubernetes"),
+        (("--value.batch_size", "0"), "batch_size"),
+        (("--kubernetes.gpus_per_node", "3"), "3"),  # the batch of 64 cannot be divided among them
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_applied(monkeypatch, capsys, flags, said):
+    monkeypatch.setattr(submission, "submit", lambda manifests: pytest.fail("it was applied"))
+    assert submit.main(["--stage", "all", "--cluster", "kubernetes", *flags]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
+
+
+def test_without_a_checkout_it_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(manifests, "K8S", tmp_path / "k8s")
+    assert submit.main(["--stage", "value", "--cluster", "kubernetes", "--dry-run"]) == 2
+    assert "reads the manifests of a checkout" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_its_copy_in_the_base_is_refused(monkeypatch, tmp_path):
+    shutil.copytree(shipped.K8S, tmp_path / "k8s")
+    with (tmp_path / "k8s" / "value-job.yaml").open("a") as file:
+        file.write("# mine\n")
+    monkeypatch.setattr(manifests, "K8S", tmp_path / "k8s")
+    with pytest.raises(UserError, match=r"k8s/value-job.yaml and its copy .*k8s/base/value-job.yaml, .* differ"):
+        render()
+
+
+# The claim is applied by itself; and the order is a promise of both stages together
+SEPARATE = {"all": ("references",), "value": ("references", "order"), "policy": ("references", "order")}
+
+
+@pytest.mark.parametrize("stage", SEPARATE)
+@pytest.mark.parametrize("asked", [{}, {"name": "exp2", "gpus_per_node": 8}, {"gpus_per_node": 0}])
+def test_what_is_rendered_keeps_the_promises_of_the_files(stage, asked):
+    keeps(render(stage=stage, **asked), but=(*SEPARATE[stage], *(["gpus"] if asked.get("gpus_per_node") == 0 else [])))
+
+
+@pytest.mark.parametrize("stage", SEPARATE)
+@pytest.mark.parametrize("overlay", ["smoke", "multi-node", "gcs", "single-node"])
+def test_overlays_keep_them_too(monkeypatch, tmp_path, stage, overlay):
+    program = shipped.kubectl()
+    if not program:
+        pytest.skip(shipped.NO_KUBECTL)
+    monkeypatch.setenv("PATH", f"{Path(program).parent}:/usr/bin:/bin")
+    monkeypatch.setenv("KUBECACHEDIR", str(tmp_path))
+    nodes, name = (3, "exp2") if overlay == "multi-node" else (1, "")
+    docs = render(stage=stage, nodes=nodes, name=name, overlay=str(shipped.K8S / "overlays" / overlay))
+    keeps(docs, but=(*SEPARATE[stage], *(["gpus", "exit_codes"] if overlay == "smoke" else [])))
+    if overlay == "multi-node":
+        spec = jobs(docs)[0]["spec"]
+        assert spec["completions"] == 3 and spec["backoffLimit"] == 9
+    accounts = {doc["metadata"]["name"] for doc in docs if doc["kind"] == "ServiceAccount"}
+    for one in jobs(docs):
+        assert one["spec"]["template"]["spec"].get("serviceAccountName", "default") in {*accounts, "default"}
