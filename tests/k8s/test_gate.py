@@ -141,7 +141,7 @@ def test_the_policy_job_is_released_and_held_open_until_it_ends(api, capsys):
     assert set(seen) == {2} and len(seen) == 7 and set(api.asked) == {("PATCH", "p")}
     printed = capsys.readouterr().out
     assert printed.count("Job p is released: 2 pod(s)") == 1
-    assert printed.count("released again") == 1 and "Job p: Complete" in printed
+    assert printed.count("released again") == 1 and "Job p: COMPLETED" in printed
 
 
 def test_a_policy_job_that_is_missing_or_deleted(api, capsys):

@@ -17,9 +17,9 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hvd import overrides
+from hvd.clusters.kubernetes.queue import KubernetesJob
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, Failed, UserError
 from hvd.fields import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, option
@@ -45,18 +45,18 @@ class Api:
             raise UserError("hvd gate runs in a pod of a Kubernetes cluster, with the token of its service account")
         return cls(f"https://{f'[{host}]' if ':' in host else host}:{port}", ACCOUNT)
 
-    def read(self, name: str) -> dict[str, Any] | None:
+    def read(self, name: str) -> KubernetesJob | None:
         """The Job; None where there is none."""
         return self._ask("GET", name)
 
-    def set_parallelism(self, name: str, number: int) -> dict[str, Any] | None:
+    def set_parallelism(self, name: str, number: int) -> KubernetesJob | None:
         """The Job as it is now; None where there is none. Changes nothing where it has that number already."""
         return self._ask("PATCH", name, {"spec": {"parallelism": number}})
 
     def _file(self, name: str) -> str:
         return (self._account / name).read_text().strip()
 
-    def _ask(self, method: str, name: str, body: dict | None = None) -> dict[str, Any] | None:
+    def _ask(self, method: str, name: str, body: dict | None = None) -> KubernetesJob | None:
         """The answer, asked for until there is one: an API server may restart. UserError where it is a refusal."""
         complained = False
         while True:
@@ -72,7 +72,7 @@ class Api:
             )
             try:
                 with urllib.request.urlopen(request, timeout=_ANSWER_S, context=self._tls) as answer:
-                    return json.load(answer)
+                    return KubernetesJob(json.load(answer))
             except urllib.error.HTTPError as error:
                 if error.code == 404:
                     return None
@@ -146,12 +146,11 @@ def await_complete(api: Api, name: str, *, appear: float, every: float) -> None:
             raise Failed(f"Job {name} has been deleted before it was complete: apply both again")
         if job is None and time.monotonic() - began > appear:
             raise Failed(f"there is no Job {name} after {appear:.0f} s: apply it, then this gate's Job again")
-        seen = seen or job is not None
-        kind, why = ended(job)
-        if kind == "Failed":
-            raise Failed(f"Job {name} failed, so the policy does not start: {why}")
-        if kind == "Complete":
+        if job is not None and job.state == "FAILED":
+            raise Failed(f"Job {name} failed, so the policy does not start: {job.reason}")
+        if job is not None and job.state == "COMPLETED":
             return
+        seen = job is not None
         time.sleep(every)
 
 
@@ -174,30 +173,19 @@ def hold_open(api: Api, name: str, pods: int, *, appear: float, every: float) ->
     began, generation = time.monotonic(), None
     while True:
         job = api.set_parallelism(name, pods)
-        if job is None:
-            if generation is not None:
-                print(f"Job {name} has been deleted", flush=True)
+        if job is None and generation is not None:
+            print(f"Job {name} has been deleted", flush=True)
+            return
+        if job is None and time.monotonic() - began > appear:
+            raise Failed(f"there is no Job {name} to release after {appear:.0f} s")
+        if job is not None:
+            if job.ended:
+                print(f"Job {name}: {job.state}{f', {job.reason}' if job.reason else ''}", flush=True)
                 return
-            if time.monotonic() - began > appear:
-                raise Failed(f"there is no Job {name} to release after {appear:.0f} s")
-        else:
-            kind, why = ended(job)
-            if kind:
-                print(f"Job {name}: {kind}{f', {why}' if why else ''}", flush=True)
-                return
-            now = job["metadata"].get("generation", job["metadata"]["resourceVersion"])
+            now = job.job["metadata"].get("generation", 0)
             if generation is None:
                 print(f"Job {name} is released: {pods} pod(s)", flush=True)
-            elif now != generation and "generation" in job["metadata"]:
+            elif now != generation:
                 print(f"Job {name} is released again: it had been changed", flush=True)
             generation = now
         time.sleep(every)
-
-
-def ended(job: dict[str, Any] | None) -> tuple[str, str]:
-    """("Complete" or "Failed", why) of a Job that has ended, else ("", "")."""
-    for condition in (job or {}).get("status", {}).get("conditions") or ():
-        if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
-            words = (condition.get("reason", ""), condition.get("message", ""))
-            return condition["type"], ": ".join(word for word in words if word)
-    return "", ""
