@@ -10,6 +10,9 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("HVD_TEST_PLATFORM", "cpu")
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from tests import compilation  # sets jax's environment
+
+# isort: split
 import submitit  # noqa: F401  # first: its logging set-up closes the handlers there are, and absl's has pytest's stderr
 
 # isort: split
@@ -17,6 +20,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from tests import trained as training
 from tests import typecheck
 from tests.folders import FOLDERS, folder
 from tests.skips import unexpected
@@ -39,6 +43,21 @@ def pytest_collection_modifyitems(config, items):
     if not named and len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """As many processes as cores, at most four; one for a single file, and for what needs the machine to itself."""
+    alone = set(ON_REQUEST) - {"slow"}
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        workers = int(os.environ["PYTEST_XDIST_AUTO_NUM_WORKERS"])
+    elif (len(config.args) == 1 and ".py" in config.args[0]) or alone & set(config.option.markexpr.split()):
+        workers = 0
+    else:
+        workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if workers > 1:
+        return workers
+    config.option.dist = "no"
+    return 0
 
 
 @pytest.hookimpl(wrapper=True)
@@ -73,6 +92,49 @@ def _strict_dtypes(request):
     pure = "tests/method/" in str(request.path).replace(os.sep, "/")
     with jax.numpy_dtype_promotion("strict" if pure else "standard"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimised(request):
+    """Full optimisation for modules with that marker."""
+    marked = request.node.get_closest_marker("optimised") is not None
+    if marked:
+        compilation.optimise(True)
+    yield
+    if marked:
+        compilation.optimise(False)
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    """Both datasets of the tiny experiment and their norm stats; read only."""
+    from tests.train import factory
+
+    return training.once(tmp_path_factory, "tiny", factory.make_data)
+
+
+@pytest.fixture(scope="session")
+def trained(data_folder, tmp_path_factory):
+    """The tiny experiment with its value and policy run complete; read only."""
+    from tests.train import factory
+
+    def train(folder) -> None:
+        from hvd.method import policy, value
+
+        cfg = factory.experiment(data_folder, runs_dir=str(folder))
+        value.main(cfg)
+        policy.main(cfg)
+
+    runs = training.once(tmp_path_factory, "tiny-runs", train)
+    return factory.experiment(data_folder, runs_dir=str(runs))
+
+
+@pytest.fixture(scope="session")
+def served_experiment(tmp_path_factory):
+    """A small policy with cameras, trained for three steps (tests/served.py); read only."""
+    from tests import served
+
+    return served.experiment(training.once(tmp_path_factory, "served", served.train))
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from numpy.testing import assert_array_equal
 
 from hvd.models import gemma
 from hvd.models.lora import FeedForward
 from hvd.models.trunk import attention_mask
 from tests.models.golden import below, build, cases, close, dtype, gemma_config, load, lora_config, need, num_experts
+
+pytestmark = pytest.mark.optimised
 
 BF16_ULP = 2.0**-7
 

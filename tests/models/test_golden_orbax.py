@@ -14,6 +14,8 @@ from hvd.models import weights
 from tests.models.golden import below, cases, close, load
 from tests.models.golden_pi0 import Pi0Case, pi0_case
 
+pytestmark = pytest.mark.optimised
+
 
 def placed(opened: weights.Checkpoint, model: dict) -> dict:
     """All of the model's arrays, from the checkpoint."""

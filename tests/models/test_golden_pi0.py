@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from numpy.testing import assert_array_equal
 
 from hvd.models.pi0 import posemb_sincos
 from hvd.models.trunk import attention_mask, token_positions
 from tests.models.golden import below, cases, close, flat, load, need
 from tests.models.golden_pi0 import pi0_case
+
+pytestmark = pytest.mark.optimised
 
 
 @cases("posemb*.npz")

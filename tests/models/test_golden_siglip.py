@@ -4,10 +4,13 @@ from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from hvd.models.siglip import SigLIP
 from tests.models.golden import below, build, cases, close, load, siglip_config
+
+pytestmark = pytest.mark.optimised
 
 
 @cases("siglip_*.npz")

@@ -3,11 +3,14 @@
 import json
 import re
 
+import pytest
 from numpy.testing import assert_array_equal
 
 from hvd.configs import ModelConfig
 from hvd.data.tokenizer import Tokenizer
 from tests.models.golden import cases, load, section
+
+pytestmark = pytest.mark.optimised
 
 PROMPTS = (
     "pick up the red block",

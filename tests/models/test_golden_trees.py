@@ -15,6 +15,8 @@ from hvd.models.pi0 import Pi0, freeze_filter
 from hvd.train.mesh import Devices
 from tests.models.golden import cases
 
+pytestmark = pytest.mark.optimised
+
 
 @cache
 def openpis(case: Path) -> dict:

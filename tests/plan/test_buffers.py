@@ -4,6 +4,8 @@ import pytest
 
 from hvd.plan import buffers as plan_buffers
 
+pytestmark = pytest.mark.optimised
+
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 4096, page 0, parameter 0, shape |f32[8,128]| at ShapeIndex {}, maybe-live-out:
  value: <1 param.1 @0> (size=4096,offset=0): f32[8,128]{1,0}

@@ -6,6 +6,8 @@ from hvd.accelerators import ACCELERATORS
 from hvd.errors import UserError
 from hvd.plan import devices as plan_devices
 
+pytestmark = pytest.mark.optimised
+
 GIB = 1 << 30
 
 

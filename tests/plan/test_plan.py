@@ -22,6 +22,8 @@ from hvd.plan.request import Measurement, Request
 from hvd.plan.verdict import Verdict
 from hvd.train import loop, mesh, stage_data, state
 
+pytestmark = pytest.mark.optimised
+
 GIB = 1 << 30
 # numbers only, two layers of work less than the demo's own models: compiles in seconds
 TINY = ["--config", "demo", "--model.paligemma_variant", "tiny_trunk", "--policy.batch_size", "8"]

@@ -19,10 +19,8 @@ from tests import served
 
 
 @pytest.fixture(scope="module")
-def cfg(tmp_path_factory):
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield served.train(tmp_path_factory.mktemp("checkpoint"))
-    jax.config.update("jax_disable_most_optimizations", False)
+def cfg(served_experiment):
+    return served_experiment
 
 
 @pytest.fixture(scope="module")

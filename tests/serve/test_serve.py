@@ -1,7 +1,6 @@
 """`hvd serve` in a process of its own, driven over a socket by openpi's own client."""
 
 import dataclasses
-import os
 import re
 import shutil
 import signal
@@ -29,27 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:connect.. must be used as a cont
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # a batch of another size is summed in another order
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation(tmp_path_factory):
-    """One compilation cache, and no optimisation, for this process and the servers."""
-    changed = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax-cache")),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    os.environ |= changed
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", changed["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.config.update("jax_compilation_cache_dir", before)
-    for name in changed:
-        del os.environ[name]
-
-
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory) -> Path:
-    return Path(served.train(tmp_path_factory.mktemp("served")).policy_dir)
+def run_folder(served_experiment) -> Path:
+    return Path(served_experiment.policy_dir)
 
 
 @pytest.fixture(scope="module")
