@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r hvd tests launch README.md pyproject.toml .python-version "$work"
-[ ! -x ./uv ] || export UV=${UV:-$PWD/uv}
+[ ! -x ./uv ] || UV=$PWD/uv
 cd "$work"
 sed -i '/^constraint-dependencies = \[ # pins$/,/^\] # end of pins$/d' pyproject.toml
 ${UV:-uv} sync --quiet --no-dev --resolution lowest-direct
