@@ -16,6 +16,7 @@ from hvd.fields import (
     AT_LEAST_1,
     DECAY,
     FREE,
+    IF_SET,
     IN_TABLE,
     INSIDE,
     NO_MEMORY,
@@ -26,6 +27,7 @@ from hvd.fields import (
     SIZE,
     VALUE_RUN,
     group,
+    one_of,
     option,
 )
 from hvd.robots import get_robot
@@ -33,6 +35,8 @@ from hvd.robots import get_robot
 Method = Literal["exponential", "expectile", "quantile"]
 NetworkType = Literal["hierarchical_q", "q"]
 Weighting = Literal["hvd", "awr", "none"]
+# The simulated tasks: hvd/sim/tasks has one module each (listed, not imported: it needs mujoco).
+SIM_TASKS = tuple(sorted(path.stem for path in (Path(__file__).parent / "sim/tasks").glob("[!_]*.py")))
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,9 @@ class StageConfig:
         0.95, SIZE, "augmentation: side of the random crop, as a part of the image's; not of wrist cameras"
     )
     rotation: float = option(5.0, NOT_NEGATIVE, "augmentation: degrees at most, either way")
+    wrist_cameras: tuple[str, ...] = option(
+        ("wrist",), IF_SET, "cameras whose name holds one of these are fixed to a hand: neither cropped nor turned"
+    )
     state_noise: float = option(
         0.0, NOT_NEGATIVE, "std of noise on the normalised state in training: against learning poses by heart"
     )
@@ -221,7 +228,7 @@ class EvaluateConfig:
 class SimConfig:
     """The simulated R1's recordings; task "" = no simulation, the data are the user's."""
 
-    task: Literal["", "tote", "pick"] = option("")
+    task: str = option("", one_of(lambda: ("", *SIM_TASKS)), "a module of hvd/sim/tasks; empty = no simulation")
     num_optimal: int = option(40, AT_LEAST_1)
     num_mixed: int = option(160, AT_LEAST_1)
     image_size: int = option(96, AT_LEAST_1)

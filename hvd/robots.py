@@ -1,7 +1,8 @@
-"""Action layouts as data: what each action dimension of a robot is called and which kinematic level it belongs to.
+"""Robots as data: the name and kinematic level of each action dimension, and where recordings hold it.
 
 The order of the levels is root first: a level's Q is conditioned on the actions of the levels before it
-(docs/method.md: base -> torso -> arms). Everything else (padding, group losses, reports) is derived from these tables.
+(docs/method.md: base -> torso -> arms). All other code takes what it needs of a robot (padding, losses by level,
+reports, conversion of recordings) from these tables: a new robot is a new entry of ROBOTS.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import numpy as np
 
 from hvd.errors import UserError, nearest
 
+ODOMETRY = "obs/odom"  # as a part's state: the velocity of the base, from several keys below this one
+
 
 @dataclass(frozen=True)
 class Level:
@@ -18,6 +21,23 @@ class Level:
 
     name: str
     dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive action dims that HDF5 recordings (hvd.data.recordings.joylo) hold under one key.
+
+    Attributes:
+        names: of the dims.
+        action: key of the targets [T, dims].
+        state: key of the measured values [T, dims], or ODOMETRY.
+        cut: the recordings measure more columns than there are dims; those beyond are dropped.
+    """
+
+    names: tuple[str, ...]
+    action: str
+    state: str
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,17 +50,21 @@ class Robot:
         levels: kinematic levels, root first; together they hold every dimension exactly once.
         position_dims: dimensions that are absolute joint position targets with the same meaning in the state, so that
             "hold the current pose" and delta actions make sense for them.
+        parts: where HDF5 recordings hold the dims, in the order of action_names; () = hvd knows no such recordings.
     """
 
     name: str
     action_names: tuple[str, ...]
     levels: tuple[Level, ...]
     position_dims: tuple[int, ...]
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self):
         dims = sorted(d for level in self.levels for d in level.dims)
         if dims != list(range(self.action_dim)):
             raise ValueError(f"robot {self.name}: the levels must hold each of {self.action_dim} dims exactly once")
+        if self.parts and tuple(name for part in self.parts for name in part.names) != self.action_names:
+            raise ValueError(f"robot {self.name}: the parts must have the names of the action dims, in their order")
 
     @property
     def action_dim(self) -> int:
@@ -60,14 +84,6 @@ class Robot:
         mask[list(self.position_dims)] = True
         return mask
 
-    def pad(self, x: np.ndarray, action_dim: int) -> np.ndarray:
-        """Zero-pad the last axis of `x` [..., action_dim of the robot or less] to the model's `action_dim`."""
-        if x.shape[-1] > action_dim:
-            raise UserError(
-                f"model.action_dim {action_dim} is smaller than the {x.shape[-1]} dims of robot {self.name}"
-            )
-        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, action_dim - x.shape[-1])])
-
 
 def _range(start: int, stop: int) -> tuple[int, ...]:
     return tuple(range(start, stop))
@@ -75,10 +91,21 @@ def _range(start: int, stop: int) -> tuple[int, ...]:
 
 def _mobile_two_arms(name: str, joints: int) -> Robot:
     """The Galaxea layouts, in the recordings' key order: left arm and gripper, base, right arm and gripper, torso."""
-    left = (*(f"left_arm_{i}" for i in range(joints)), "left_gripper")
-    right = (*(f"right_arm_{i}" for i in range(joints)), "right_gripper")
-    base = ("base_vx", "base_vy", "base_wz")
-    torso = tuple(f"torso_{i}" for i in range(4))
+    left, right = (
+        (
+            Part(
+                tuple(f"{side}_arm_{i}" for i in range(joints)),
+                f"action/{side}_arm",
+                f"obs/joint_state/{side}_arm/joint_position",
+                cut=True,
+            ),
+            Part((f"{side}_gripper",), f"action/{side}_gripper", f"obs/gripper_state/{side}_gripper/gripper_position"),
+        )
+        for side in ("left", "right")
+    )
+    base = Part(("base_vx", "base_vy", "base_wz"), "action/mobile_base", ODOMETRY)
+    torso = Part(tuple(f"torso_{i}" for i in range(4)), "action/torso", "obs/joint_state/torso/joint_position")
+    parts = (*left, base, *right, torso)
     n = joints + 1
     levels = (
         Level("base", _range(n, n + 3)),
@@ -86,7 +113,7 @@ def _mobile_two_arms(name: str, joints: int) -> Robot:
         Level("arms", _range(0, n) + _range(n + 3, 2 * n + 3)),
     )
     positions = _range(0, n) + _range(n + 3, 2 * n + 7)
-    return Robot(name, left + base + right + torso, levels, positions)
+    return Robot(name, tuple(n for part in parts for n in part.names), levels, positions, parts)
 
 
 _G1_ARM = ("shoulder_pitch", "shoulder_roll", "shoulder_yaw", "elbow", "wrist_roll", "wrist_pitch", "wrist_yaw")

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 
 from hvd.errors import UserError
@@ -29,13 +28,6 @@ def test_every_dim_is_named_and_in_one_level(name):
 def test_base_velocities_are_not_positions():
     mask = get_robot("r1").delta_mask()
     assert mask.sum() == 18 and not mask[[7, 8, 9]].any()
-
-
-def test_pad():
-    padded = get_robot("r1").pad(np.ones((2, 21)), 32)
-    assert padded.shape == (2, 32) and padded[:, 21:].sum() == 0 and padded[:, :21].all()
-    with pytest.raises(UserError, match="smaller"):
-        get_robot("r1").pad(np.ones((2, 21)), 16)
 
 
 def test_a_layout_with_a_missing_dim_is_refused():

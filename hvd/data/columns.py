@@ -17,7 +17,7 @@ from tqdm import tqdm
 from hvd.configs import DataConfig
 from hvd.data.cache import cache_folder, cached
 from hvd.data.labels import episode_path, load_labels
-from hvd.data.layout import Layout, read_parquet, read_schema
+from hvd.data.layout import Layout
 from hvd.errors import UserError, nearest
 
 _SELECTION = re.compile(r"^(?P<name>[^\[\]]+)\[(?P<dims>[0-9,:\s]+)\]$")
@@ -63,7 +63,7 @@ class _Names:
 
 def _resolve(layout: Layout, cfg: DataConfig) -> _Names:
     """Find the columns that `cfg` means, or say which one is missing and what is like it."""
-    schema, keys = read_schema(layout.data_paths[0]), cfg.keys
+    schema, keys = layout.format.schema(layout.data_paths[0]), cfg.keys
     for column in (*keys.state, *keys.actions):
         name = parse_column(column)[0]
         if name not in schema.names:
@@ -118,7 +118,7 @@ def _build(layout: Layout, cfg: DataConfig, folder: Path) -> None:
     row = 0
     with contextlib.closing(_Arrays(folder, int(starts[-1]))) as out:
         for path in tqdm(layout.data_paths, unit="file", desc=f"reading {layout.root.name}", delay=2):
-            table, positions = read_parquet(path, names.read), np.asarray(inside[path])
+            table, positions = layout.format.table(path, names.read), np.asarray(inside[path])
             episode_of = _episode_of(layout, table, path, positions, starts, row)
             frame = np.arange(row, row + len(table)) - starts[episode_of]
             columns = {
@@ -135,9 +135,9 @@ def _build(layout: Layout, cfg: DataConfig, folder: Path) -> None:
                 _check_finite(layout, name, block, path, episode_of, frame)
                 out.append(name, block, path)
             if names.success:
-                said = _scalar(table, names.success, path, np.float32) != 0
+                succeeded = _scalar(table, names.success, path, np.float32) != 0
                 for i in positions.tolist():
-                    success.setdefault(i, bool(said[starts[i] - row : starts[i + 1] - row].any()))
+                    success.setdefault(i, bool(succeeded[starts[i] - row : starts[i + 1] - row].any()))
             row += len(table)
         successes = np.asarray([success.get(i, True) for i in range(len(layout.episodes))])
         if cfg.reward != "column":

@@ -9,10 +9,10 @@ action, next.reward, terminal and truncated (one of them is true at an episode's
 per episode in meta/episodes; the sidecars in labels/episode_NNNNNN.labels.json.
 """
 
+import dataclasses
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,49 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
 from hvd import overrides
 from hvd.configs import DataConfig
 from hvd.data import hub
-from hvd.data.convert_plan import Episode, Plan, Selection, make_plan
-from hvd.data.convert_work import NO_ROOM, Job, WorkFolder, encode_all, is_work_folder
-from hvd.data.labels import episode_path, write_labels
-from hvd.data.lerobot_writer import Feature, LeRobotWriter, Segment
-from hvd.data.recordings import CAMERAS, SUFFIXES, Recording, RecordingRef
-from hvd.data.video import CodecName, get_codec
+from hvd.data.convert_plan import ConversionPlan, ConvertConfig, make_plan
+from hvd.data.convert_work import NO_ROOM, SegmentJob, WorkFolder, encode_all, is_work_folder
+from hvd.data.convert_write import write_dataset
+from hvd.data.recordings import is_recording
+from hvd.data.video import get_codec
 from hvd.errors import UserError
-from hvd.fields import NOT_NEGATIVE, option
-from hvd.robots import Robot, get_robot
+from hvd.fields import check_rules
+from hvd.robots import get_robot
 
 RECORD = "hvd_convert.json"  # in the dataset: the request that made it
 _VERSION = 1  # of what this module writes: another one is another request
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """Recordings (JoyLo HDF5 with label sidecars) -> one LeRobot v3.0 dataset."""
-
-    raw_dirs: tuple[str, ...] = option((), "Folders of recordings (or merged files).")
-    repo_id: str = option("", "Name of the dataset.")
-    tasks: tuple[str, ...] = option((), "A prompt per folder; without any the sidecars' own.")
-    num_episodes: int = option(0, NOT_NEGATIVE, "Episodes per folder, the first ones; 0 = all.")
-    root: str = option("", "Target folder; default $HF_LEROBOT_HOME/REPO_ID.")
-    robot: str = option("r1", "Action layout of the recordings: r1 or r1_pro.")
-    cameras: tuple[str, ...] = option(CAMERAS, "Cameras to convert.")
-    success_only: bool = option(False, "Leave out episodes whose label says that they failed.")
-    default_success: bool = option(False, "Recordings without a sidecar count as successes (reward 1 at the end).")
-    skip_bad: bool = option(False, "Count, list and leave out broken recordings instead of stopping at the first.")
-    push_to_hub: bool = option(False, "Upload the finished dataset to the Hugging Face Hub.")
-    fps: int = option(0, NOT_NEGATIVE, "Frames per second; 0 = as recorded (10 where the files do not say).")
-    codec: CodecName = option(
-        "h264", "h264: fast to write and to read at random; av1: half the size, 8 times slower to write."
-    )
-    crf: int = option(-1, "Quality of the videos, less is better; -1 = the codec's default.")
-    odom_yaw_deg: float = option(0.0, "How the odometry tracker is turned on the base, where base_velocity is missing.")
-    workers: int = option(0, NOT_NEGATIVE, "Encoding processes; 0 = one per core.")
-    overwrite: bool = option(False, "Replace a dataset that is there already.")
 
 
 @dataclass(frozen=True)
@@ -108,6 +79,8 @@ def parse(argv: Sequence[str]) -> ConvertConfig:
 def convert(config: ConvertConfig) -> ConvertResult:
     """Do the conversion, or go on with it; returns what the dataset holds. Raises UserError, exit code 2."""
     target, work = _check(config)
+    if config.crf < 0:
+        config = dataclasses.replace(config, crf=get_codec(config.codec).crf)
     if config.push_to_hub:
         hub.check(config.repo_id)  # before hours of work
     request = _request(config)
@@ -115,8 +88,7 @@ def convert(config: ConvertConfig) -> ConvertResult:
     if result is None:
         try:
             record = {"request": request, "sources": {folder: _fingerprint(folder) for folder in request["raw_dirs"]}}
-            selection = _selection(config)
-            result = _write(config, selection, make_plan(selection), target, work, record)
+            result = _write(config, make_plan(config), target, work, record)
         except OSError as error:
             line = _no_room(error, work)
             if line is None:
@@ -148,14 +120,10 @@ def _check(config: ConvertConfig) -> tuple[Path, Path]:
         raise UserError("--tasks: a prompt is empty")
     if not config.root and (not config.repo_id or Path(config.repo_id).is_absolute() or ".." in config.repo_id):
         raise UserError(f"--repo-id {config.repo_id!r}: give a name like user/dataset")
-    for name in ("num_episodes", "fps", "workers"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+    check_rules(config, lambda name: f"--{name.replace('_', '-')}")
     if len(set(config.cameras)) != len(config.cameras):
         raise UserError(f"--cameras {' '.join(config.cameras)}: each camera once")
-    if not math.isfinite(config.odom_yaw_deg):
-        raise UserError(f"--odom-yaw-deg {config.odom_yaw_deg}: must be finite")
-    get_codec(config.codec)
+    get_codec(config.codec), get_robot(config.robot)
     target = DataConfig(repo_id=config.repo_id, root=config.root).path().expanduser().absolute()
     work = target.with_name(f"{target.name}.partial")
     if target.exists() and not target.is_dir():
@@ -167,35 +135,12 @@ def _check(config: ConvertConfig) -> tuple[Path, Path]:
     return target, work
 
 
-def _selection(config: ConvertConfig) -> Selection:
-    return Selection(
-        folders=tuple(Path(folder) for folder in config.raw_dirs),
-        prompts=config.tasks or ("",) * len(config.raw_dirs),
-        num_episodes=config.num_episodes,
-        robot=get_robot(config.robot),
-        cameras=config.cameras,
-        success_only=config.success_only,
-        default_success=config.default_success,
-        skip_bad=config.skip_bad,
-        fps=config.fps,
-        odom_yaw=math.radians(config.odom_yaw_deg),
-    )
-
-
 def _request(config: ConvertConfig) -> dict[str, Any]:
     """What decides the dataset's content, as JSON: all fields but those that only say how the work is done."""
     how = ("skip_bad", "push_to_hub", "workers", "overwrite", "root", "repo_id")
     request = {key: value for key, value in vars(config).items() if key not in how}
-    request |= {
-        "raw_dirs": [os.path.abspath(folder) for folder in config.raw_dirs],
-        "crf": _crf(config),
-        "version": _VERSION,
-    }
+    request |= {"raw_dirs": [os.path.abspath(folder) for folder in config.raw_dirs], "version": _VERSION}
     return json.loads(json.dumps(request))
-
-
-def _crf(config: ConvertConfig) -> int:
-    return get_codec(config.codec).crf if config.crf < 0 else config.crf
 
 
 def _fingerprint(folder: str) -> str | None:
@@ -204,7 +149,7 @@ def _fingerprint(folder: str) -> str | None:
     files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else None
     if files is None:
         return None
-    stats = [(p.name, p.stat()) for p in files if p.suffix in SUFFIXES or p.name.endswith(".labels.json")]
+    stats = [(p.name, p.stat()) for p in files if is_recording(p) or p.name.endswith(".labels.json")]
     text = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -241,51 +186,26 @@ def _result(target: Path, record: Mapping[str, Any], done_before: bool = False) 
 
 
 def _write(
-    config: ConvertConfig, selection: Selection, plan: Plan, target: Path, work_path: Path, record: dict[str, Any]
+    config: ConvertConfig, plan: ConversionPlan, target: Path, work_path: Path, record: dict[str, Any]
 ) -> ConvertResult:
-    crf = _crf(config)
     for camera, (height, width) in zip(config.cameras, plan.image_sizes, strict=True):
         if config.codec == "av1" and (height % 2 or width % 2):
             raise UserError(f"--codec av1: camera {camera} has {height}x{width} images, an odd side; use h264")
-    skipped = list(plan.skipped)
-    broken: set[RecordingRef] = set()
-
-    def on_bad(job: Job, line: str) -> None:
-        if not config.skip_bad:
-            raise UserError(line)
-        if job.ref not in broken:
-            broken.add(job.ref)
-            skipped.append(line)
-
     with WorkFolder(work_path) as work:
-        jobs = [
-            Job(e.ref, camera, config.robot, e.num_frames, plan.fps, config.codec, crf)
+        segments = [
+            SegmentJob(e.ref, camera, config.robot, e.num_frames, plan.fps, config.codec, config.crf)
             for e in plan.episodes
             for camera in config.cameras
         ]
-        segments = encode_all(work, jobs, config.workers, on_bad)
-        episodes = [e for e in plan.episodes if e.ref not in broken]
+        encoded, bad = encode_all(work, segments, config.workers, config.skip_bad)
+        skipped = [*plan.skipped, *bad.values()]
+        episodes = [e for e in plan.episodes if e.ref not in bad]
         if not episodes:
             raise UserError(f"no episode left: {skipped[-1]}")
         folder = work.path / "dataset"
         shutil.rmtree(folder, ignore_errors=True)
-        writer = LeRobotWriter(
-            folder,
-            fps=plan.fps,
-            robot_type=config.robot,
-            features=_features(selection.robot, config.cameras, plan),
-            codec=config.codec,
-            crf=crf,
-        )
-        with writer:
-            (folder / "labels").mkdir()
-            for i, episode in enumerate(tqdm(episodes, desc="write", unit="episode", mininterval=0.5)):
-                with Recording(episode.ref, selection.robot, selection.odom_yaw) as recording:
-                    columns = _columns(recording, episode)
-                mine = {f"observation.images.{c}": segments[episode.ref, c] for c in config.cameras}
-                _add(writer, folder, i, episode, columns, mine)
-        successes = sum(e.labels.success for e in episodes)
-        counts = [writer.num_episodes, writer.num_frames, successes]
+        frames = write_dataset(folder, config, plan, episodes, encoded)
+        counts = [len(episodes), frames, sum(e.labels.success for e in episodes)]
         record |= {"counts": counts, "skipped": skipped, "failures": plan.failures}
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if target.is_dir() and any(target.iterdir()):  # --overwrite: the old dataset stays whole until now
@@ -294,50 +214,3 @@ def _write(
         os.replace(folder, target)
         shutil.rmtree(work_path)
     return _result(target, record)
-
-
-def _add(
-    writer: LeRobotWriter,
-    folder: Path,
-    index: int,
-    episode: Episode,
-    columns: dict[str, np.ndarray],
-    segments: dict[str, Segment],
-) -> None:
-    labels = episode.labels
-    writer.add_episode(columns, episode.prompt, segments, {"success": labels.success, "quality": labels.quality})
-    path = episode_path(folder / "labels", index)
-    if episode.sidecar is None:
-        write_labels(path, labels)
-    else:
-        shutil.copyfile(episode.sidecar, path)
-
-
-def _features(robot: Robot, cameras: tuple[str, ...], plan: Plan) -> dict[str, Feature]:
-    names = robot.action_names
-    features = {
-        f"observation.images.{camera}": Feature("video", (*size, 3), ("height", "width", "channels"))
-        for camera, size in zip(cameras, plan.image_sizes, strict=True)
-    }
-    features["observation.state"] = Feature("float32", (len(names),), names)
-    if plan.environment_dim:
-        features["observation.environment_state"] = Feature("float32", (plan.environment_dim,))
-    features["action"] = Feature("float32", (len(names),), names)
-    features["next.reward"] = Feature("float32", (1,))
-    features["terminal"] = Feature("bool", (1,))
-    features["truncated"] = Feature("bool", (1,))
-    return features
-
-
-def _columns(recording: Recording, episode: Episode) -> dict[str, np.ndarray]:
-    """The episode's numeric columns: [T, d], or [T] for reward, terminal and truncated."""
-    last = np.arange(recording.num_frames) == recording.num_frames - 1
-    columns = {"observation.state": recording.state()}
-    environment = recording.environment_state()
-    if environment is not None:
-        columns["observation.environment_state"] = environment
-    columns["action"] = recording.actions()
-    columns["next.reward"] = episode.labels.rewards(recording.num_frames)
-    columns["terminal"] = last & episode.labels.is_terminal
-    columns["truncated"] = last & (not episode.labels.is_terminal)
-    return columns

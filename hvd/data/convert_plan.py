@@ -1,5 +1,6 @@
-"""What a conversion will write: every recording is looked at before anything is touched on disk."""
+"""What a conversion is asked for and will write: every recording is looked at before anything is touched on disk."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,31 +8,53 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hvd.data.labels import Labels, load_labels, sidecar_path
-from hvd.data.recordings import Recording, RecordingRef, Summary, episodes_of, recording_files
+from hvd.data.recordings import (
+    CAMERAS,
+    Recording,
+    RecordingRef,
+    episodes_of,
+    open_recording,
+    recording_files,
+)
+from hvd.data.video import CodecName
 from hvd.errors import UserError
-from hvd.robots import Robot
+from hvd.fields import NOT_NEGATIVE, option
+from hvd.robots import get_robot
 
 DEFAULT_FPS = 10  # JoyLo's own rate, for files that do not say theirs
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which recordings are wanted and how they are read; see hvd.data.convert.ConvertConfig."""
+class ConvertConfig:
+    """Recordings (JoyLo HDF5 and others, with label sidecars) -> one LeRobot v3.0 dataset."""
 
-    folders: tuple[Path, ...]
-    prompts: tuple[str, ...]
-    num_episodes: int
-    robot: Robot
-    cameras: tuple[str, ...]
-    success_only: bool
-    default_success: bool
-    skip_bad: bool
-    fps: int
-    odom_yaw: float  # rad
+    raw_dirs: tuple[str, ...] = option((), "Folders of recordings (or merged files).")
+    repo_id: str = option("", "Name of the dataset.")
+    tasks: tuple[str, ...] = option((), "A prompt per folder; without any the sidecars' own.")
+    num_episodes: int = option(0, NOT_NEGATIVE, "Episodes per folder, the first ones; 0 = all.")
+    root: str = option("", "Target folder; default $HF_LEROBOT_HOME/REPO_ID.")
+    robot: str = option("r1", "Action layout of the recordings, a robot of hvd/robots.py: r1, r1_pro, ...")
+    cameras: tuple[str, ...] = option(CAMERAS, "Cameras to convert.")
+    success_only: bool = option(False, "Leave out episodes whose label says that they failed.")
+    default_success: bool = option(False, "Recordings without a sidecar count as successes (reward 1 at the end).")
+    skip_bad: bool = option(False, "Count, list and leave out broken recordings instead of stopping at the first.")
+    push_to_hub: bool = option(False, "Upload the finished dataset to the Hugging Face Hub.")
+    fps: int = option(0, NOT_NEGATIVE, "Frames per second; 0 = as recorded (10 where the files do not say).")
+    codec: CodecName = option(
+        "h264", "h264: fast to write and to read at random; av1: half the size, 8 times slower to write."
+    )
+    crf: int = option(-1, "Quality of the videos, less is better; -1 = the codec's default.")
+    odom_yaw_deg: float = option(0.0, "How the odometry tracker is turned on the base, where base_velocity is missing.")
+    workers: int = option(0, NOT_NEGATIVE, "Encoding processes; 0 = one per core.")
+    overwrite: bool = option(False, "Replace a dataset that is there already.")
+
+    def open(self, ref: RecordingRef) -> Recording:
+        """The open recording, a context manager."""
+        return open_recording(ref, get_robot(self.robot), math.radians(self.odom_yaw_deg))
 
 
 @dataclass(frozen=True)
-class Episode:
+class PlannedEpisode:
     """One recording that goes into the dataset. `sidecar` None: the labels come from --default-success."""
 
     ref: RecordingRef
@@ -42,7 +65,7 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """All episodes in the dataset's order, what they have in common, and what was left out.
 
     Attributes:
@@ -52,44 +75,41 @@ class Plan:
         failures: recordings left out because they did not succeed (--success-only).
     """
 
-    episodes: tuple[Episode, ...]
+    episodes: tuple[PlannedEpisode, ...]
     fps: int
     image_sizes: tuple[tuple[int, int], ...]
     environment_dim: int
     skipped: tuple[str, ...]
     failures: int
 
-    @property
-    def num_frames(self) -> int:
-        return sum(episode.num_frames for episode in self.episodes)
 
-
-def make_plan(selection: Selection) -> Plan:
+def make_plan(config: ConvertConfig) -> ConversionPlan:
     """Check the recordings and choose the episodes; raises UserError at the first bad one, or with none left."""
-    planner = _Planner(selection)
-    files = [recording_files(folder) for folder in selection.folders]
+    planner = _Planner(config)
+    files = [recording_files(folder) for folder in config.raw_dirs]
     with tqdm(total=sum(map(len, files)), desc="check", unit="file", delay=1, leave=False) as bar:
-        for folder, prompt, paths in zip(selection.folders, selection.prompts, files, strict=True):
+        prompts = config.tasks or ("",) * len(files)
+        for folder, prompt, paths in zip(config.raw_dirs, prompts, files, strict=True):
             planner.add_folder(folder, prompt, paths, bar)
     if not planner.episodes or planner.common is None:
         raise UserError(
-            f"no episode to convert in {', '.join(map(str, selection.folders))}: {len(planner.skipped)} bad, "
+            f"no episode to convert in {', '.join(config.raw_dirs)}: {len(planner.skipped)} bad, "
             f"{planner.failures} without success"
         )
     fps, sizes, dim = planner.common
-    return Plan(tuple(planner.episodes), fps, sizes, dim, tuple(planner.skipped), planner.failures)
+    return ConversionPlan(tuple(planner.episodes), fps, sizes, dim, tuple(planner.skipped), planner.failures)
 
 
 class _Planner:
-    def __init__(self, selection: Selection):
-        self.selection = selection
-        self.episodes: list[Episode] = []
+    def __init__(self, config: ConvertConfig):
+        self.config = config
+        self.episodes: list[PlannedEpisode] = []
         self.skipped: list[str] = []
         self.failures = 0
         self.common: tuple[int, tuple[tuple[int, int], ...], int] | None = None  # rate, sizes, environment dim
 
-    def add_folder(self, folder: Path, prompt: str, paths: Sequence[Path], bar: tqdm) -> None:
-        wanted = self.selection.num_episodes
+    def add_folder(self, folder: str, prompt: str, paths: Sequence[Path], bar: tqdm) -> None:
+        wanted = self.config.num_episodes
         before = len(self.episodes)
         for path in paths:
             bar.update()
@@ -105,9 +125,9 @@ class _Planner:
                     self.failures += 1
                 else:
                     self.episodes.append(episode)
-        found = len(self.episodes) - before
-        if found < wanted:
-            bar.write(f"{folder}: {found} of the {wanted} episodes asked for")
+        count = len(self.episodes) - before
+        if count < wanted:
+            bar.write(f"{folder}: {count} of the {wanted} episodes asked for")
 
     def _refs(self, path: Path) -> Iterator[RecordingRef]:
         try:
@@ -116,37 +136,36 @@ class _Planner:
             self._bad(error)
 
     def _bad(self, error: UserError) -> None:
-        if not self.selection.skip_bad:
+        if not self.config.skip_bad:
             raise error
         self.skipped.append(str(error))
 
-    def _examine(self, ref: RecordingRef, prompt: str) -> Episode | None:
+    def _examine(self, ref: RecordingRef, prompt: str) -> PlannedEpisode | None:
         """The checked episode; None when it is a failure and only successes are wanted."""
-        want = self.selection
-        with Recording(ref, want.robot, want.odom_yaw) as recording:
+        with self.config.open(ref) as recording:
             labels, sidecar = self._labels(ref, prompt, recording.num_frames)
-            if want.success_only and not labels.success:
+            if self.config.success_only and not labels.success:
                 return None
-            summary = recording.check(want.cameras)
-        self._compare(ref, summary)
-        return Episode(ref, prompt or labels.task, labels, sidecar, summary.num_frames)
+            recording.actions(), recording.state()  # read, and so checked
+            environment = recording.environment_state()
+            sizes = tuple(recording.image_size(camera) for camera in self.config.cameras)
+            fps = self.config.fps or _whole_rate(ref, recording.fps)
+            self._compare(ref, (fps, sizes, 0 if environment is None else environment.shape[1]))
+            return PlannedEpisode(ref, prompt or labels.task, labels, sidecar, recording.num_frames)
 
     def _labels(self, ref: RecordingRef, prompt: str, num_frames: int) -> tuple[Labels, Path | None]:
         path = sidecar_path(ref.path, ref.demo)
-        if path.exists() or not self.selection.default_success:
+        if path.exists() or not self.config.default_success:
             return load_labels(path, num_frames), path
         if not prompt:
             raise UserError(f"{path}: label file is missing and with it the prompt; write it, or pass --tasks")
         return Labels(prompt, success=True), None
 
-    def _compare(self, ref: RecordingRef, summary: Summary) -> None:
+    def _compare(self, ref: RecordingRef, common: tuple[int, tuple[tuple[int, int], ...], int]) -> None:
         """A dataset has one rate, one size per camera, and an environment state in all episodes or in none."""
-        fps = self.selection.fps or _whole_rate(ref, summary.fps)
-        mine = (fps, summary.image_sizes, summary.environment_dim)
-        if self.common is None:
-            self.common = mine
+        self.common = self.common or common
         names = ("frames per second", "image sizes", "environment dims")
-        for name, here, first in zip(names, mine, self.common, strict=True):
+        for name, here, first in zip(names, common, self.common, strict=True):
             if here != first:
                 raise UserError(f"{ref}: {name} {here}, but {first} in {self.episodes[0].ref}")
 

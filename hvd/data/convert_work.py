@@ -7,16 +7,12 @@ camera, codec), so one that is there can be used by any later run.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,18 +26,20 @@ from tqdm import tqdm
 
 from hvd.data.lerobot_stats import ImageStats, plain
 from hvd.data.lerobot_writer import Segment
-from hvd.data.recordings import Recording, RecordingRef
+from hvd.data.recordings import RecordingRef, open_recording
 from hvd.data.video import encode_video
 from hvd.errors import Failed, UserError
+from hvd.files import JsonLines, locked
+from hvd.pools import spawn_pool
 from hvd.robots import get_robot
 
-JOURNAL = "journal.jsonl"
+JOURNAL, LOCK = "journal.jsonl", "lock"
 FRAMES_PER_WORKER = 4_000  # a worker process takes about a second to start; fewer frames are not worth one
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @dataclass(frozen=True)
-class Job:
+class SegmentJob:
     """One segment to encode: a recording's camera."""
 
     ref: RecordingRef
@@ -67,37 +65,25 @@ class WorkFolder:
     def __init__(self, path: Path):
         self.path = path
         self.segments = path / "segments"
-        self._journal = path / JOURNAL
-        self._done: dict[str, dict[str, Any]] = {}
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "WorkFolder":
         if self.path.exists() and not is_work_folder(self.path):
             raise UserError(f"{self.path}: exists but is no work folder of hvd convert; move it away")
-        # The journal is made first: without it a folder left by a kill would not be known as ours.
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._file = self._journal.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(f"{self.path}: another hvd convert is writing this dataset; wait for it") from None
-        except OSError:
-            pass  # a file system without locks: two at once are then not noticed
+
+        def busy() -> None:
+            raise UserError(f"{self.path}: another hvd convert is writing this dataset; wait for it")
+
+        # The lock is made first: without it a folder left by a kill would not be known as ours.
+        self._stack.enter_context(locked(self.path / LOCK, busy))
+        self._journal = JsonLines(self.path / JOURNAL)
+        self._stack.callback(self._journal.close)
         self.segments.mkdir(exist_ok=True)
-        self._read()
+        self._done = {entry["segment"]: entry for entry in self._journal.records()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def _read(self) -> None:
-        self._file.seek(0)
-        text = self._file.read()
-        whole = text.rfind(b"\n") + 1  # a line that a kill cut short is written again
-        self._file.truncate(whole)
-        for line in text[:whole].splitlines():
-            entry = json.loads(line)
-            self._done[entry["segment"]] = entry
+        self._stack.close()
 
     def finished(self, name: str) -> Segment | None:
         """The segment, if it was encoded before and its file is still whole."""
@@ -109,40 +95,41 @@ class WorkFolder:
 
     def note(self, entry: dict[str, Any]) -> None:
         """Add a finished segment to the journal."""
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
+        self._journal.write(entry)
         self._done[entry["segment"]] = entry
 
 
 def is_work_folder(path: Path) -> bool:
-    """Whether `path` was made by hvd convert (or is empty: killed before the journal was there)."""
-    return path.is_dir() and ((path / JOURNAL).is_file() or not any(path.iterdir()))
+    """Whether `path` was made by hvd convert (or is empty: killed before the lock was there)."""
+    return path.is_dir() and (any((path / name).is_file() for name in (JOURNAL, LOCK)) or not any(path.iterdir()))
 
 
 def encode_all(
-    work: WorkFolder, jobs: Sequence[Job], workers: int, on_bad: Callable[[Job, str], None]
-) -> dict[tuple[RecordingRef, str], Segment]:
-    """Encode what is not there yet; returns the segments by (recording, camera).
+    work: WorkFolder, jobs: Sequence[SegmentJob], workers: int, skip_bad: bool
+) -> tuple[dict[tuple[RecordingRef, str], Segment], dict[RecordingRef, str]]:
+    """Encode what is not there yet; returns the segments by (recording, camera), and a line about each recording that
+    cannot be read. Without `skip_bad` the first of these is a UserError.
 
     Args:
         workers: processes; 0 = one per core, or fewer for little work.
-        on_bad: called for a recording that cannot be read; raises, or notes that it is skipped.
     """
     names = {job: job.name() for job in jobs}
     todo = [job for job in jobs if work.finished(names[job]) is None]
     frames = sum(job.num_frames for job in todo)
     workers = min(workers or min(num_cores(), frames // FRAMES_PER_WORKER + 1), max(1, len(todo)))
-    done = sum(job.num_frames for job in jobs) - frames
+    done, bad = sum(job.num_frames for job in jobs) - frames, {}
     with tqdm(total=done + frames, initial=done, desc=f"encode x{workers}", unit="frame", mininterval=0.5) as bar:
         run = _run_here if workers == 1 else _run_in_pool
         with contextlib.closing(run(todo, work.segments, names, workers, bar)) as outcomes:
             for job, result in outcomes:
-                if isinstance(result, str):
-                    on_bad(job, result)
-                else:
+                if not isinstance(result, str):
                     work.note(result)
-    found = {(job.ref, job.camera): work.finished(names[job]) for job in jobs}
-    return {key: segment for key, segment in found.items() if segment is not None}
+                elif skip_bad:
+                    bad.setdefault(job.ref, result)
+                else:
+                    raise UserError(result)
+    segments = {(job.ref, job.camera): work.finished(names[job]) for job in jobs}
+    return {key: segment for key, segment in segments.items() if segment is not None}, bad
 
 
 def num_cores() -> int:
@@ -150,21 +137,23 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-Outcome = tuple[Job, dict[str, Any] | str]  # a journal entry, or what is wrong with the recording
+Outcome = tuple[SegmentJob, dict[str, Any] | str]  # a journal entry, or what is wrong with the recording
 
 
-def _run_here(jobs: Sequence[Job], folder: Path, names: dict[Job, str], workers: int, bar: tqdm) -> Generator[Outcome]:
+def _run_here(
+    jobs: Sequence[SegmentJob], folder: Path, names: dict[SegmentJob, str], workers: int, bar: tqdm
+) -> Generator[Outcome]:
     for job in jobs:
         yield job, encode_segment(job, folder / names[job], bar.update)
 
 
 def _run_in_pool(
-    jobs: Sequence[Job], folder: Path, names: dict[Job, str], workers: int, bar: tqdm
+    jobs: Sequence[SegmentJob], folder: Path, names: dict[SegmentJob, str], workers: int, bar: tqdm
 ) -> Generator[Outcome]:
-    """Processes, not threads: HDF5 decompresses under one lock. Spawned: a fork of a process with threads may hang."""
+    """Processes, not threads: HDF5 decompresses under one lock."""
     context = multiprocessing.get_context("spawn")
     frames, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(workers, context, _begin_worker, (frames, stop, os.getpid()))
+    pool = spawn_pool(workers, _begin_worker, (frames, stop))
     start = bar.n
     try:
         running = {pool.submit(_encode_in_worker, job, folder / names[job]): job for job in jobs}
@@ -186,26 +175,16 @@ class _Stop(Exception):
     """The parent wants no more."""
 
 
-_frames: Any = None
-_stop: Any = None
+_frames: Any = None  # in a worker: shared counter of encoded frames
+_stop: Any = None  # in a worker: set when the parent wants no more
 
 
-def _begin_worker(frames: Any, stop: Any, parent: int) -> None:
-    """Count frames in shared memory; leave the signals to the parent, and die with it (SIGKILL reaches only one)."""
+def _begin_worker(frames: Any, stop: Any) -> None:
     global _frames, _stop
     _frames, _stop = frames, stop
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
-def _encode_in_worker(job: Job, path: Path) -> dict[str, Any] | str:
+def _encode_in_worker(job: SegmentJob, path: Path) -> dict[str, Any] | str:
     def count(n: int) -> None:
         with _frames.get_lock():
             _frames.value += n
@@ -215,7 +194,7 @@ def _encode_in_worker(job: Job, path: Path) -> dict[str, Any] | str:
     return encode_segment(job, path, count)
 
 
-def encode_segment(job: Job, path: Path, on_frames: Callable[[int], Any]) -> dict[str, Any] | str:
+def encode_segment(job: SegmentJob, path: Path, on_frames: Callable[[int], Any]) -> dict[str, Any] | str:
     """Encode a recording's camera into `path`, atomically; returns the journal entry, or a line about a bad recording.
 
     Raises builtin OSErrors for what is wrong with the disk (PyAV's own do not travel between processes).
@@ -223,7 +202,7 @@ def encode_segment(job: Job, path: Path, on_frames: Callable[[int], Any]) -> dic
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     stats = ImageStats(job.num_frames)
     try:
-        with Recording(job.ref, get_robot(job.robot)) as recording:
+        with open_recording(job.ref, get_robot(job.robot)) as recording:
             blocks = _watched(recording.frames(job.camera), stats)
             count = encode_video(temporary, blocks, job.fps, job.codec, job.crf, on_frames)
         size = temporary.stat().st_size

@@ -1,4 +1,4 @@
-"""A LeRobot dataset (v2.1 or v3.0) as arrays, without torch: numeric columns memory-mapped, frames decoded on call."""
+"""A dataset (hvd.data.layout) as arrays, without torch: numeric columns memory-mapped, frames decoded on call."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -193,7 +193,7 @@ def split_episodes(
 
 def _camera_keys(layout: Layout, cfg: DataConfig, cameras: tuple[str, ...]) -> dict[str, str]:
     """model camera -> feature of the dataset, for those cameras that cfg.keys.images names."""
-    found = {}
+    keys = {}
     for camera in cameras:
         if camera not in cfg.keys.images:
             continue  # the dataset has no such camera: the model gets a masked image
@@ -202,13 +202,13 @@ def _camera_keys(layout: Layout, cfg: DataConfig, cameras: tuple[str, ...]) -> d
             raise UserError(
                 f"{layout.root}: camera {key!r} (for {camera}) is not in the dataset{nearest(key, layout.image_keys)}"
             )
-        found[camera] = key
-    if cameras and not found:
+        keys[camera] = key
+    if cameras and not keys:
         raise UserError(
             f"{layout.root}: keys.images names none of the model's cameras ({', '.join(cameras)}); "
             f"the dataset has {', '.join(layout.image_keys) or 'no camera'}"
         )
-    return found
+    return keys
 
 
 def _prompts(layout: Layout, task_index: np.ndarray) -> tuple[tuple[str, ...], Int32[np.ndarray, " n"]]:

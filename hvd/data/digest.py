@@ -11,9 +11,10 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from hvd.data.cache import cache_folder, replacing
+from hvd.data.cache import cache_folder
 from hvd.data.layout import Layout
 from hvd.errors import UserError
+from hvd.files import disk_errors, write_atomic
 
 _VERSION = "1"  # of what is in the cache
 _NOTE = "digest.json"
@@ -35,8 +36,8 @@ class Digest:
         if self.known:
             return
         folder = cache_folder(layout.root)
-        with replacing(folder / _NOTE) as temporary:
-            temporary.write_text(json.dumps({"files": self.fingerprint, "digest": self.value}))
+        with disk_errors(folder, "the dataset's cache needs room here"):
+            write_atomic(folder / _NOTE, json.dumps({"files": self.fingerprint, "digest": self.value}))
         for entry in folder.iterdir():
             match = _OF_A_DIGEST.match(entry.name)
             if match and match[1] != self.value[:16]:

@@ -23,7 +23,7 @@ from jaxtyping import Float64, Int, Int64, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from hvd.data.cache import cache_folder, cached
-from hvd.data.layout import Layout, read_parquet
+from hvd.data.layout import Layout
 from hvd.data.packets import FilePackets, PacketTable, list_all, load_table, save_table
 from hvd.errors import UserError
 
@@ -71,26 +71,26 @@ class _Decoder:
     def decode(self, table: PacketTable, file: int, handle: _File, wanted: Sequence[int]) -> dict[int, np.ndarray]:
         """RGB frames of the packets `wanted` of one file."""
         left = {int(table.pts[p]): p for p in wanted}  # frames come out in the order of their pts
-        found: dict[int, np.ndarray] = {}
+        decoded: dict[int, np.ndarray] = {}
         for pts in sorted(left):
             packet = left[pts]
-            if packet not in found:
+            if packet not in decoded:
                 begin = int(table.start[packet])
                 if self.table is not table or self.file != file or self.next < begin or self.shown >= pts:
                     self.context.flush_buffers()
                     self.table, self.file, self.next, self.shown = table, file, begin, pts - 1
-                self._feed(handle, packet, left, found)
-        return found
+                self._feed(handle, packet, left, decoded)
+        return decoded
 
-    def _feed(self, handle: _File, target: int, left: dict[int, int], found: dict[int, np.ndarray]) -> None:
-        """Feed packets until the frame of `target` is found; beyond it only when the decoder holds frames back."""
+    def _feed(self, handle: _File, target: int, left: dict[int, int], decoded: dict[int, np.ndarray]) -> None:
+        """Feed packets until the frame of `target` is decoded; beyond it only when the decoder holds frames back."""
         assert self.table is not None
         table, last = self.table, int(self.table.first[self.file + 1])
-        while target not in found:
+        while target not in decoded:
             if self.next >= last:
-                self._take(self.context.decode(None), left, found)
+                self._take(self.context.decode(None), left, decoded)
                 self.table = None  # a drained decoder must be flushed before it takes more
-                if target not in found:
+                if target not in decoded:
                     raise UserError(f"{table.paths[self.file]}: damaged video file (a frame does not decode)")
                 return
             stop = min(max(self.next, target) + 1, last)
@@ -99,14 +99,14 @@ class _Decoder:
                 packet.pts = int(table.pts[self.next])
                 packet.is_keyframe = int(table.start[self.next]) == self.next
                 self.next += 1
-                self._take(self.context.decode(packet), left, found)
+                self._take(self.context.decode(packet), left, decoded)
 
-    def _take(self, frames: Sequence[av.VideoFrame], left: dict[int, int], found: dict[int, np.ndarray]) -> None:
+    def _take(self, frames: Sequence[av.VideoFrame], left: dict[int, int], decoded: dict[int, np.ndarray]) -> None:
         for frame in frames:
             if frame.pts is not None:
                 self.shown = frame.pts
                 if frame.pts in left:
-                    found[left[frame.pts]] = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
+                    decoded[left[frame.pts]] = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
 
 
 def _read(handle: _File, table: PacketTable, begin: int, stop: int) -> list[bytes]:
@@ -131,10 +131,10 @@ class VideoFrames:
     def __call__(self, rows: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w 3"]:
         packets = self._table.packet_of_row[rows]
         files = np.searchsorted(self._table.first, packets, side="right") - 1
-        found: dict[int, np.ndarray] = {}
+        decoded: dict[int, np.ndarray] = {}
         for file in np.unique(files).tolist():
-            found |= self._decode(file, np.unique(packets[files == file]).tolist())
-        return _stack([found[p] for p in packets.tolist()], str(self._table.paths[0].parent))
+            decoded |= self._decode(file, np.unique(packets[files == file]).tolist())
+        return _stack([decoded[p] for p in packets.tolist()], str(self._table.paths[0].parent))
 
     def _decode(self, file: int, wanted: list[int]) -> dict[int, np.ndarray]:
         if not hasattr(_local, "decoders"):
@@ -249,7 +249,7 @@ def _copy_images(layout: Layout, key: str, folder: Path) -> None:
     places = [0]
     with (folder / "images.bin").open("wb") as out:
         for path in layout.data_paths:
-            for cell in read_parquet(path, [key])[key].to_pylist():
+            for cell in layout.format.table(path, [key])[key].to_pylist():
                 places.append(places[-1] + out.write(_encoded(cell, layout.root, path, key)))
     np.save(folder / "places.npy", np.asarray(places, np.int64))
 

@@ -27,11 +27,12 @@ class ImageStats:
         """Count the frames `first` to `first + n` of the episode, those that belong to the sample."""
         height, width = block.shape[1:3]
         thin = 1 if max(height, width) < 300 else int((width if width > height else height) / 150)
-        mine = self._wanted[np.searchsorted(self._wanted, first) : np.searchsorted(self._wanted, first + len(block))]
-        if len(mine):
-            tall = block[mine - first, ::thin, ::thin].reshape(-1, len(range(0, width, thin)), 3)  # one above the other
+        counted = self._wanted[np.searchsorted(self._wanted, first) : np.searchsorted(self._wanted, first + len(block))]
+        if len(counted):
+            # the frames, one above the other
+            tall = block[counted - first, ::thin, ::thin].reshape(-1, len(range(0, width, thin)), 3)
             self._counts += np.asarray(Image.fromarray(tall).histogram()).reshape(3, 256)
-            self._seen += len(mine)
+            self._seen += len(counted)
 
     def result(self) -> Stats:
         """min, max, mean, std and quantiles of shape [3, 1, 1]; count [1] is the number of frames looked at."""
@@ -73,13 +74,13 @@ class TotalStats:
         self._squares = np.square(stats["std"]) * stats["count"]
 
     def add(self, stats: Stats) -> None:
-        mine, n, m = self._stats, self._stats["count"], stats["count"]
-        delta = stats["mean"] - mine["mean"]
+        total, n, m = self._stats, self._stats["count"], stats["count"]
+        delta = stats["mean"] - total["mean"]
         self._squares = self._squares + np.square(stats["std"]) * m + np.square(delta) * (n * m / (n + m))
         for key in ("mean", *QUANTILE_KEYS):
-            mine[key] = mine[key] + (stats[key] - mine[key]) * (m / (n + m))
-        mine["min"], mine["max"] = np.minimum(mine["min"], stats["min"]), np.maximum(mine["max"], stats["max"])
-        mine["count"] = n + m
+            total[key] = total[key] + (stats[key] - total[key]) * (m / (n + m))
+        total["min"], total["max"] = np.minimum(total["min"], stats["min"]), np.maximum(total["max"], stats["max"])
+        total["count"] = n + m
 
     def json(self) -> dict[str, Any]:
         stats = self._stats | {"std": np.sqrt(self._squares / self._stats["count"])}

@@ -51,10 +51,6 @@ class Feature:
         names = list(self.names) if self.names is not None else None
         return {"dtype": self.dtype, "shape": list(self.shape), "names": names}
 
-    def arrow(self) -> pa.DataType:
-        scalar = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}[self.dtype]
-        return scalar if self.shape == (1,) else pa.list_(scalar, self.shape[0])
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -160,17 +156,22 @@ class LeRobotWriter:
             row |= self._videos[key].add(segment)
         stats = {key: segment.stats for key, segment in segments.items()}
         stats |= {key: column_stats(values) for key, values in full.items()}
+        self._rows.append(row | self._count(stats))
+        if len(self._rows) == ROWS_PER_GROUP:
+            self._flush_rows()
+        self.num_episodes += 1
+        self.num_frames += length
+
+    def _count(self, stats: Mapping[str, Stats]) -> dict[str, Any]:
+        """Add an episode's statistics to the dataset's; returns their columns of the episodes' table."""
+        row: dict[str, Any] = {}
         for key, value in stats.items():
             row |= {f"stats/{key}/{name}": plain(name, array) for name, array in value.items()}
             if key in self._totals:
                 self._totals[key].add(value)
             else:
                 self._totals[key] = TotalStats(value)
-        self._rows.append(row)
-        if len(self._rows) == ROWS_PER_GROUP:
-            self._flush_rows()
-        self.num_episodes += 1
-        self.num_frames += length
+        return row
 
     def _finish(self) -> None:
         """Join the videos and write what is left."""

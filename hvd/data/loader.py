@@ -4,7 +4,6 @@ threads (FFmpeg releases the interpreter lock), all placed on the devices ahead 
 
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -66,7 +65,6 @@ class Batcher:
 
     def __init__(self, sources: Sequence[Source], spec: SampleSpec, executor: Executor | None = None):
         self.sources, self.spec, self._executor = tuple(sources), spec, executor
-        self._decoded_s, self._lock = 0.0, threading.Lock()
         datasets = {id(s.dataset): s.dataset for s in sources}
         for dataset in datasets.values():
             check_horizon(dataset.name, dataset.episodes, spec.horizon)
@@ -85,12 +83,6 @@ class Batcher:
             for camera in spec.transform.model.cameras
             if camera in d.cameras
         }
-
-    def take_decoded_s(self) -> float:
-        """Seconds that decoding took, summed over threads, since the last call."""
-        with self._lock:
-            seconds, self._decoded_s = self._decoded_s, 0.0
-        return seconds
 
     def batch(self, source: Int[np.ndarray, " b"], rows: Int[np.ndarray, " b"]) -> Batch:
         """The batch of these samples."""
@@ -170,10 +162,7 @@ class Batcher:
             at = at[np.argsort(rows[at], kind="stable")]
 
             def fill(part: np.ndarray, frames: Frames = frames) -> None:
-                begin = time.perf_counter()
                 out[part] = resize_with_pad(frames(rows[part]), out.shape[1], out.shape[2])
-                with self._lock:
-                    self._decoded_s += time.perf_counter() - begin
 
             for part in np.array_split(at, -(-len(at) // _JOB)):
                 if self._executor is None:
@@ -195,20 +184,6 @@ def _merge(parts: Sequence[tuple[np.ndarray, Batch]], b: int) -> Batch:
                 out[at] = part[key]
             merged[key] = out
     return merged
-
-
-def make_batch(sources: Sequence[Source], spec: SampleSpec, source: np.ndarray, rows: np.ndarray) -> Batch:
-    """One batch, synchronously; for many, keep a `Batcher`."""
-    return Batcher(sources, spec).batch(np.asarray(source), np.asarray(rows))
-
-
-@dataclass(frozen=True)
-class LoaderStats:
-    """Since last asked: how many samples/s this process's loader could deliver (from the time its threads worked, not
-    from what was asked of it; 0 when it did nothing), and how long the consumer waited for batches."""
-
-    rate: float
-    wait_s: float
 
 
 class Loader:
@@ -241,14 +216,11 @@ class Loader:
         self.order = Order([np.asarray(s.rows, np.int64) for s in sources], shares, seed)
         self._slice = (process_index, process_count)
         self.order.slice(start_step, *self._slice)
-        self._num_workers = max(1, num_workers)
-        self._pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="hvd-decode")
+        self._pool = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="hvd-decode")
         self.batcher = Batcher(sources, spec, self._pool)
         self._place, self._prefetch, self._step = place, max(1, prefetch), start_step
         self._ready: queue.Queue[tuple[int, Any, BaseException | None]] = queue.Queue(self._prefetch)
         self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._samples, self._busy, self._waited = 0, 0.0, 0.0
         self._thread = threading.Thread(target=self._produce, args=(start_step,), name="hvd-loader", daemon=True)
         self._thread.start()
 
@@ -256,28 +228,16 @@ class Loader:
         return self
 
     def __next__(self) -> tuple[int, Any]:
-        begin = time.perf_counter()
         while not self._stop.is_set():
             try:
                 step, batch, error = self._ready.get(timeout=0.2)
             except queue.Empty:
                 continue
-            with self._lock:
-                self._waited += time.perf_counter() - begin
             if error is not None:
                 self.close()
                 raise error
             return step, batch
         raise StopIteration
-
-    def stats(self) -> LoaderStats:
-        """Rate and wait since the last call."""
-        with self._lock:
-            # gathering and placing happen in one thread beside the decoding ones: the slower part sets the pace
-            worked = max(self._busy, self.batcher.take_decoded_s() / self._num_workers)
-            result = LoaderStats(self._samples / worked if worked else 0.0, self._waited)
-            self._samples, self._busy, self._waited = 0, 0.0, 0.0
-        return result
 
     def close(self) -> None:
         """Stop all threads; waiting batches are dropped."""
@@ -295,23 +255,15 @@ class Loader:
         self.close()
 
     def _produce(self, step: int) -> None:
-        started: deque[tuple[int, int, Callable[[], Batch]]] = deque()
+        started: deque[tuple[int, Callable[[], Batch]]] = deque()
         try:
             while not self._stop.is_set():
-                begin = time.perf_counter()
                 while len(started) < 2:  # the decoding of the next batch begins before this one is done
                     source, rows = self.order.slice(step, *self._slice)
-                    started.append((step, len(rows), self.batcher.start(source, rows)))
+                    started.append((step, self.batcher.start(source, rows)))
                     step += 1
-                busy = time.perf_counter() - begin
-                this, count, finish = started.popleft()
-                batch = finish()
-                begin = time.perf_counter()
-                placed = self._place(batch)
-                with self._lock:
-                    self._samples += count
-                    self._busy += busy + time.perf_counter() - begin
-                self._put((this, placed, None))
+                this, finish = started.popleft()
+                self._put((this, self._place(finish()), None))
         except BaseException as error:  # whatever it is, the consumer must learn of it
             self._put((-1, None, error))
 

@@ -119,13 +119,3 @@ def resize_with_pad(
         resized = Image.fromarray(images[i]).resize((inner_w, inner_h), Image.Resampling.BILINEAR)
         out[i, top : top + inner_h, left : left + inner_w] = np.asarray(resized)
     return out
-
-
-def make_bool_mask(*dims: int) -> tuple[bool, ...]:
-    """openpi's notation: 6 = six true, -1 = one false; make_bool_mask(2, -1, 2) = T T F T T."""
-    return tuple(value for n in dims for value in [n > 0] * abs(n))
-
-
-def pad_to_dim(x: Float[np.ndarray, "*n d"], dim: int) -> Float[np.ndarray, "*n dim"]:
-    """Zero-pad the last axis to `dim`; a longer one is left as it is."""
-    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, max(0, dim - x.shape[-1]))])

@@ -33,12 +33,6 @@ class Outcome:
     next_row: Int64[np.ndarray, " n"]
 
 
-@dataclass(frozen=True)
-class Transition(Chunk, Outcome):
-    state: Float32[np.ndarray, "n s"]
-    next_state: Float32[np.ndarray, "n s"]
-
-
 class Transitions:
     """Gathers transitions of `dataset` with chunks of `horizon` actions and `gamma` per step."""
 
@@ -75,9 +69,3 @@ class Transitions:
         discount = np.where(terminal, 0.0, self._discounts[real])
         next_row = np.minimum(rows + real, self._last[rows])
         return Outcome(reward.astype(np.float32), discount.astype(np.float32), next_row)
-
-    def __call__(self, rows: Int[np.ndarray, " n"]) -> Transition:
-        """Everything at once, in raw units."""
-        chunk, outcome = self.chunk(rows), self.outcome(rows)
-        state, next_state = self.dataset.state[rows], self.dataset.state[outcome.next_row]
-        return Transition(**vars(chunk), **vars(outcome), state=state, next_state=next_state)

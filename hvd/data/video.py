@@ -12,7 +12,7 @@ the fastest way to fill a machine.
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
@@ -27,7 +27,7 @@ from jaxtyping import UInt8
 from hvd.errors import UserError
 
 CodecName = Literal["h264", "av1"]
-GROUP = 2  # distance of key frames
+GROUP = 2  # distance of key frames, in a dataset
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ class Codec:
     preset: str | int
     crf: int
     fast_decode: int = 0
+    group: int = GROUP
 
     def options(self, crf: int) -> dict[str, str]:
-        options = {"g": str(GROUP), "crf": str(crf), "preset": str(self.preset)}
+        options = {"g": str(self.group), "crf": str(crf), "preset": str(self.preset)}
         if self.encoder == "libsvtav1":
             options["svtav1-params"] = "fast-decode=0:lp=1"
         return options
@@ -66,7 +67,7 @@ def encode_video(
     path: str | os.PathLike[str],
     blocks: Iterable[UInt8[np.ndarray, "n h w 3"]],
     fps: int,
-    codec: str = "h264",
+    codec: str | Codec = "h264",
     crf: int | None = None,
     on_frames: Callable[[int], Any] | None = None,
 ) -> int:
@@ -75,7 +76,7 @@ def encode_video(
     Sizes that 4:2:0 chroma cannot hold (odd ones) are stored as 4:4:4. `on_frames(n)` is called after each block.
     Raises OSError when the file cannot be written whole (a full disk, for one).
     """
-    spec = get_codec(codec)
+    spec = codec if isinstance(codec, Codec) else get_codec(codec)
     os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder otherwise greets on stderr for every file
     count = 0
     stream: av.VideoStream | None = None
@@ -133,13 +134,6 @@ def join_videos(segments: Iterable[str | os.PathLike[str]], path: str | os.PathL
     return count
 
 
-def read_video(path: str | os.PathLike[str]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """The frames of a video in order, as RGB."""
-    with av.open(os.fspath(path)) as container:
-        for frame in container.decode(video=0):
-            yield frame.to_ndarray(format="rgb24")
-
-
 def video_info(path: str | os.PathLike[str], fps: int, codec: str, crf: int) -> dict[str, Any]:
     """The `info` entry of a video feature in info.json, with the keys that LeRobot 0.6 writes."""
     with av.open(os.fspath(path)) as container:
@@ -180,8 +174,8 @@ def _verify(path: str | os.PathLike[str], frames: int) -> None:
     """FFmpeg may lose a failed write when it closes a file: look whether the index is there and whole."""
     try:
         with av.open(os.fspath(path)) as container:
-            found = container.streams.video[0].frames
+            written = container.streams.video[0].frames
     except (av.error.FFmpegError, IndexError) as error:
         raise OSError(errno.EIO, "the video was not written whole (is the disk full?)", os.fspath(path)) from error
-    if found != frames:
-        raise OSError(errno.EIO, f"the video has {found} of {frames} frames (is the disk full?)", os.fspath(path))
+    if written != frames:
+        raise OSError(errno.EIO, f"the video has {written} of {frames} frames (is the disk full?)", os.fspath(path))

@@ -41,10 +41,9 @@ def main(cfg: Experiment, load: Loader | None = None) -> None:
 
 def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], videos: int | None = None) -> dict:
     """Run cfg.evaluate.num_rollouts rollouts and write results.json; returns its content."""
-    from hvd.sim.env import SUBTASKS
     from hvd.sim.render import available_backend
     from hvd.sim.rollouts import RolloutSpec
-    from hvd.sim.scene import TASKS
+    from hvd.sim.tasks import get_task
     from hvd.sim.workers import run_jobs
 
     settings, started = cfg.evaluate, time.monotonic()
@@ -54,7 +53,7 @@ def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], 
             f"evaluate.execute_steps {settings.execute_steps} is more than model.action_horizon "
             f"{cfg.model.action_horizon}; execute at most a whole chunk"
         )
-    out = folder(cfg, run_name)
+    out, task = folder(cfg, run_name), get_task(cfg.sim.task)
     seeds = [settings.seed + i for i in range(settings.num_rollouts)]
     filmed = seeds[: settings.videos if videos is None else videos]
     cameras = {} if control else cameras_of(cfg)
@@ -82,7 +81,7 @@ def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], 
         "run_name": run_name,
         "config": cfg.name,
         "task": cfg.sim.task,
-        "prompt": TASKS[cfg.sim.task].prompt,
+        "prompt": task.prompt,
         "weighting": "" if control else cfg.policy.weighting,
         "observes": None if control else observes(cfg),
         "seeds": [settings.seed, settings.num_rollouts],
@@ -97,7 +96,7 @@ def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], 
             "count": sum(r.success for r in rollouts),
         },
         "stage": bootstrap(stages).as_dict(),
-        "subtasks": {name: float(np.mean(stages > i)) for i, name in enumerate(SUBTASKS)},
+        "subtasks": {name: float(np.mean(stages > i)) for i, name in enumerate(task.subtasks)},
         "episodes": [
             {**asdict(r), "video": f"videos/rollout_{r.seed}.mp4" if r.seed in filmed else ""} for r in rollouts
         ],
@@ -109,7 +108,8 @@ def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], 
 
 def print_table(results: Sequence[dict]) -> None:
     """Success and stage score of rollouts, one row a policy."""
-    rows = [("task", "policy", "observes", "success", "95% interval", "stage 0-4", "95% interval")]
+    stages = f"stage 0-{len(results[0]['subtasks'])}"
+    rows = [("task", "policy", "observes", "success", "95% interval", stages, "95% interval")]
     for r in results:
         success, stage = r["success"], r["stage"]
         name = r["run_name"] + (f" (weights: {r['weighting']})" if r["weighting"] else "")

@@ -18,34 +18,29 @@ BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.4, 0.5
 JITTER_PROBABILITY = 0.5  # openpi's augmax applies the jitter to half of the images
 
 
-def to_float(images: Mapping[str, UInt8[Array, "b h w 3"]]) -> dict[str, Float[Array, "b h w 3"]]:
-    """uint8 0..255 -> float32 in [-1, 1], without augmentation."""
-    return {camera: x.astype(jnp.float32) / 127.5 - 1.0 for camera, x in images.items()}
-
-
 def draw(
-    key: Key[Array, ""], observation: Mapping[str, Any], own: StageConfig, state_dims: int
+    key: Key[Array, ""], observation: Mapping[str, Any], stage: StageConfig, state_dims: int
 ) -> dict[str, Float[Array, "b _"]]:
     """The random numbers of `augment`, one row per sample: seven uniform ones per camera, and the state's noise.
 
     Args:
-        own: augment_images, and state_noise in the units of the normalised state.
+        stage: augment_images, and state_noise in the units of the normalised state.
         state_dims: dims of the robot's state; the padding behind them gets no noise.
     """
     drawn: dict[str, Array] = {}
     image_key, state_key = jax.random.split(key)
     rows = observation["state"].shape[0]
-    if own.augment_images:
+    if stage.augment_images:
         for i, camera in enumerate(sorted(observation["images"])):
             drawn[camera] = jax.random.uniform(jax.random.fold_in(image_key, i), (rows, 7))
-    if own.state_noise > 0:
-        noise = own.state_noise * jax.random.normal(state_key, observation["state"].shape)
+    if stage.state_noise > 0:
+        noise = stage.state_noise * jax.random.normal(state_key, observation["state"].shape)
         drawn["state"] = noise * (jnp.arange(noise.shape[-1]) < state_dims)[None]
     return drawn
 
 
 def augment(
-    observation: Mapping[str, Any], drawn: Mapping[str, Float[Array, "b _"]], own: StageConfig
+    observation: Mapping[str, Any], drawn: Mapping[str, Float[Array, "b _"]], stage: StageConfig
 ) -> dict[str, Any]:
     """`observation` (hvd.data.transforms.Observation) with augmented images (float32) and a noisy state, as `drawn`;
     where nothing was drawn it is left as it is.
@@ -54,31 +49,31 @@ def augment(
     cameras = [camera for camera in out["images"] if camera in drawn]
     if cameras:
         images = {camera: out["images"][camera] for camera in cameras}
-        out["images"] = dict(out["images"]) | augment_images({c: drawn[c] for c in cameras}, images, own)
+        out["images"] = dict(out["images"]) | augment_images({c: drawn[c] for c in cameras}, images, stage)
     if "state" in drawn:
         out["state"] = out["state"] + drawn["state"]
     return out
 
 
 def augment_images(
-    drawn: Mapping[str, Float[Array, "b 7"]], images: Mapping[str, UInt8[Array, "b h w 3"]], own: StageConfig
+    drawn: Mapping[str, Float[Array, "b 7"]], images: Mapping[str, UInt8[Array, "b h w 3"]], stage: StageConfig
 ) -> dict[str, Float[Array, "b h w 3"]]:
     """Augmented float32 images in [-1, 1]; all cameras have the same size. `drawn`: uniform numbers by camera.
 
-    Cameras whose name holds "wrist" keep their geometry: their view is fixed to the hand. The others get a random crop
-    of `own.crop` of each side, scaled back, and a rotation of at most `own.rotation` degrees either way (outside is
-    black). All get colour jitter, half of the time.
+    Cameras whose name holds a word of `stage.wrist_cameras` keep their geometry: their view is fixed to the hand. The
+    others get a random crop of `stage.crop` of each side, scaled back, and a rotation of at most `stage.rotation`
+    degrees either way (outside is black). All get colour jitter, half of the time.
     """
     cameras = sorted(images)
     out: dict[str, Array] = {}
     for wrist in (False, True):
-        group = [camera for camera in cameras if ("wrist" in camera) == wrist]
+        group = [camera for camera in cameras if any(word in camera for word in stage.wrist_cameras) == wrist]
         if not group:
             continue
         # One vectorised function for all cameras of the group, which are put side by side and not one after the other:
         # rows that lie on several devices would change places
         pictures = jnp.stack([images[c] for c in group], axis=1).astype(jnp.float32) / 255.0
-        change = _jitter if wrist else functools.partial(_augment, crop=own.crop, rotation=own.rotation)
+        change = _jitter if wrist else functools.partial(_augment, crop=stage.crop, rotation=stage.rotation)
         done = jax.vmap(jax.vmap(change))(jnp.stack([drawn[c] for c in group], axis=1), pictures) * 2.0 - 1.0
         out |= {camera: done[:, i] for i, camera in enumerate(group)}
     return {camera: out[camera] for camera in images}

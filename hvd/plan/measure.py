@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hvd import overrides
-from hvd.data.cache import replacing
 from hvd.errors import EXIT_USER, Failed, UserError
 from hvd.fields import Mark, marks, to_plain
+from hvd.files import write_atomic
 from hvd.plan.request import Measurement, Request
 
 COMMAND = (sys.executable, "-m", "hvd.plan.compile")
@@ -119,9 +119,8 @@ class Measurer:
         if self.folder is None:
             return
         try:
-            with replacing(self.folder / name) as path:
-                path.write_text(json.dumps(dataclasses.asdict(found)))
-        except UserError as error:
+            write_atomic(self.folder / name, json.dumps(dataclasses.asdict(found)))
+        except OSError as error:  # it is measured again the next time
             self.say(f"the plan is not kept: {error}")
 
 

@@ -35,7 +35,7 @@ def success(cfg: Experiment, found: Sequence[Results]) -> Section:
         f"Task {first['task']}: {first['prompt']}. {first['num_rollouts']} rollouts each, from starts that no data was "
         f"recorded from, at most {first['horizon']} steps; {first['execute_steps']} of a chunk's "
         f"{first['action_horizon']} actions are executed before the next chunk. Intervals are 95 %: Wilson's for "
-        "success, bootstrap for the stage score (sub-tasks completed, 0 to 4)."
+        f"success, bootstrap for the stage score (sub-tasks completed, 0 to {len(first['subtasks'])})."
     )
     if len({tuple(results["seeds"]) for results in rollouts}) > 1:
         out.missing.append("a fair comparison: the policies were evaluated on different starts.")
@@ -57,7 +57,8 @@ def _bars(cfg: Experiment, rollouts: Sequence[Results]):
         POLICY if r["run_name"] == cfg.policy.run_name else GREY if r["run_name"] == NOTHING else BASELINE
         for r in rollouts
     ]
-    for ax, kind, limit in zip(grid[0], ("success", "stage"), (1.0, 4.0), strict=True):
+    stages = len(rollouts[0]["subtasks"])
+    for ax, kind, limit in zip(grid[0], ("success", "stage"), (1.0, float(stages)), strict=True):
         for row, (results, colour) in enumerate(zip(rollouts, colours, strict=True)):
             value = results[kind]
             ax.barh(row, value["mean"], color=colour, height=0.62)
@@ -68,7 +69,7 @@ def _bars(cfg: Experiment, rollouts: Sequence[Results]):
         ax.set_xlim(0, limit)
         ax.grid(axis="y", visible=False)
     grid[0][0].set_title("success rate")
-    grid[0][1].set_title("stage score (0 to 4)")
+    grid[0][1].set_title(f"stage score (0 to {stages})")
     grid[0][0].set_yticks(range(len(labels)), labels)
     grid[0][0].invert_yaxis()
     return figure
@@ -91,8 +92,9 @@ def videos(cfg: Experiment, found: Sequence[Results]) -> Section:
                 out.missing.append(f"a video: {path} is not there.")
                 continue
             how = "success" if episode["success"] else "dropped" if episode.get("dropped") else "no success"
-            caption = f"{results['run_name']}, seed {episode['seed']}: {how}, {episode['stage']} of 4 stages"
-            shown.append((path.read_bytes(), f"{caption}, {episode['steps']} steps"))
+            reached = f"{episode['stage']} of {len(results['subtasks'])} stages"
+            caption = f"{results['run_name']}, seed {episode['seed']}: {how}, {reached}, {episode['steps']} steps"
+            shown.append((path.read_bytes(), caption))
     if shown:
         out.text("Left the room, right what the robot's three cameras see (the policy need not see them).", "quiet")
         out.videos(shown)

@@ -43,7 +43,8 @@ def name_of(results: Results) -> str:
 
 def success_rows(found: Sequence[Results]) -> list[list[str]]:
     """Header and one row a policy: success and stage score of rollouts with their 95% intervals."""
-    rows = [["policy", "observes", "success", "95% interval", "stage 0-4", "95% interval"]]
+    stages = f"stage 0-{len(found[0]['subtasks'])}"
+    rows = [["policy", "observes", "success", "95% interval", stages, "95% interval"]]
     for results in found:
         success, stage = results["success"], results["stage"]
         rows.append(

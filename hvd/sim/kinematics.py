@@ -49,9 +49,11 @@ class BodyIK:
         self._site = {side: env.model.site(f"{side}_hand").id for side in ("left", "right")}
         self._dofs = env.dof_index[BODY]
         self._low, self._high = env.limits[BODY].T + [[0.02], [-0.02]]
-        two_handed = np.array([0.3, 1, 1, 1, 1, 1])  # elbows in, for a box between the hands
-        left = HOME_LEFT * two_handed if env.task.name == "tote" else HOME_LEFT
-        self._rest = np.concatenate([left, HOME_RIGHT * two_handed])
+        elbows_in = np.array([0.3, 1, 1, 1, 1, 1])
+        homes = {"left": HOME_LEFT, "right": HOME_RIGHT}
+        self._rest = np.concatenate(
+            [home * elbows_in if side in env.task.hands else home for side, home in homes.items()]
+        )
 
     def solve(
         self,
@@ -98,20 +100,17 @@ class BodyIK:
         return q, worst
 
 
-class BaseDriver:
-    """Proportional control of the base towards a pose (x, y, yaw) in the world."""
+def base_velocity(env: Env, goal: Float[np.ndarray, "3"], speed: float) -> tuple[Float[np.ndarray, "3"], float, float]:
+    """Proportional control of the base towards `goal` (x, y, yaw in the world).
 
-    def __init__(self, env: Env):
-        self._env = env
-
-    def velocity(self, goal: Float[np.ndarray, "3"], speed: float) -> tuple[Float[np.ndarray, "3"], float, float]:
-        """Velocity (m/s, m/s, rad/s in the robot's frame), distance to go and the yaw error's size."""
-        pose = self._env.base_pose()
-        error = (rot_z(pose[2]).T @ [*(goal[:2] - pose[:2]), 0])[:2]
-        turn = wrap(goal[2] - pose[2])
-        linear = 2.2 * error
-        linear *= min(1.0, speed / max(float(np.linalg.norm(linear)), 1e-6))
-        return np.array([*linear, np.clip(2.5 * turn, -1, 1)]), float(np.linalg.norm(error)), abs(turn)
+    Velocity (m/s, m/s, rad/s in the robot's frame), distance to go and the yaw error's size.
+    """
+    pose = env.base_pose()
+    error = (rot_z(pose[2]).T @ [*(goal[:2] - pose[:2]), 0])[:2]
+    turn = wrap(goal[2] - pose[2])
+    linear = 2.2 * error
+    linear *= min(1.0, speed / max(float(np.linalg.norm(linear)), 1e-6))
+    return np.array([*linear, np.clip(2.5 * turn, -1, 1)]), float(np.linalg.norm(error)), abs(turn)
 
 
 def _shorten(vector: np.ndarray, length: float) -> np.ndarray:

@@ -12,13 +12,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from hvd.configs import Experiment, SimConfig
+from hvd.configs import SIM_TASKS, Experiment, SimConfig
 from hvd.errors import UserError
 from hvd.files import write_atomic
 from hvd.sim.env import Env
-from hvd.sim.mistakes import sample_plans
-from hvd.sim.operators import make
-from hvd.sim.recording import Episode, roll_out, write
+from hvd.sim.recording import RecordedEpisode, roll_out, write
 from hvd.sim.render import Backend, Cameras, available_backend
 from hvd.sim.workers import run_jobs
 
@@ -30,7 +28,8 @@ def main(cfg: Experiment) -> None:
     """Write what is missing of `<exp_dir>/recordings/{optimal,mixed}/demo_NNNN.hdf5` and the label sidecars."""
     sim = cfg.sim
     if not sim.task:
-        raise UserError(f"config {cfg.name}: sim.task is not set: set it to tote or pick, or convert your recordings")
+        tasks = " or ".join(SIM_TASKS)
+        raise UserError(f"config {cfg.name}: sim.task is not set: set it to {tasks}, or convert your recordings")
     if "://" in cfg.exp_dir:
         raise UserError(f"runs_dir {cfg.runs_dir}: recordings are HDF5 files and need a local folder")
     root = Path(cfg.exp_dir) / "recordings"
@@ -57,10 +56,10 @@ def main(cfg: Experiment) -> None:
 def _check_folder(root: Path, sim: SimConfig) -> None:
     """Recordings of another simulation, or more of them than asked for, must not end up in one dataset."""
     for name, count in zip(SETS, (sim.num_optimal, sim.num_mixed), strict=True):
-        found = len(list((root / name).glob("demo_*.hdf5")))
-        if found > count:
+        present = len(list((root / name).glob("demo_*.hdf5")))
+        if present > count:
             raise UserError(
-                f"{root / name} holds {found} recordings, sim.num_{name} is {count}: "
+                f"{root / name} holds {present} recordings, sim.num_{name} is {count}: "
                 "choose another exp_name or delete the folder"
             )
     wanted = {name: getattr(sim, name) for name in ("task", "seed", "image_size", "horizon")}
@@ -88,7 +87,7 @@ def record_one(sim: SimConfig, root: Path, name: str, index: int, backend: Backe
     write(record_episode(sim, name, index, env, cameras), recording_path(root, name, index))
 
 
-def record_episode(sim: SimConfig, name: str, index: int, env: Env, cameras: Cameras | None) -> Episode:
+def record_episode(sim: SimConfig, name: str, index: int, env: Env, cameras: Cameras | None) -> RecordedEpisode:
     """Episode `index` of the set `name` ("optimal": tries seeds until a clean success), the same on every machine."""
     mixed = name == "mixed"
     for attempt in range(1 if mixed else _MAX_ATTEMPTS):
@@ -97,11 +96,11 @@ def record_episode(sim: SimConfig, name: str, index: int, env: Env, cameras: Cam
         env.reset(seed)
         if mixed:
             rng = np.random.default_rng([3, *seed])
-            plans = sample_plans(rng, sim.task)
+            plans = env.task.mistakes(rng)
             retries = bool(rng.random() < 0.7)
-            operator = make(env, seed, quality=float(rng.uniform(0.1, 0.7)), retries=retries, plans=plans)
+            operator = env.task.operator(env, seed, float(rng.uniform(0.1, 0.7)), retries, plans)
             return roll_out(env, operator, cameras, "teleop" if retries else "rollout")
-        operator = make(env, seed)
+        operator = env.task.operator(env, seed)
         episode = roll_out(env, operator, cameras, "expert")
         if episode.labels.success and not operator.retries:
             return episode

@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hvd.data.labels import Labels, Subtask, sidecar_path, write_labels
+from hvd.data.labels import Labels, Quality, Subtask, sidecar_path, write_labels
 from hvd.files import replacing
 from hvd.sim import scene
 from hvd.sim.env import Env
@@ -24,7 +24,7 @@ _GRIPPERS = {"left_gripper": LEFT_GRIPPER, "right_gripper": RIGHT_GRIPPER}
 
 
 @dataclass(frozen=True)
-class Episode:
+class RecordedEpisode:
     """What a rollout produced: float arrays with one row a frame, uint8 images [T, H, W, 3] by camera, and labels."""
 
     state: np.ndarray  # [T, 21] in the units of Env.state
@@ -40,7 +40,7 @@ class Episode:
         return len(self.action)
 
 
-def roll_out(env: Env, operator: Teleoperator, cameras: Cameras | None, quality: str) -> Episode:
+def roll_out(env: Env, operator: Teleoperator, cameras: Cameras | None, quality: Quality) -> RecordedEpisode:
     """Let `operator` act until the task is over (success, dropped, given up: terminal) or time is up (truncated).
 
     `operator` was made after env.reset.
@@ -77,21 +77,21 @@ def roll_out(env: Env, operator: Teleoperator, cameras: Cameras | None, quality:
         terminal=step.success or step.dropped or operator.done,
         mistakes=tuple(operator.log.mistakes),
     )
-    return Episode(
+    return RecordedEpisode(
         **{name: np.stack(rows).astype(np.float32) for name, rows in columns.items()},
         images={name: np.stack(frames) for name, frames in images.items()},
         labels=labels,
     )
 
 
-def write(episode: Episode, path: Path) -> None:
+def write(episode: RecordedEpisode, path: Path) -> None:
     """Write `episode` to `path` (.hdf5) and its sidecar beside it, each atomically, the recording last."""
     write_labels(sidecar_path(path), episode.labels)
     with replacing(path) as temporary, h5py.File(temporary, "x", libver="latest") as file:
         _fill(file, episode)
 
 
-def _fill(file: h5py.File, episode: Episode) -> None:
+def _fill(file: h5py.File, episode: RecordedEpisode) -> None:
     count = len(episode)
     hz = round(1 / scene.CONTROL_DT)
     file.attrs.update(collected_time=_EPOCH, horizon=count, recording_freq=hz)

@@ -1,16 +1,16 @@
 """Seeded rollouts of a policy in the simulator: several environments in step, one policy call for all of them."""
 
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-import av
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from hvd.data.video import Codec, encode_video
 from hvd.errors import UserError
-from hvd.files import write_atomic
+from hvd.files import replacing
 from hvd.sim import scene
 from hvd.sim.env import Env
 from hvd.sim.render import Backend, Cameras
@@ -23,7 +23,7 @@ Act = Callable[
 absolute actions [B,K,21]. The last argument names the policy's noise: the same numbers, the same actions."""
 
 _OBSERVED = {"observation.state": Env.state, "observation.environment_state": Env.environment_state}
-_VIDEO = {"preset": "veryfast", "crf": "28", "g": "50"}  # for watching: small, not quick to seek in
+_FILM = Codec("libx264", "veryfast", crf=28, group=50)  # for watching: small, not quick to seek in
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class RolloutSpec:
 
 @dataclass(frozen=True)
 class Rollout:
-    """How one rollout ended; `stage`: sub-tasks it ever completed (0..4)."""
+    """How one rollout ended; `stage`: the most sub-tasks that were completed at once."""
 
     seed: int
     success: bool
@@ -131,18 +131,5 @@ class _Film:
         self._small.close()
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        write_atomic(path, _encode(self._frames))
-
-
-def _encode(frames: Sequence[np.ndarray]) -> bytes:
-    """An h264 mp4 of RGB frames in real time."""
-    height, width, _ = frames[0].shape
-    sink = io.BytesIO()
-    with av.open(sink, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", round(1 / scene.CONTROL_DT), options=_VIDEO)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-    return sink.getvalue()
+        with replacing(Path(path)) as temporary:
+            encode_video(temporary, [np.stack(self._frames)], round(1 / scene.CONTROL_DT), _FILM)

@@ -4,10 +4,10 @@ Lengths in metres, angles in radians. The robot has the R1's structure (base x, 
 two six-joint arms with parallel grippers) but not its meshes or exact dimensions.
 """
 
-from dataclasses import dataclass
-
 import mujoco as mj
 import numpy as np
+
+from hvd.sim.tasks import Task
 
 PHYSICS_DT = 0.004  # 250 Hz
 SUBSTEPS = 25  # per control step: 10 Hz
@@ -44,46 +44,9 @@ HOME_FINGER = 0.03
 
 # The object's rotation symmetries (quaternions wxyz): a cuboid's half turns; a square bar has quarter turns about z.
 _S = np.sqrt(0.5)
-_HALF_TURNS = np.eye(4)
-_QUARTER_TURNS = np.array([[_S, 0, 0, _S], [_S, 0, 0, -_S], [0, _S, _S, 0], [0, _S, -_S, 0]])
+HALF_TURNS = np.eye(4)
+QUARTER_TURNS = np.array([[_S, 0, 0, _S], [_S, 0, 0, -_S], [0, _S, _S, 0], [0, _S, -_S, 0]])
 
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be done: the object's shape and how many hands it takes."""
-
-    name: str
-    prompt: str
-    half: np.ndarray  # [3] half sizes of the object
-    mass: float
-    rgba: tuple[float, float, float, float]
-    hands: tuple[str, ...]  # the hands that carry it
-    symmetries: np.ndarray  # [n, 4] rotations that map the object onto itself
-    clear: float  # a hand must be this far from the object's centre before it counts as placed
-
-
-TASKS = {
-    "tote": Task(
-        "tote",
-        "carry the red tote from the shelf to the green goal on the table",
-        np.array([0.09, 0.17, 0.07]),
-        0.8,
-        (0.85, 0.3, 0.2, 1.0),
-        SIDES,
-        _HALF_TURNS,
-        0.20,
-    ),
-    "pick": Task(
-        "pick",
-        "pick the yellow bar from the shelf and place it on the green goal on the table",
-        np.array([0.022, 0.022, 0.05]),
-        0.12,
-        (0.9, 0.7, 0.1, 1.0),
-        ("right",),
-        np.concatenate([_HALF_TURNS, _QUARTER_TURNS]),
-        0.10,
-    ),
-}
 
 ARM_JOINTS = {side: tuple(f"{side}_{i + 1}" for i in range(6)) for side in SIDES}
 TORSO_JOINTS = tuple(f"torso_{i + 1}" for i in range(4))

@@ -10,14 +10,17 @@ import numpy as np
 from jaxtyping import Float
 
 from hvd.sim.env import Env
-from hvd.sim.kinematics import BODY, BaseDriver, BodyIK, Pose, rot_z
-from hvd.sim.mistakes import Log, Plan
-from hvd.sim.scene import BASE, GRIPPERS, LEFT_ARM, RIGHT_ARM, SHELF_HEIGHT, TORSO
+from hvd.sim.kinematics import BODY, BodyIK, Pose, base_velocity, rot_z
+from hvd.sim.mistakes import Log, PlannedMistake
+from hvd.sim.scene import BASE, GRIPPERS, LEFT_ARM, RIGHT_ARM, SHELF_HEIGHT, SHELF_X, TORSO
 
 # Torso postures: at the shelf, while lifting, at the table.
 CROUCH = np.array([1.15, -2.15, 1.25, 0.0])
 CARRY = np.array([0.75, -1.45, 0.85, 0.0])
 STAND = np.array([0.55, -1.1, 0.6, 0.0])
+
+TURN_X = SHELF_X - 1.05  # here the base drives sideways to the table: the object is clear of shelf and table
+STUCK = 60  # steps of a carrying phase after which the operator sees that something blocks the way
 
 _ARMS = np.concatenate([LEFT_ARM, RIGHT_ARM])
 _PERCEPT = np.array([0.022, 0.03, 0.012])  # std of the error in the object's position at quality 1, metres
@@ -30,7 +33,12 @@ _WRONG_BASE, _WRONG_TORSO = 0.1, 0.1
 
 
 class Teleoperator:
-    """Acts on `env` from its state right after reset; hvd.sim.operators.make gives the one for the env's task.
+    """Acts on `env` from its state right after reset; each task has a subclass with a method for each of its phases.
+
+    Args:
+        quality: 0 is clean, 1 is clumsy (percept error, action noise, weak grips).
+        retries: whether a lost object is picked up again without a plan saying so.
+        plans: the mistakes to make.
 
     Attributes:
         phase: what it is doing now.
@@ -46,15 +54,15 @@ class Teleoperator:
         seed: int | Sequence[int],
         quality: float = 0.0,
         retries: bool = True,
-        plans: tuple[Plan, ...] = (),
+        plans: tuple[PlannedMistake, ...] = (),
     ):
         self.env, self.quality = env, quality
         self.rng = np.random.default_rng([77, *np.atleast_1d(seed)])
         self.may_retry, self.retries = retries, 0
-        self.ik, self.base = BodyIK(env), BaseDriver(env)
+        self.ik = BodyIK(env)
         self.log, self.done = Log(), False
         self._plans = list(plans)
-        self._mistake: Plan | None = None
+        self._mistake: PlannedMistake | None = None
         self._mistake_steps = 0
         self._waypoint = np.zeros(3)
         self._torso_plan: np.ndarray | None = None  # where the torso should be, while a mistake keeps it elsewhere
@@ -127,14 +135,14 @@ class Teleoperator:
 
     def drive(self, action: np.ndarray, goal: np.ndarray, speed: float) -> tuple[float, float]:
         """Sets the base velocity towards `goal` (x, y, yaw); returns the distance to go and the yaw error."""
-        velocity, distance, turn = self.base.velocity(goal, speed)
+        velocity, distance, turn = base_velocity(self.env, goal, speed)
         plan = self._mistake
         if plan is not None and plan.level == "base":
             if plan.kind == "detour":
-                wrong, _, _ = self.base.velocity(self._waypoint, speed)
+                wrong, _, _ = base_velocity(self.env, self._waypoint, speed)
             else:  # believes to have arrived where it should be
                 wrong_goal = goal + [*(rot_z(goal[2])[:2, :2] @ plan.offset), 0]
-                wrong, distance, turn = self.base.velocity(wrong_goal, speed)
+                wrong, distance, turn = base_velocity(self.env, wrong_goal, speed)
             if np.abs(wrong - velocity).max() > _WRONG_BASE:
                 self.log.wrong(plan, self.env.time)
             velocity = wrong
@@ -160,7 +168,9 @@ class Teleoperator:
             self._wrong_arms(action, plan, targets, torso)
         return error
 
-    def _wrong_arms(self, action: np.ndarray, plan: Plan, targets: dict[str, Pose], torso: np.ndarray) -> None:
+    def _wrong_arms(
+        self, action: np.ndarray, plan: PlannedMistake, targets: dict[str, Pose], torso: np.ndarray
+    ) -> None:
         if plan.kind == "hesitates":
             action[_ARMS] = self.env.command[_ARMS]
         else:
@@ -220,8 +230,8 @@ class Teleoperator:
 
     def seen_yaw(self, yaw: float) -> float:
         """The yaw to grasp at: an object that looks the same from several sides is taken from the nearest."""
-        raise RuntimeError("use hvd.sim.operators.make")
+        raise NotImplementedError
 
     def shift_hand(self, side: str, pose: Pose, wide: float, up: float) -> Pose:
         """The `side` hand's target, wrong by `wide` metres sideways and `up` metres upwards."""
-        raise RuntimeError("use hvd.sim.operators.make")
+        raise NotImplementedError

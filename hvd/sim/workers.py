@@ -1,18 +1,15 @@
 """Independent jobs in parallel processes, each kept to one thread: the processes are the parallelism."""
 
 import contextlib
-import ctypes
-import faulthandler
-import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from hvd.errors import Failed
+from hvd.pools import spawn_pool
 
 MAX_DEATHS = 3  # of workers in one run_jobs
 
@@ -57,7 +54,7 @@ def run_jobs(function: Callable[..., Any], jobs: Sequence[tuple], workers: int) 
 
 def _run_in_pool(function: Callable[..., Any], jobs: dict[int, tuple], workers: int) -> Iterator[tuple[int, Any]]:
     """The results of the jobs that finish before a worker dies, or of all."""
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare, (os.getpid(),))
+    pool = spawn_pool(workers, _one_thread)
     try:
         futures = {}
         with contextlib.suppress(BrokenProcessPool):  # a worker died while jobs were still being handed out
@@ -70,15 +67,7 @@ def _run_in_pool(function: Callable[..., Any], jobs: dict[int, tuple], workers: 
         pool.shutdown(cancel_futures=True)
 
 
-def _prepare(parent: int) -> None:
-    """In a fresh worker: one thread, Ctrl-C left to the parent, a stack for every crash, no life after the parent's."""
-    faulthandler.enable()
+def _one_thread() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ.update(_ONE_THREAD)
     os.environ["XLA_FLAGS"] = f"{flags} {_ONE_THREAD['XLA_FLAGS']}".strip()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
-        if os.getppid() != parent:
-            os._exit(1)

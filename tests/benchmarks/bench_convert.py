@@ -24,7 +24,7 @@ import numpy as np
 
 from hvd.data.convert import ConvertConfig, convert
 from hvd.data.convert_work import num_cores
-from hvd.data.recordings import CAMERAS, Recording, RecordingRef, recording_files
+from hvd.data.recordings import CAMERAS, RecordingRef, open_recording, recording_files
 from hvd.robots import get_robot
 from tests.data import joylo
 from tests.folders import folder
@@ -104,14 +104,14 @@ def with_lerobot(raw: Path, target: Path, **options: bool) -> None:
     features |= {name: {"dtype": "bool", "shape": (1,), "names": None} for name in ("terminal", "truncated")}
     features["next.reward"] = {"dtype": "float32", "shape": (1,), "names": None}
     paths = recording_files(raw)
-    with Recording(RecordingRef(paths[0]), robot) as recording:
+    with open_recording(RecordingRef(paths[0], "joylo"), robot) as recording:
         for camera in CAMERAS:
             shape = (*recording.image_size(camera), 3)
             names = ["height", "width", "channels"]
             features[f"observation.images.{camera}"] = {"dtype": "video", "shape": shape, "names": names}
     dataset = LeRobotDataset.create("me/set", 10, features, root=target, robot_type="r1", **options)
     for path in paths:
-        with Recording(RecordingRef(path), robot) as recording:
+        with open_recording(RecordingRef(path, "joylo"), robot) as recording:
             state, actions, length = recording.state(), recording.actions(), recording.num_frames
             blocks = zip(*(recording.frames(camera) for camera in CAMERAS), strict=True)
             t = 0

@@ -11,8 +11,7 @@ import numpy as np
 
 from hvd.sim import scene
 from hvd.sim.env import Env
-from hvd.sim.mistakes import Plan
-from hvd.sim.operators import make
+from hvd.sim.mistakes import PlannedMistake
 from hvd.sim.workers import run_jobs
 
 QUALITIES = ((0.0, True), (0.5, True), (1.0, True), (1.0, False), (1.5, True), (1.5, False))
@@ -30,35 +29,37 @@ PROTOTYPE = {
 # Mistakes that are never noticed, with the phase they begin in.
 FATAL = {
     "tote": (
-        Plan("base", "stops_short", "approach", 0, (-0.65, 0.0)),
-        Plan("base", "off_to_side", "approach", 0, (0.0, 0.65)),
-        Plan("base", "stops_short", "advance", 0, (-0.36, 0.0)),
-        Plan("base", "off_to_side", "advance", 0, (0.0, 0.36)),
-        Plan("torso", "no_bend", "approach"),
-        Plan("torso", "no_rise", "lift"),
-        Plan("arms", "too_high", "reach", 0, (0.0, 0.15)),
-        Plan("arms", "too_wide", "reach", 0, (0.05, 0.0)),
-        Plan("arms", "releases_early", "sidestep", 4),
+        PlannedMistake("base", "stops_short", "approach", 0, (-0.65, 0.0)),
+        PlannedMistake("base", "off_to_side", "approach", 0, (0.0, 0.65)),
+        PlannedMistake("base", "stops_short", "advance", 0, (-0.36, 0.0)),
+        PlannedMistake("base", "off_to_side", "advance", 0, (0.0, 0.36)),
+        PlannedMistake("torso", "no_bend", "approach"),
+        PlannedMistake("torso", "no_rise", "lift"),
+        PlannedMistake("arms", "too_high", "reach", 0, (0.0, 0.15)),
+        PlannedMistake("arms", "too_wide", "reach", 0, (0.05, 0.0)),
+        PlannedMistake("arms", "releases_early", "sidestep", 4),
     ),
     "pick": (
-        Plan("base", "stops_short", "approach", 0, (-0.76, 0.0)),
-        Plan("base", "off_to_side", "approach", 0, (0.0, -0.76)),
-        Plan("base", "stops_short", "advance", 0, (-0.36, 0.0)),
-        Plan("base", "off_to_side", "advance", 0, (0.0, 0.36)),
-        Plan("torso", "no_bend", "approach"),
-        Plan("torso", "no_rise", "lift"),
-        Plan("arms", "too_high", "reach", 0, (0.0, 0.13)),
-        Plan("arms", "too_wide", "reach", 0, (0.06, 0.0)),
-        Plan("arms", "releases_early", "sidestep", 4),
+        PlannedMistake("base", "stops_short", "approach", 0, (-0.76, 0.0)),
+        PlannedMistake("base", "off_to_side", "approach", 0, (0.0, -0.76)),
+        PlannedMistake("base", "stops_short", "advance", 0, (-0.36, 0.0)),
+        PlannedMistake("base", "off_to_side", "advance", 0, (0.0, 0.36)),
+        PlannedMistake("torso", "no_bend", "approach"),
+        PlannedMistake("torso", "no_rise", "lift"),
+        PlannedMistake("arms", "too_high", "reach", 0, (0.0, 0.13)),
+        PlannedMistake("arms", "too_wide", "reach", 0, (0.06, 0.0)),
+        PlannedMistake("arms", "releases_early", "sidestep", 4),
     ),
 }
 
 
-def operator_run(task: str, seed: int, quality: float, retries: bool, plans: tuple[Plan, ...] = ()) -> tuple[bool, int]:
+def operator_run(
+    task: str, seed: int, quality: float, retries: bool, plans: tuple[PlannedMistake, ...] = ()
+) -> tuple[bool, int]:
     """(success, steps) of one episode of the teleoperator."""
     env = Env(task)
     env.reset(seed)
-    operator = make(env, seed, quality, retries, plans)
+    operator = env.task.operator(env, seed, quality, retries, plans)
     while True:
         step = env.step(operator.act())
         if step.done or operator.done:
@@ -69,7 +70,7 @@ def control_run(task: str, seed: int, control: str) -> tuple[bool, int]:
     """(success, steps) of "nothing", "random", or the clean teleoperator with a part of the robot frozen."""
     env = Env(task)
     env.reset(seed)
-    operator, rng = make(env, seed), np.random.default_rng(seed)
+    operator, rng = env.task.operator(env, seed), np.random.default_rng(seed)
     hold = env.as_action(env.command)
     low, high = env.limits.T
     while True:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import h5py
 import numpy as np
 
@@ -34,6 +35,13 @@ def moving_images(num_frames: int, size: tuple[int, int], seed: int) -> np.ndarr
         left, top = (t * 2 + seed) % max(1, width - 8), (t + 3 * seed) % max(1, height - 8)
         images[t, top : top + 8, left : left + 8] = rng.integers(0, 255, 3, dtype=np.uint8)
     return images
+
+
+def read_video(path: Path) -> np.ndarray:
+    """The frames of a video, uint8 [T, H, W, 3]."""
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames)
 
 
 def fill(

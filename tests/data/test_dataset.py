@@ -132,7 +132,7 @@ def test_second_opening_reads_no_data(tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(columns, "read_parquet", never)
+    monkeypatch.setattr(columns, "_build", never)
     monkeypatch.setattr(digest, "_sampled", never)
     monkeypatch.setattr(packets, "list_packets", never)
     second = Dataset.open(recipe.config, cameras=CAMERAS)

@@ -10,7 +10,7 @@ import pytest
 from hvd.configs import ModelConfig, NormConfig
 from hvd.data import normalize
 from hvd.data.dataset import Dataset
-from hvd.data.loader import Batcher, Loader, SampleSpec, Source, make_batch
+from hvd.data.loader import Batcher, Loader, SampleSpec, Source
 from hvd.data.tokenizer import Tokenizer
 from hvd.data.transforms import InputTransform, resize_with_pad
 from hvd.data.transitions import Transitions
@@ -77,30 +77,33 @@ def take(loader, n):
 def test_batch_holds_what_the_rows_say(recipes, next_images, image_cache):
     sources, spec = open_all(recipes, next_images=next_images, gamma=0.9, image_cache=image_cache)
     source, rows = np.asarray([1, 0, 0, 1]), np.asarray([23, 14, 2, 0])
-    batch = make_batch(sources, spec, source, rows)
+    batch = Batcher(sources, spec).batch(source, rows)
     assert batch["source"].tolist() == [1, 0, 0, 1] and batch["index"].tolist() == rows.tolist()
     assert {v.dtype for k, v in flat(batch) if k in ("source", "index", "observation/tokenized_prompt")} == {
         np.dtype(np.int32)
     }
     for i, (s, row) in enumerate(zip(source, rows, strict=True)):
         dataset, transform = sources[s].dataset, spec.transform
-        one = Transitions(dataset, 5, 0.9)(np.asarray([row]))
+        transitions, this = Transitions(dataset, 5, 0.9), np.asarray([row])
+        chunk, outcome, state = transitions.chunk(this), transitions.outcome(this), dataset.state[this]
         expected = transform.observation(
-            one.state,
+            state,
             {c: resize_with_pad(dataset.frames(c, np.asarray([row])), 28, 28) for c in dataset.cameras},
             [dataset.task_of(row)],
         )
         assert_equal_batches(take_row(batch["observation"], i), take_row(expected, 0))
-        np.testing.assert_array_equal(batch["actions"][i], transform.actions_in(one.actions, one.state)[0])
-        np.testing.assert_array_equal(batch["action_mask"][i], one.action_mask[0])
+        np.testing.assert_array_equal(batch["actions"][i], transform.actions_in(chunk.actions, state)[0])
+        np.testing.assert_array_equal(batch["action_mask"][i], chunk.action_mask[0])
         np.testing.assert_array_equal(batch["weights"][i], sources[s].weights[row] if s else np.ones(3))
         if next_images == "none":
             assert not batch.keys() & {"reward", "discount", "next_observation"}
             continue
-        assert (batch["reward"][i], batch["discount"][i]) == (one.reward[0], one.discount[0])
-        shown = one.next_row if next_images == "true" else np.asarray([row])
+        assert (batch["reward"][i], batch["discount"][i]) == (outcome.reward[0], outcome.discount[0])
+        shown = outcome.next_row if next_images == "true" else np.asarray([row])
         expected = transform.observation(
-            one.next_state, {c: dataset.frames(c, shown) for c in dataset.cameras}, [dataset.task_of(row)]
+            dataset.state[outcome.next_row],
+            {c: dataset.frames(c, shown) for c in dataset.cameras},
+            [dataset.task_of(row)],
         )
         assert_equal_batches(take_row(batch["next_observation"], i), take_row(expected, 0))
 
@@ -111,7 +114,7 @@ def take_row(observation, i):
 
 def test_masks_of_absent_cameras(recipes):
     sources, spec = open_all(recipes)
-    batch = make_batch(sources, spec, np.asarray([0, 1]), np.asarray([3, 3]))
+    batch = Batcher(sources, spec).batch(np.asarray([0, 1]), np.asarray([3, 3]))
     masks = {c: m.tolist() for c, m in batch["observation"]["image_masks"].items()}
     assert masks == {CAMERAS[0]: [True, True], CAMERAS[1]: [True, False], "third": [False, False]}
     assert not batch["observation"]["images"][CAMERAS[1]][1].any()
@@ -168,27 +171,6 @@ def test_place_runs_ahead_in_another_thread(recipes):
         first = next(loader)
         wait_until(lambda: loader._ready.qsize() == 3)
     assert threads == {"hvd-loader"} and first[1].keys() == {"placed"}
-
-
-def test_stats_say_rate_and_wait(recipes):
-    sources, spec = open_all(recipes)
-
-    def slow(batch):
-        time.sleep(0.05)
-        return batch
-
-    with Loader(sources, spec, 6, seed=0, prefetch=1, place=slow) as loader:
-        for _ in range(6):
-            next(loader)
-        hungry = loader.stats()
-        assert hungry.wait_s > 0.15 and 0 < hungry.rate < 6 / 0.05
-        begin = time.perf_counter()
-        for _ in range(3):
-            wait_until(loader._ready.full)
-            time.sleep(0.5)
-            next(loader)
-        fed, asked = loader.stats(), 3 * 6 / (time.perf_counter() - begin)
-        assert fed.wait_s < hungry.wait_s and fed.rate > asked  # what it could deliver, not what was asked of it
 
 
 def test_errors_surface_in_the_consumer(recipes, monkeypatch):

@@ -11,7 +11,7 @@ from hvd.configs import Experiment, ModelConfig, NormConfig
 from hvd.data import normalize
 from hvd.data.normalize import NormStats
 from hvd.data.tokenizer import Tokenizer
-from hvd.data.transforms import InputTransform, make_bool_mask, pad_to_dim, resize_with_pad
+from hvd.data.transforms import InputTransform, resize_with_pad
 from hvd.errors import UserError
 from hvd.robots import get_robot
 from tests.folders import golden_files
@@ -39,8 +39,13 @@ def test_golden_transforms(path):
     np.testing.assert_allclose(normalize.delta(actions, state, mask), golden["delta"], atol=1e-5)
     np.testing.assert_allclose(normalize.absolute(golden["delta"], state, mask), golden["absolute"], atol=1e-5)
     for name in ("state", "actions"):
-        padded = golden[f"padded_{name}"]
-        np.testing.assert_array_equal(pad_to_dim(golden[name], padded.shape[-1]), padded)
+        padded, dims = golden[f"padded_{name}"], golden[name].shape[-1]
+        plain = NormStats(np.zeros(dims), np.ones(dims), -np.ones(dims), np.ones(dims))
+        model = dataclasses.replace(MODEL, action_dim=padded.shape[-1])
+        transform = InputTransform(model, NORM, get_robot("r1"), {"state": plain, "actions": plain}, Tokenizer(model))
+        given = golden[name][None]
+        ours = transform.state(given) if name == "state" else transform.actions_in(given, state[None])
+        np.testing.assert_allclose(ours[0], padded, rtol=1e-5)
 
 
 def resize_cases():
@@ -55,11 +60,6 @@ def test_golden_resize_with_pad(path, case):
     height, width = golden[f"size_{case}"].tolist()
     ours = resize_with_pad(golden[f"u8_{case}"], height, width).astype(int)
     assert np.abs(ours - golden[f"u8_pil_{case}"]).max() <= 1
-
-
-def test_make_bool_mask():
-    assert make_bool_mask(2, -1, 2) == (True, True, False, True, True)
-    assert make_bool_mask(-2) == (False, False)
 
 
 @settings(deadline=None, max_examples=40)

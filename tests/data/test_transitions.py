@@ -67,17 +67,16 @@ def test_equals_the_loop(data, horizon, gamma):
         camera_frames={},
     )
     rows = rng.permutation(n)
-    got = Transitions(dataset, horizon, gamma)(rows)
+    transitions = Transitions(dataset, horizon, gamma)
+    chunk, got = transitions.chunk(rows), transitions.outcome(rows)
     ends = np.cumsum(lengths)
     for i, row in enumerate(rows):
         actions, mask, value, discount, next_row = naive(dataset, ends, row, horizon, gamma)
-        np.testing.assert_array_equal(got.actions[i], actions)
-        np.testing.assert_array_equal(got.action_mask[i], mask)
+        np.testing.assert_array_equal(chunk.actions[i], actions)
+        np.testing.assert_array_equal(chunk.action_mask[i], mask)
         np.testing.assert_allclose(got.reward[i], value, atol=1e-5)
         np.testing.assert_allclose(got.discount[i], discount, atol=1e-6)
         assert got.next_row[i] == next_row
-        np.testing.assert_array_equal(got.next_state[i], dataset.state[next_row])
-        np.testing.assert_array_equal(got.state[i], dataset.state[row])
 
 
 def test_terminal_cuts_and_truncation_does_not(tmp_path):
@@ -86,9 +85,10 @@ def test_terminal_cuts_and_truncation_does_not(tmp_path):
     recipe.rewards[:] = 1
     dataset = Dataset.open(recipe.config, cameras=())
     dataset = dataclasses.replace(dataset, rewards=recipe.rewards, terminal=np.arange(12) == 5)
-    out = Transitions(dataset, 3, 0.5)(np.asarray([0, 3, 4, 9, 10]))
-    np.testing.assert_array_equal(out.action_mask.sum(1), [3, 3, 2, 3, 2])
+    transitions, rows = Transitions(dataset, 3, 0.5), np.asarray([0, 3, 4, 9, 10])
+    chunk, out = transitions.chunk(rows), transitions.outcome(rows)
+    np.testing.assert_array_equal(chunk.action_mask.sum(1), [3, 3, 2, 3, 2])
     np.testing.assert_allclose(out.reward, [1.75, 1.75, 1.5, 1.75, 1.5])
     np.testing.assert_allclose(out.discount, [0.125, 0, 0, 0.125, 0.25])
     np.testing.assert_array_equal(out.next_row, [3, 5, 5, 11, 11])
-    np.testing.assert_array_equal(out.actions[2, 1:], np.stack([recipe.actions[5]] * 2))
+    np.testing.assert_array_equal(chunk.actions[2, 1:], np.stack([recipe.actions[5]] * 2))

@@ -21,7 +21,6 @@ from hvd.method import advantage_table
 from hvd.method.advantage_table import Values
 from hvd.robots import get_robot
 from hvd.sim.env import Env
-from hvd.sim.operators import make
 
 KEYS = KeyMap(state=("observation.state", "observation.environment_state"))
 LEVELS = get_robot("r1").level_names
@@ -60,7 +59,7 @@ def operator(cfg: Experiment):
             twins[:] = [Env(cfg.sim.task, cfg.sim.horizon) for _ in state]
             for i, env in enumerate(twins):
                 env.reset(noise[0] + i)
-                env.pilot = make(env, 0)
+                env.pilot = env.task.operator(env, 0)
         chunks = np.zeros((len(state), cfg.model.action_horizon, 21))
         for i, env in enumerate(twins):
             for k in range(cfg.model.action_horizon):

@@ -4,10 +4,12 @@ import mujoco
 import numpy as np
 import pytest
 
+from hvd.configs import SIM_TASKS
 from hvd.robots import get_robot
 from hvd.sim import scene
-from hvd.sim.env import SUBTASKS, Env, canonical_quat
-from hvd.sim.operators import make
+from hvd.sim.carry import SUBTASKS
+from hvd.sim.env import Env, canonical_quat
+from hvd.sim.tasks import get_task
 
 
 def hold(env: Env) -> np.ndarray:
@@ -133,7 +135,7 @@ def test_object_that_looks_the_same_is_observed_the_same():
 
 def test_canonical_quat_is_the_nearest_to_identity():
     rng = np.random.default_rng(0)
-    for task in scene.TASKS.values():
+    for task in map(get_task, SIM_TASKS):
         for _ in range(50):
             quat = rng.normal(size=4)
             quat /= np.linalg.norm(quat)
@@ -149,7 +151,7 @@ def test_canonical_quat_is_the_nearest_to_identity():
 def test_a_clean_episode_earns_each_subtask_once(task):
     env = Env(task)
     env.reset(0)
-    operator = make(env, 0)
+    operator = env.task.operator(env, 0)
     events = []
     while True:
         step = env.step(operator.act())
@@ -165,7 +167,7 @@ def test_a_lost_object_takes_its_rewards_back():
     """From any state the return is what is still to be won, so dropping and grasping again earns nothing."""
     env = Env("tote")
     env.reset(0)
-    operator = make(env, 0)
+    operator = env.task.operator(env, 0)
     total = 0.0
     while env.stage < 3:
         total += env.step(operator.act()).reward

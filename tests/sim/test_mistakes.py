@@ -7,18 +7,18 @@ import pytest
 
 from hvd.robots import get_robot
 from hvd.sim.env import Env
-from hvd.sim.mistakes import Log, Plan, sample_plans
-from hvd.sim.operators import make
+from hvd.sim.mistakes import Log, PlannedMistake
+from hvd.sim.tasks import get_task
 from tests.benchmarks.sim_table import FATAL
 
 LEVELS = {level.name: list(level.dims) for level in get_robot("r1").levels}
 
 
-def run(task: str, plan: Plan, seed: int = 0):
+def run(task: str, plan: PlannedMistake, seed: int = 0):
     """The episode with one mistake: env, operator, and the actions as they were followed [T, 21]."""
     env = Env(task)
     env.reset(seed)
-    operator = make(env, seed, plans=(plan,))
+    operator = env.task.operator(env, seed, plans=(plan,))
     actions = []
     while True:
         step = env.step(operator.act())
@@ -41,12 +41,12 @@ def test_a_mistake_that_is_not_noticed_fails_and_is_logged(task, plan):
     assert 0 <= mistake.start < mistake.end <= len(actions)
 
 
-def first_difference(task: str, plan: Plan) -> tuple[set[str], int, Log]:
+def first_difference(task: str, plan: PlannedMistake) -> tuple[set[str], int, Log]:
     """Levels whose action differs from the clean episode's at the first frame that differs, that frame, the log."""
     _, operator, wrong = run(task, plan)
     env = Env(task)
     env.reset(0)
-    clean = make(env, 0)
+    clean = env.task.operator(env, 0)
     for frame, action in enumerate(wrong):
         env.step(clean.act())
         differs = np.abs(env.as_action(env.command) - action) > 1e-9
@@ -58,15 +58,15 @@ def first_difference(task: str, plan: Plan) -> tuple[set[str], int, Log]:
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan("base", "stops_short", "approach", 0, (-0.4, 0.0), 20),
-        Plan("base", "off_to_side", "approach", 0, (0.0, 0.35), 20),
-        Plan("base", "detour", "approach", 4, (-0.35, 0.5), 16),
-        Plan("torso", "late_bend", "approach", 0, (0.0, 0.0), 20),
-        Plan("torso", "late_rise", "lift", 0, (0.0, 0.0), 20),
-        Plan("arms", "too_high", "reach", 0, (0.0, 0.15), 20),
-        Plan("arms", "too_wide", "reach", 0, (0.05, 0.0), 20),
-        Plan("arms", "hesitates", "reach", 2, (0.0, 0.0), 15),
-        Plan("arms", "releases_early", "lift", 5, (0.0, 0.0), 15),
+        PlannedMistake("base", "stops_short", "approach", 0, (-0.4, 0.0), 20),
+        PlannedMistake("base", "off_to_side", "approach", 0, (0.0, 0.35), 20),
+        PlannedMistake("base", "detour", "approach", 4, (-0.35, 0.5), 16),
+        PlannedMistake("torso", "late_bend", "approach", 0, (0.0, 0.0), 20),
+        PlannedMistake("torso", "late_rise", "lift", 0, (0.0, 0.0), 20),
+        PlannedMistake("arms", "too_high", "reach", 0, (0.0, 0.15), 20),
+        PlannedMistake("arms", "too_wide", "reach", 0, (0.05, 0.0), 20),
+        PlannedMistake("arms", "hesitates", "reach", 2, (0.0, 0.0), 15),
+        PlannedMistake("arms", "releases_early", "lift", 5, (0.0, 0.0), 15),
     ],
     ids=lambda plan: plan.kind,
 )
@@ -81,10 +81,10 @@ def test_only_the_level_at_fault_acts_differently(plan):
 @pytest.mark.parametrize(
     ("task", "plan"),
     [
-        ("tote", Plan("base", "stops_short", "approach", 0, (-0.4, 0.0), 20)),
-        ("tote", Plan("torso", "late_rise", "lift", 0, (0.0, 0.0), 20)),
-        ("pick", Plan("arms", "too_wide", "reach", 0, (0.06, 0.0), 20)),
-        ("pick", Plan("base", "detour", "sidestep", 4, (-0.35, 0.5), 16)),
+        ("tote", PlannedMistake("base", "stops_short", "approach", 0, (-0.4, 0.0), 20)),
+        ("tote", PlannedMistake("torso", "late_rise", "lift", 0, (0.0, 0.0), 20)),
+        ("pick", PlannedMistake("arms", "too_wide", "reach", 0, (0.06, 0.0), 20)),
+        ("pick", PlannedMistake("base", "detour", "sidestep", 4, (-0.35, 0.5), 16)),
     ],
     ids=lambda x: x if isinstance(x, str) else x.kind,
 )
@@ -100,7 +100,7 @@ def test_every_level_errs_often_and_in_several_ways(task):
     kinds = collections.defaultdict(collections.Counter)
     counts, noticed = collections.Counter(), []
     for seed in range(600):
-        plans = sample_plans(np.random.default_rng(seed), task)
+        plans = get_task(task).mistakes(np.random.default_rng(seed))
         counts[len(plans)] += 1
         for plan in plans:
             kinds[plan.level][plan.kind] += 1
@@ -110,13 +110,13 @@ def test_every_level_errs_often_and_in_several_ways(task):
     for level in LEVELS:
         assert sum(kinds[level].values()) > 170 and len(kinds[level]) >= 3
     assert 0.3 < np.mean(noticed) < 0.7
-    again = sample_plans(np.random.default_rng(1), task)
-    assert again == sample_plans(np.random.default_rng(1), task)
+    again = get_task(task).mistakes(np.random.default_rng(1))
+    assert again == get_task(task).mistakes(np.random.default_rng(1))
 
 
 def test_log_joins_the_frames_of_one_mistake():
     log = Log()
-    plan = Plan("torso", "late_bend", "approach", frames=3)
+    plan = PlannedMistake("torso", "late_bend", "approach", frames=3)
     for frame in (4, 5, 7):
         log.wrong(plan, frame)
     log.close()

@@ -10,7 +10,7 @@ import pytest
 
 from hvd.configs import Experiment, SimConfig
 from hvd.data.labels import load_labels, sidecar_path
-from hvd.data.recordings import CAMERAS, Recording, episodes_of, recording_files
+from hvd.data.recordings import CAMERAS, episodes_of, open_recording, recording_files
 from hvd.errors import UserError
 from hvd.robots import get_robot
 from hvd.sim import record
@@ -47,12 +47,11 @@ def test_both_sets_are_written_and_nothing_else(recorded):
 def test_recordings_go_through_the_same_door_as_a_users(recorded):
     for path in recorded.rglob("*.hdf5"):
         (ref,) = episodes_of(path)
-        with Recording(ref, get_robot("r1")) as recording:
-            summary = recording.check(CAMERAS)
+        with open_recording(ref, get_robot("r1")) as recording:
+            environment, sizes = recording.environment_state(), [recording.image_size(camera) for camera in CAMERAS]
             state, actions = recording.state(), recording.actions()
             images = np.concatenate(list(recording.frames("head")))
-        assert summary.fps == 10 and summary.environment_dim == 11
-        assert summary.image_sizes == ((16, 16),) * 3
+        assert recording.fps == 10 and environment.shape[1] == 11 and sizes == [(16, 16)] * 3
         assert len(images) == len(state) and images.std() > 10
         grippers = [6, 16]
         assert -5 < state[:, grippers].min() and 20 < state[:, grippers].max() < 105

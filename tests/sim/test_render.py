@@ -11,14 +11,13 @@ import pytest
 from hvd import sim
 from hvd.sim import render, scene
 from hvd.sim.env import Env
-from hvd.sim.operators import make
 
 
 @pytest.fixture(scope="module")
 def grasping():
     env = Env("tote")
     env.reset(0)
-    operator = make(env, 0)
+    operator = env.task.operator(env, 0)
     for _ in range(26):
         env.step(operator.act())
     return env

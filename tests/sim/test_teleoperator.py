@@ -8,7 +8,6 @@ import pytest
 
 from hvd.sim.env import Env
 from hvd.sim.kinematics import BODY, BodyIK, rot_x, rot_y, rot_z, wrap
-from hvd.sim.operators import make
 from tests.benchmarks.sim_table import control_run, operator_run
 
 
@@ -41,7 +40,7 @@ def test_operator_is_deterministic_and_its_noise_follows_the_seed():
     def actions(seed):
         env = Env("tote")
         env.reset(1)
-        operator = make(env, seed, quality=1.0)
+        operator = env.task.operator(env, seed, quality=1.0)
         return np.stack([operator.act() for _ in range(3)])
 
     np.testing.assert_array_equal(actions(5), actions(5))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_worker_that_dies_is_replaced_and_its_jobs_are_done_again(tmp_path, ca
 
 
 def test_a_worker_may_die_while_jobs_are_handed_out(monkeypatch, capfd):
-    submit, calls = workers.ProcessPoolExecutor.submit, []
+    submit, calls = ProcessPoolExecutor.submit, []
 
     def refuse_the_third(self, *job):
         calls.append(job)
@@ -75,7 +76,7 @@ def test_a_worker_may_die_while_jobs_are_handed_out(monkeypatch, capfd):
             raise workers.BrokenProcessPool("a worker died")
         return submit(self, *job)
 
-    monkeypatch.setattr(workers.ProcessPoolExecutor, "submit", refuse_the_third)
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", refuse_the_third)
     found = {i: value for i, (value, _) in run_jobs(square, [(i,) for i in range(5)], 2)}
     assert found == {i: i * i for i in range(5)} and len(calls) == 6
     assert "3 jobs left" in capfd.readouterr().err

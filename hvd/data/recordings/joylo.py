@@ -1,115 +1,38 @@
 """JoyLo / BEHAVIOR Robot Suite recordings: HDF5 files of teleoperated episodes, raw (one episode a file) and merged
 (groups `demo_<i>` in one file).
 
-Below the episode's root lie `action/*`, `obs/joint_state/*`, `obs/gripper_state/*`, `obs/odom/*` and
+Below the episode's root lie the keys that the robot names for its parts (hvd.robots), `obs/odom/*` and
 `obs/rgb/<camera>/img`. Gripper values are strokes, 0 (closed) to 100 (open), kept as they are. Simulated recordings may
 also hold `obs/sim/environment_state` [T, E].
-
-Reading is lazy: the numeric columns of an episode are small and read whole, images only in blocks of a few megabytes.
-Every fault is a UserError that names the file and the key.
 """
 
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import h5py
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from hvd.data.recordings import Format, RecordingRef
 from hvd.errors import UserError, nearest
-from hvd.robots import Robot
+from hvd.robots import ODOMETRY, ROBOTS, Robot
 
-CAMERAS = ("head", "left_wrist", "right_wrist")
-SUFFIXES = (".hdf5", ".h5")
 ENVIRONMENT_STATE = "obs/sim/environment_state"
 BLOCK_BYTES = 8 * 2**20  # images of one read; a few blocks at most are alive at a time
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Where a part of the robot lies in a recording. `cut`: observed columns beyond the part's width are dropped."""
-
-    action: str
-    state: str
-    cut: bool = False
-
-
-# Part names are the prefixes of hvd.robots' action names; "base" has no single state key (see Recording.state).
-_PARTS = {
-    "left_arm": _Part("action/left_arm", "obs/joint_state/left_arm/joint_position", cut=True),
-    "left_gripper": _Part("action/left_gripper", "obs/gripper_state/left_gripper/gripper_position"),
-    "base": _Part("action/mobile_base", ""),
-    "right_arm": _Part("action/right_arm", "obs/joint_state/right_arm/joint_position", cut=True),
-    "right_gripper": _Part("action/right_gripper", "obs/gripper_state/right_gripper/gripper_position"),
-    "torso": _Part("action/torso", "obs/joint_state/torso/joint_position"),
-}
-
-
-@dataclass(frozen=True)
-class RecordingRef:
-    """One episode on disk: a raw file, or group `demo_<demo>` of a merged one."""
-
-    path: Path
-    demo: int | None = None
-
-    def __str__(self) -> str:
-        return str(self.path) if self.demo is None else f"{self.path}:demo_{self.demo}"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What Recording.check found: frames, rate (None when the file does not say), image sizes, environment dims."""
-
-    num_frames: int
-    fps: float | None
-    image_sizes: tuple[tuple[int, int], ...]  # (height, width) per camera, in the order asked for
-    environment_dim: int  # 0 = the recording has no environment state
-
-
-def recording_files(source: str | Path) -> list[Path]:
-    """The HDF5 files of a folder in natural order (demo_2 before demo_10), or the one file that `source` is."""
-    source = Path(source)
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder of recordings")
-    files = [p for p in source.iterdir() if p.suffix in SUFFIXES and not p.name.startswith(".") and p.is_file()]
-    if not files:
-        raise UserError(f"{source}: no recordings here (files ending in {' or '.join(SUFFIXES)})")
-    return sorted(files, key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)])
-
-
-def episodes_of(path: Path) -> list[RecordingRef]:
-    """The episodes of one file: itself when raw, one per `demo_<i>` group, by number, when merged."""
+def episodes(path: Path) -> tuple[int | None, ...]:
+    """(None,) for a raw file, the sorted numbers of its `demo_<i>` groups for a merged one, () for anything else."""
     with _open(path) as file:
         if "action" in file or "obs" in file:
-            return [RecordingRef(path)]
-        demos = sorted(int(name[5:]) for name in file.keys() if re.fullmatch(r"demo_\d+", name))
-    if not demos:
-        raise UserError(f"{path}: neither action and obs nor demo_<i> groups; not a JoyLo recording")
-    return [RecordingRef(path, demo) for demo in demos]
+            return (None,)
+        return tuple(sorted(int(name[5:]) for name in file.keys() if re.fullmatch(r"demo_\d+", name)))
 
 
-def parts_of(robot: Robot) -> list[tuple[str, int]]:
-    """The recording's parts in the order of the robot's action dims, each with its width."""
-    parts: list[tuple[str, int]] = []
-    for name in robot.action_names:
-        part = next((p for p in _PARTS if name == p or name.startswith(f"{p}_")), None)
-        if part is None:
-            raise UserError(f"robot {robot.name}: no JoyLo recording has its {name!r}; use r1 or r1_pro")
-        if parts and parts[-1][0] == part:
-            parts[-1] = (part, parts[-1][1] + 1)
-        else:
-            parts.append((part, 1))
-    return parts
-
-
-class Recording:
-    """An open episode; a context manager.
+class JoyLo:
+    """An open episode (hvd.data.recordings.Recording).
 
     Attributes:
         ref: which episode.
@@ -120,38 +43,32 @@ class Recording:
     def __init__(self, ref: RecordingRef, robot: Robot, odom_yaw: float = 0.0):
         """Open `ref`. `odom_yaw` (rad): see state()."""
         self.ref, self.robot, self.odom_yaw = ref, robot, odom_yaw
-        self._parts = parts_of(robot)
+        if not robot.parts:
+            known = " or ".join(name for name, other in ROBOTS.items() if other.parts)
+            raise UserError(f"robot {robot.name}: no JoyLo recording has its {robot.action_names[0]!r}; use {known}")
         self._file = _open(ref.path)
         try:
             root = self._file if ref.demo is None else self._file.get(f"demo_{ref.demo}")
             if not isinstance(root, h5py.Group):
                 raise UserError(f"{ref}: no such group in the file")
             self._root = root
-            self.num_frames = len(self._dataset(_PARTS[self._parts[0][0]].action))
+            self.num_frames = len(self._dataset(robot.parts[0].action))
             if self.num_frames == 0:
-                raise UserError(f"{ref}: {_PARTS[self._parts[0][0]].action} has no frames")
+                raise UserError(f"{ref}: {robot.parts[0].action} has no frames")
             self.fps = self._rate()
         except BaseException:
             self._file.close()
             raise
 
-    def __enter__(self) -> "Recording":
+    def __enter__(self) -> "JoyLo":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, *_: object) -> None:
         self._file.close()
-
-    def check(self, cameras: tuple[str, ...]) -> Summary:
-        """Read every numeric column and look at the images' shapes; raises UserError at the first fault."""
-        self.actions()
-        self.state()
-        environment = self.environment_state()
-        sizes = tuple(self.image_size(camera) for camera in cameras)
-        return Summary(self.num_frames, self.fps, sizes, 0 if environment is None else environment.shape[1])
 
     def actions(self) -> Float32[np.ndarray, "t a"]:
         """Absolute targets in the robot's order: joints rad, grippers 0..100, base vx, vy m/s and wz rad/s."""
-        return np.concatenate([self._column(_PARTS[part].action, width) for part, width in self._parts], axis=1)
+        return np.concatenate([self._column(part.action, len(part.names)) for part in self.robot.parts], axis=1)
 
     def state(self) -> Float32[np.ndarray, "t a"]:
         """Measured state in the order of the actions.
@@ -162,10 +79,10 @@ class Recording:
         child frame), so nothing is rotated from world to body; what remains is how the tracker is mounted, the
         constant `odom_yaw` (its x axis seen from the base, counter-clockwise).
         """
-        columns = []
-        for part, width in self._parts:
-            where = _PARTS[part]
-            columns.append(self._column(where.state, width, cut=where.cut) if where.state else self._base_velocity())
+        columns = [
+            self._base_velocity() if part.state == ODOMETRY else self._column(part.state, len(part.names), part.cut)
+            for part in self.robot.parts
+        ]
         return np.concatenate(columns, axis=1)
 
     def environment_state(self) -> Float32[np.ndarray, "t e"] | None:
@@ -203,10 +120,10 @@ class Recording:
         return None
 
     def _base_velocity(self) -> Float32[np.ndarray, "t 3"]:
-        if "obs/odom/base_velocity" in self._root:
-            return self._column("obs/odom/base_velocity", 3)
-        linear = self._column("obs/odom/linear_velocity", 3)
-        angular = self._column("obs/odom/angular_velocity", 3)
+        if f"{ODOMETRY}/base_velocity" in self._root:
+            return self._column(f"{ODOMETRY}/base_velocity", 3)
+        linear = self._column(f"{ODOMETRY}/linear_velocity", 3)
+        angular = self._column(f"{ODOMETRY}/angular_velocity", 3)
         if self.odom_yaw:
             c, s = np.float32(np.cos(self.odom_yaw)), np.float32(np.sin(self.odom_yaw))
             x, y = linear[:, 0], linear[:, 1]
@@ -231,8 +148,8 @@ class Recording:
         if data.dtype.kind not in "fiu":
             raise UserError(f"{self.ref}: {key} is of type {data.dtype}; numbers are needed")
         self._check_length(key, data)
-        found = 1 if data.ndim == 1 else data.shape[1] if data.ndim == 2 else -1
-        if found != width and not (cut and found > width):
+        columns = 1 if data.ndim == 1 else data.shape[1] if data.ndim == 2 else -1
+        if columns != width and not (cut and columns > width):
             raise UserError(
                 f"{self.ref}: {key} has shape {list(data.shape)}, robot {self.robot.name} needs "
                 f"[{self.num_frames}, {width}]; is --robot right?"
@@ -242,7 +159,7 @@ class Recording:
         except OSError as error:
             raise UserError(f"{self.ref}: cannot read {key}: {_reason(error)}") from error
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is reported below
-            values = values.reshape(self.num_frames, found)[:, :width].astype(np.float32)
+            values = values.reshape(self.num_frames, columns)[:, :width].astype(np.float32)
         bad = ~np.isfinite(values).all(axis=1)
         if bad.any():
             raise UserError(f"{self.ref}: {key} has a NaN or infinite value at frame {int(np.argmax(bad))}")
@@ -261,7 +178,7 @@ class Recording:
 
     def _check_length(self, key: str, data: h5py.Dataset) -> None:
         if len(data) != self.num_frames:
-            first = _PARTS[self._parts[0][0]].action
+            first = self.robot.parts[0].action
             raise UserError(f"{self.ref}: {key} has {len(data)} frames but {first} has {self.num_frames}")
 
 
@@ -285,3 +202,11 @@ def _reason(error: BaseException) -> str:
     with contextlib.suppress(ValueError):
         text = text[text.index("(") + 1 : text.rindex(")")]
     return text
+
+
+FORMAT = Format(
+    suffixes=(".hdf5", ".h5"),
+    episodes=episodes,
+    open=JoyLo,
+    foreign="neither action and obs nor demo_<i> groups; not a JoyLo recording",
+)
