@@ -17,8 +17,8 @@ PRODUCT_LINES, TEST_LINES, GOLDEN_LINES = 25_000, 25_500, 4_800
 TABLES = ("method.objectives", "method.weights", "method.extraction", "method.parameters")
 LAYERS = (
     ("errors", "files", "tables", "pools"),
-    ("fields", "robots", "configs", "mixture", "experiments", "overrides", "command_line", "checks", *TABLES),
-    ("storage", "runtime", "accelerators"),
+    ("fields", "robots", "configs", "mixture", "experiments", "overrides", "stages", "checks", *TABLES),
+    ("storage", "runtime", "accelerators", "gpu_environment"),
     ("data",),
     ("models",),
     ("train",),
@@ -32,7 +32,11 @@ BELOW = {"evaluate": ("sim",)}  # within the line of several
 
 # Not mended yet
 LONG_FILES: set[str] = {"hvd/data/convert.py", "hvd/storage/remote.py"}
-LONG_FUNCTIONS: set[str] = {"hvd/evaluate/command.py: roll_out", "hvd/method/value.py: make_program"}
+LONG_FUNCTIONS: set[str] = {
+    "hvd/evaluate/command.py: roll_out",
+    "hvd/export/__init__.py: export",
+    "hvd/method/value.py: make_program",
+}
 CIRCLES: set[str] = {"hvd.export -> hvd.export.params"}  # imports of a package's own __init__
 UPWARDS: set[str] = {
     "hvd.checks -> hvd.storage.cache",
