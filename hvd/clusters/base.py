@@ -190,10 +190,6 @@ class Cluster(Protocol):
         """Our jobs, oldest first, [] where the cluster is not used; without those that ended more than `days` ago."""
         ...
 
-    def state(self, job: str) -> JobState:
-        """One job, once. UserError where there is none of that id, Unreachable where the cluster does not answer."""
-        ...
-
     def dependents(self, job: str) -> list[JobState]:
         """The job and those that cannot go on without it, each after the one it waits for. UserError: it has ended."""
         ...
@@ -243,11 +239,13 @@ def choose(name: str) -> str:
 
 
 def owner_of(job: str, jobs_dir: str = "") -> Cluster:
-    """The cluster that an id belongs to by its form; UserError where it has no id's form."""
-    for name in names():
-        if (cluster := get(name, jobs_dir=jobs_dir)).owns(job):
-            return cluster
-    raise UserError(f"{job!r} is not the id of a job: a number such as 123, or a name (`hvd jobs` lists them)")
+    """The cluster that an id belongs to by its form; where it fits several, the first of them that answers."""
+    fitting = [cluster for cluster in (get(name, jobs_dir=jobs_dir) for name in names()) if cluster.owns(job)]
+    if not fitting:
+        raise UserError(f"{job!r} is not the id of a job: a number such as 123, or a name (`hvd jobs` lists them)")
+    if len(fitting) == 1:
+        return fitting[0]
+    return next((cluster for cluster in fitting if cluster.available()), fitting[0])
 
 
 def alive(scheduler: str, job: str) -> bool | None:

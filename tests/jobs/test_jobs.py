@@ -80,9 +80,9 @@ def test_without_run_json_the_config_says_how_many_steps(slurm, submitted, run_f
     cfg = overrides.experiment(["--config", "demo", "--value.num_train_steps", "777"])
     runs.write_config(run_folder, cfg, "value", {})
     submitted("9")
-    assert records.progress(records.read(jobs_folder(), "9")).total == 777
+    assert records.progress(records.read(jobs_folder(), "9"))["total"] == 777
     (run_folder / "config.yaml").write_text("stage: value")
-    assert records.progress(records.read(jobs_folder(), "9")).total is None
+    assert records.progress(records.read(jobs_folder(), "9"))["total"] is None
 
 
 def test_the_last_line_of_a_long_metrics_file_is_found(slurm, submitted, run_folder, monkeypatch):
@@ -93,7 +93,7 @@ def test_the_last_line_of_a_long_metrics_file_is_found(slurm, submitted, run_fol
             file.write(json.dumps({"step": step, "split": "val", "loss": 0.5}) + "\n")
     submitted("9")
     done = records.progress(records.read(jobs_folder(), "9"))
-    assert (done.step, done.step_s) == (7, 0.5)
+    assert (done["step"], done["steps_per_s"]) == (7, 2.0)
 
 
 def test_old_jobs_are_shown_on_request(slurm, submitted, capsys):

@@ -48,7 +48,7 @@ def test_later_sources_win(folders, monkeypatch):
     monkeypatch.setenv("HVD_SITE", str(other))
     assert site.load().qos == "q" and site.load().partition == "a"
     monkeypatch.setenv("HVD_SITE", str(home / "none.toml"))
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         site.load()
 
 
@@ -78,8 +78,8 @@ def test_mistakes_in_a_file_name_the_file(folders, text, message):
         ({"tasks_per_node": 0}, "slurm.tasks_per_node 0 must be at least 1"),
         ({"tasks_per_node": 3}, "does not divide slurm.gpus_per_node 8"),
         ({"gpus_per_node": -1}, "must not be negative"),
-        ({"mem": "64GB"}, "slurm.mem '64GB' is no size"),
-        ({"time": "an hour"}, "is no time"),
+        ({"mem": "64GB"}, "slurm.mem '64GB' is not a size"),
+        ({"time": "an hour"}, "is not a time"),
         ({"time": "5"}, "slurm.grace 300 s is not less than slurm.time 5"),
         ({"container": "pyxis"}, "needs slurm.image"),
         ({"gpu": "h10"}, "unknown device 'h10'"),

@@ -72,9 +72,6 @@ class Local:
     def states(self, days: float | None) -> list[JobState]:
         return []
 
-    def state(self, job: str) -> JobState:
-        _no_queue()
-
     def dependents(self, job: str) -> list[JobState]:
         _no_queue()
 

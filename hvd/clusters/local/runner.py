@@ -5,7 +5,6 @@ two trainings on one core each are faster than one after the other on two.
 """
 
 import contextlib
-import fcntl
 import glob
 import itertools
 import os
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TextIO
 
+from hvd import files
 from hvd.clusters.local.output import Stream, short
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, UserError
 from hvd.stages import Group, Step
@@ -312,21 +312,17 @@ def _affinity(cores: set[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-@contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[int]:
+def _only_one(folder: Path) -> contextlib.AbstractContextManager[int]:
     """One launcher an experiment. Steps inherit the lock: a launcher that was killed leaves steps that still save."""
-    with open(folder / "lock", "a+") as lock:
-        until = time.monotonic() + PATIENCE_SECONDS
-        told = False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise UserError(f"another launch is at work on {folder.parent}; wait for it or stop it") from None
-                if not told:
-                    print(f"another launch is at work on {folder.parent}; waiting for it to end", flush=True)
-                    told = True
-                time.sleep(0.5)
-        yield lock.fileno()
+    until, told = time.monotonic() + PATIENCE_SECONDS, False
+
+    def waiting() -> None:
+        nonlocal told
+        if time.monotonic() > until:
+            raise UserError(f"another launch is at work on {folder.parent}; wait for it or stop it")
+        if not told:
+            print(f"another launch is at work on {folder.parent}; waiting for it to end", flush=True)
+            told = True
+        time.sleep(0.5)
+
+    return files.locked(folder / "lock", waiting, keep=True)

@@ -87,19 +87,6 @@ class Slurm:
             if not _status(job, statuses.get(job.id)).ended or base.recent(records.last_sign(self._folder, job), days)
         ]
 
-    def state(self, job: str) -> JobState:
-        """As `look`, with several tries; UserError for an id that has no folder and that Slurm does not know."""
-        number = str(int(job))
-        if number in records.ids(self._folder):
-            return self.look(number, tries=3)
-        try:
-            status = queue.states([number]).get(number)
-        except Unreachable as error:
-            raise UserError(f"{self._unknown(number)} ({error})") from None
-        if status is None:
-            raise UserError(self._unknown(number))
-        return _state(records.read(self._folder, number), status, None)
-
     def look(self, job: str, tries: int = 1) -> JobState:
         """What Slurm says, else what the job has recorded of its end; Unreachable where there is neither."""
         record = records.read(self._folder, job)
@@ -123,22 +110,24 @@ class Slurm:
         stage = queued.name.removeprefix(_PREFIX)
         return dataclasses.replace(record, name=queued.name, stage=stage if queued.name.startswith(_PREFIX) else "")
 
-    def _check_known(self, job: str) -> None:
-        if job not in records.ids(self._folder):
-            self.state(job)
-
-    def _unknown(self, job: str) -> str:
-        known = records.ids(self._folder)
+    def _known(self, text: str) -> str:
+        """The id in Slurm's form; UserError for one that has no folder and that Slurm does not know."""
+        job, known = str(int(text)), records.ids(self._folder)
+        try:
+            if job in known or queue.states([job]):
+                return job
+            why = ""
+        except Unreachable as error:
+            why = f" ({error})"
         if not known:
-            return f"no job {job}, nor any other, in {self._folder}"
+            raise UserError(f"no job {job}, nor any other, in {self._folder}{why}")
         more = f" and {len(known) - _NAMED} older ones" if len(known) > _NAMED else ""
-        return f"no job {job} in {self._folder}; known: {', '.join(known[: -_NAMED - 1 : -1])}{more}"
+        raise UserError(f"no job {job} in {self._folder}; known: {', '.join(known[: -_NAMED - 1 : -1])}{more}{why}")
 
     # -------------------------------------------------------------------------------------------- cancel, wait, logs
 
     def dependents(self, job: str) -> list[JobState]:
-        job = str(int(job))
-        self._check_known(job)
+        job = self._known(job)
         queued = {one.id: one for one in queue.queue()}
         depths = self._depths(job, queued)
         order = sorted(depths, key=lambda one: depths[one])
@@ -176,13 +165,11 @@ class Slurm:
         queue.cancel(jobs)
 
     def wait(self, job: str, timeout: float | None) -> int:
-        job = str(int(job))
-        self._check_known(job)
+        job = self._known(job)
         return base.wait_for(job, timeout, log.Watch(functools.partial(self.look, job), alone=False).ask)
 
     def logs(self, job: str, lines: int, follow: bool) -> int:
-        job = str(int(job))
-        self._check_known(job)
+        job = self._known(job)
         path = records.read(self._folder, job).log
         return (log.follow if follow else log.show)(functools.partial(self.look, job), job, path, lines)
 
@@ -222,6 +209,8 @@ def _state(job: records.JobRecord, status: Status | None, queued: Queued | None)
     """What Slurm says; where it has forgotten the job, what the job has recorded. Reads the run folder."""
     status = _status(job, status)
     done = records.progress(job)
+    if status.ended or done.get("complete"):
+        done["eta_s"] = None
     ended = status.ended
     waits = queued.after if queued else job.after
     never = ""
@@ -236,19 +225,14 @@ def _state(job: records.JobRecord, status: Status | None, queued: Queued | None)
         reason=status.reason,
         exit_code=status.exit_code,
         nodes=status.nodes,
-        step=done.step,
-        total=done.total,
-        steps_per_s=None if done.step_s is None else 1 / done.step_s,
-        eta_s=None if ended or done.complete else done.eta_s,
         restarts=max(status.restarts, sum(job.causes.values())),
         causes=dict(job.causes),
-        last_checkpoint=done.checkpoint,
-        complete=done.complete,
         waiting_for=[] if ended else list(waits),
         submitted=job.submitted,
         log=str(job.log),
         ended=ended,
         never=never,
+        **done,
     )
 
 

@@ -64,29 +64,6 @@ class JobRecord:
         return self.run_dir or self.exp_dir
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far the job's run is: the run's, whichever of its jobs brought it there.
-
-    Attributes:
-        step_s: seconds of a step, of the last line of metrics.jsonl.
-        checkpoint: last saved step.
-    """
-
-    step: int | None = None
-    total: int | None = None
-    step_s: float | None = None
-    checkpoint: int | None = None
-    complete: bool = False
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds to the last step at the last rate."""
-        if self.step is None or self.total is None or self.step_s is None:
-            return None
-        return max(0, self.total - self.step) * self.step_s
-
-
 def is_id(text: str) -> bool:
     return bool(_ID.fullmatch(text))
 
@@ -139,21 +116,37 @@ def last_sign(jobs: Path, job: JobRecord) -> datetime.datetime | None:
     return datetime.datetime.fromtimestamp(max(times), datetime.UTC) if times else None
 
 
-def progress(job: JobRecord) -> Progress:
-    """How far its run is, by the run's folder; Progress() where the job trains none or has not begun."""
+def progress(job: JobRecord) -> dict[str, Any]:
+    """How far its run is, whichever job brought it there, by the run's folder: fields of a JobState."""
     if not job.run_dir:
-        return Progress(total=job.steps)
-    if "://" in job.run_dir:
-        return _remote_progress(job)
-    run = job.base / job.run_dir
-    line = _last_train_line(run / "metrics.jsonl")
-    return Progress(
-        step=_number(line, "step"),
-        total=job.steps if job.steps is not None else _configured_steps(str(run), job.stage),
-        step_s=_rate(line),
-        checkpoint=_last_number(run / "checkpoints"),
-        complete=(run / "complete.json").is_file(),
-    )
+        return {"total": job.steps}
+    remote = "://" in job.run_dir
+    try:
+        run = _remote(job.run_dir) if remote else job.base / job.run_dir
+        metrics, checkpoints = run / "metrics.jsonl", run / "checkpoints"
+        line = _last_train(metrics.read_bytes()) if remote and metrics.exists() else _last_train_line(metrics)
+        step, step_s = _number(line, "step"), _seconds(line)
+        total = job.steps if job.steps is not None else _configured_steps(os.fspath(run), job.stage)
+        names = [entry.name for entry in checkpoints.iterdir()] if checkpoints.exists() else []
+        left = None if step is None or total is None or step_s is None else max(0, total - step) * step_s
+        return {
+            "step": step,
+            "total": total,
+            "steps_per_s": step_s and 1 / step_s,
+            "eta_s": left,
+            "last_checkpoint": max((int(name) for name in names if is_id(name)), default=None),
+            "complete": (run / "complete.json").exists(),
+        }
+    except Exception:  # no library, credentials or network, each with errors of its own: the table goes without
+        if not remote:
+            raise
+        return {"total": job.steps}
+
+
+def _remote(run_dir: str) -> Any:
+    from etils import epath
+
+    return epath.Path(run_dir)
 
 
 # ------------------------------------------------------------------------------------------------------- job's folder
@@ -240,16 +233,10 @@ def _last_train(data: bytes) -> dict[str, Any]:
     return {}
 
 
-def _rate(line: Mapping[str, Any]) -> float | None:
+def _seconds(line: Mapping[str, Any]) -> float | None:
+    """Of a step."""
     value = line.get("time/step_s")
     return float(value) if isinstance(value, int | float) and 0 < value < float("inf") else None
-
-
-def _last_number(path: Path) -> int | None:
-    try:
-        return max((int(entry.name) for entry in os.scandir(path) if is_id(entry.name)), default=None)
-    except OSError:
-        return None
 
 
 def _configured_steps(run: str, stage: str) -> int | None:
@@ -261,23 +248,3 @@ def _configured_steps(run: str, stage: str) -> int | None:
         return None if record is None else getattr(record.config, stage or record.stage).num_train_steps
     except (UserError, OSError, ValueError, AttributeError):  # another version's; the table goes without
         return None
-
-
-def _remote_progress(job: JobRecord) -> Progress:
-    """The same of gs:// and s3://."""
-    from etils import epath
-
-    try:
-        run = epath.Path(job.run_dir)
-        metrics, saved = run / "metrics.jsonl", run / "checkpoints"
-        line = _last_train(metrics.read_bytes()) if metrics.exists() else {}
-        steps = [int(entry.name) for entry in saved.iterdir() if is_id(entry.name)] if saved.exists() else []
-        return Progress(
-            step=_number(line, "step"),
-            total=job.steps if job.steps is not None else _configured_steps(job.run_dir, job.stage),
-            step_s=_rate(line),
-            checkpoint=max(steps, default=None),
-            complete=(run / "complete.json").exists(),
-        )
-    except Exception:  # no library, credentials or network: each has errors of its own
-        return Progress(total=job.steps)

@@ -12,7 +12,7 @@ from typing import Literal
 from hvd import overrides
 from hvd.accelerators import get as get_accelerator
 from hvd.errors import UserError
-from hvd.fields import from_plain, to_plain
+from hvd.fields import AT_LEAST_1, NOT_NEGATIVE, check_rules, from_plain, option, to_plain
 
 SITE_FILE = Path("slurm") / "site.toml"  # of the working directory, which is the checkout
 JOBS_DIR = Path("slurm") / "jobs"
@@ -31,16 +31,16 @@ class Site:
     time: str = "1-00:00:00"
     exclusive: bool = False
     requeue: bool = True
-    gpus_per_node: int = 8
+    gpus_per_node: int = option(8, NOT_NEGATIVE)
     gres_type: str = ""
     gpu: str = ""
-    tasks_per_node: int = 1
-    cpus_per_gpu: int = 12
+    tasks_per_node: int = option(1, AT_LEAST_1)
+    cpus_per_gpu: int = option(12, AT_LEAST_1)
     mem_per_gpu: str = "100G"
-    cpus: int = 2
+    cpus: int = option(2, AT_LEAST_1)
     mem: str = "6G"
-    grace: int = 300
-    node_failures: int = 3
+    grace: int = option(300, NOT_NEGATIVE)
+    node_failures: int = option(3, NOT_NEGATIVE)
     container: Literal["pyxis", "apptainer", "none"] = "none"
     image: str = ""
     mounts: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ def load(flags: Sequence[overrides.Flag] = ()) -> Site:
 def user_file() -> Path:
     given = os.environ.get("HVD_SITE")
     if given and not Path(given).is_file():
-        raise UserError(f"HVD_SITE {given} is no file")
+        raise UserError(f"HVD_SITE {given} is not a file")
     return Path(given) if given else Path("~/.config/hvd/site.toml").expanduser()
 
 
@@ -89,21 +89,16 @@ def read(path: Path, site: Site) -> Site:
 
 def check(site: Site) -> None:
     """Raise UserError for a setting that no cluster could mean."""
-    for name in ("tasks_per_node", "cpus_per_gpu", "cpus"):
-        if getattr(site, name) < 1:
-            raise UserError(f"slurm.{name} {getattr(site, name)} must be at least 1")
-    for name in ("gpus_per_node", "node_failures", "grace"):
-        if getattr(site, name) < 0:
-            raise UserError(f"slurm.{name} {getattr(site, name)} must not be negative")
+    check_rules(site, "slurm.{}".format)
     for name in ("mem", "mem_per_gpu"):
         if not re.fullmatch(r"\d+[KMGT]?", getattr(site, name)):
-            raise UserError(f"slurm.{name} {getattr(site, name)!r} is no size such as 64G")
+            raise UserError(f"slurm.{name} {getattr(site, name)!r} is not a size such as 64G")
     if site.gpus_per_node and site.gpus_per_node % site.tasks_per_node:
         raise UserError(
             f"slurm.tasks_per_node {site.tasks_per_node} does not divide slurm.gpus_per_node {site.gpus_per_node}"
         )
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED", site.time):
-        raise UserError(f"slurm.time {site.time!r} is no time such as 4:00:00 or 2-12:00:00")
+        raise UserError(f"slurm.time {site.time!r} is not a time such as 4:00:00 or 2-12:00:00")
     limit = seconds(site.time)
     if limit is not None and site.grace >= limit:
         raise UserError(f"slurm.grace {site.grace} s is not less than slurm.time {site.time}")
