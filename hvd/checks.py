@@ -8,8 +8,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvd.configs import DataConfig, Experiment, StageConfig
-from hvd.errors import UserError, nearest
+from hvd import mixture
+from hvd.configs import Experiment, StageConfig
+from hvd.errors import UserError
 from hvd.fields import check_rules
 from hvd.robots import get_robot
 from hvd.storage import cache as storage
@@ -20,10 +21,14 @@ RESERVED = ("value", "advantages", "recordings", "datasets", "evaluation", "logs
 
 def check_config(cfg: Experiment) -> None:
     """Raise UserError where the config contradicts itself; reads no file."""
+    from hvd.method import objectives, weights  # `hvd --help` does not wait for them
+
     check_rules(cfg)
+    objectives.parameters(cfg)
+    weights.parameters(cfg)
     _check_model(cfg)
     _check_run(cfg)
-    _check_sets(cfg)
+    mixture.check(cfg)
 
 
 def check_devices(cfg: Experiment, devices: int, processes: int = 1) -> None:
@@ -48,12 +53,12 @@ def check_devices(cfg: Experiment, devices: int, processes: int = 1) -> None:
 
 def check_datasets(cfg: Experiment) -> None:
     """Raise UserError where a dataset that the config names is not there; simulated data are made by the run itself."""
-    for role, data in cfg.datasets():
-        info = data.path() / "meta" / "info.json"
+    for name, data in cfg.datasets():
+        info, field = data.path() / "meta" / "info.json", mixture.field(name)
         if not cfg.sim.task and not info.is_file():
             raise UserError(
-                f"{_field(role)}: no LeRobot dataset at {data.path()} (no meta/info.json); `hvd convert` makes one "
-                f"of recordings, --data PATH or --{_field(role)}.root PATH names another folder"
+                f"{field}: no LeRobot dataset at {data.path()} (no meta/info.json); `hvd convert` makes one "
+                f"of recordings, --data PATH or --{field}.root PATH names another folder"
             )
     check_tokenizer(cfg)
 
@@ -106,10 +111,6 @@ def check_writable(folder: str) -> None:
         raise UserError(f"{existing} cannot be written; set --runs_dir")
 
 
-def _field(role: str) -> str:
-    return f"{role}_data"
-
-
 def _check_model(cfg: Experiment) -> None:
     model, robot = cfg.model, get_robot(cfg.robot)
     if robot.action_dim > model.action_dim:
@@ -151,22 +152,3 @@ def _check_run(cfg: Experiment) -> None:
             raise UserError(f"{name} {value!r} is no name of a folder below runs_dir")
     if cfg.policy.run_name in RESERVED:
         raise UserError(f"policy.run_name {cfg.policy.run_name!r} is taken by another part of the experiment")
-
-
-def _check_sets(cfg: Experiment) -> None:
-    def named(data: DataConfig) -> bool:
-        return bool(data.repo_id or data.root)
-
-    if not named(cfg.optimal_data):
-        raise UserError(f"config {cfg.name} has no optimal set; set --optimal_data.repo_id or --optimal_data.root")
-    if not named(cfg.suboptimal_data):
-        for field, asked in (
-            (f"policy.suboptimal_share {cfg.policy.suboptimal_share}", cfg.policy.suboptimal_share > 0),
-            (f"value.data {cfg.value.data!r}", cfg.value.data != "optimal"),
-        ):
-            if asked:
-                raise UserError(f"{field} needs a suboptimal set; set --suboptimal_data.repo_id or .root")
-    known = {camera for _, data in cfg.datasets() for camera in data.keys.images}
-    for camera in cfg.model.cameras:
-        if camera not in known:
-            raise UserError(f"model.cameras: {camera!r} is in no dataset's keys.images{nearest(camera, known)}")

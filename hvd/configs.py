@@ -32,9 +32,8 @@ from hvd.fields import (
 )
 from hvd.robots import get_robot
 
-Method = Literal["exponential", "expectile", "quantile"]
 NetworkType = Literal["hierarchical_q", "q"]
-Weighting = Literal["hvd", "awr", "none"]
+Role = Literal["optimal", "mixed", "rollouts"]
 # The simulated tasks: hvd/sim/tasks has one module each (listed, not imported: it needs mujoco).
 SIM_TASKS = tuple(sorted(path.stem for path in (Path(__file__).parent / "sim/tasks").glob("[!_]*.py")))
 
@@ -58,7 +57,8 @@ class ModelConfig:
         ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), "none = the policy sees no image"
     )
     image_size: int = option(224, AT_LEAST_1)
-    method: Method = option("exponential", IN_TABLE)
+    method: str = option("exponential", IN_TABLE, "names of hvd.method.objectives.OBJECTIVES")
+    method_params: dict[str, float] = option({}, IF_SET, "numbers that the method declares beside alpha and tau")
     network_type: NetworkType = option("hierarchical_q")
     hierarchical_actions: tuple[tuple[int, ...], ...] = option(
         (), "dims per level, root first, as JSON: '[[7,8,9],[0,1]]'; none = the robot's own levels"
@@ -106,6 +106,18 @@ class DataConfig:
     labels_dir: str = option("", FREE, 'where those label files lie; "" = <dataset>/labels')
     success_only: bool = option(False, "leave out episodes whose label says that they failed")
     max_episodes: int = option(0, NOT_NEGATIVE, "the first ones only; 0 = all")
+    role: Literal["", "optimal", "mixed", "rollouts"] = option(
+        "",
+        IF_SET,
+        'optimal: imitated; mixed, rollouts: weighed; "" = optimal of optimal_data, mixed of suboptimal_data, else '
+        "rollouts",
+    )
+    share: float = option(
+        0.0,
+        SHARE,
+        IF_SET,
+        "of each batch; sets of share 0 divide what is left by policy.suboptimal_share, or each frame equally often",
+    )
 
     def path(self) -> Path:
         if self.root:
@@ -199,7 +211,12 @@ class PolicyConfig(StageConfig):
     """The policy stage: weighted flow matching."""
 
     run_name: str = option("policy", FREE, "its folder below the experiment's")
-    weighting: Weighting = option("hvd", IN_TABLE, "none = imitation")
+    weighting: str = option("hvd", IN_TABLE, "names of hvd.method.weights.WEIGHTINGS; none = imitation")
+    weighting_params: dict[str, float] = option({}, IF_SET, "numbers that the weighting declares beside beta")
+    extractor: str = option("weighted", IF_SET, "names of hvd.method.extraction.EXTRACTORS: value run -> rows, weights")
+    extractor_params: dict[str, float] = option({}, IF_SET, "numbers that the extractor declares")
+    # FREE: its digest is among the run's inputs
+    value_run: str = option("", FREE, NO_MEMORY, 'folder of a complete value run; "" = the experiment\'s own')
     advantage: Literal["q_minus_v", "marginal"] = option("q_minus_v", IN_TABLE)
     beta: float = option(3.0, POSITIVE, IN_TABLE, 'of "awr"')
     weight_clip: float = option(100.0, POSITIVE, IN_TABLE)
@@ -239,7 +256,7 @@ class SimConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment: two datasets, a value run and one or more policy runs."""
+    """One experiment: two datasets or more, a value run and one or more policy runs."""
 
     name: str = dataclasses.field(metadata={"marks": frozenset({FREE, NO_MEMORY})})
     exp_name: str = option("", FREE, NO_MEMORY, 'folder below runs_dir; "" = name')
@@ -260,6 +277,12 @@ class Experiment:
     norm: NormConfig = group(NormConfig)
     optimal_data: DataConfig = group(DataConfig, NO_MEMORY)
     suboptimal_data: DataConfig = group(DataConfig, NO_MEMORY)
+    more_data: dict[str, DataConfig] = option(
+        {},
+        IF_SET,
+        NO_MEMORY,
+        "further sets by names of yours: --more_data.day3.repo_id NAME --more_data.day3.share 0.2",
+    )
     value: ValueConfig = group(ValueConfig, VALUE_RUN)
     policy: PolicyConfig = group(PolicyConfig, POLICY_RUN)
     evaluate: EvaluateConfig = group(EvaluateConfig, NO_MEMORY)
@@ -281,10 +304,18 @@ class Experiment:
     def advantages_dir(self) -> str:
         return os.path.join(self.exp_dir, "advantages")
 
+    @property
+    def value_run_dir(self) -> str:
+        """The value run that the policy takes."""
+        return self.policy.value_run or self.value_dir
+
+    def sets(self) -> dict[str, DataConfig]:
+        """The sets "optimal", "suboptimal" and those of more_data, in this order; they may name no dataset."""
+        return {"optimal": self.optimal_data, "suboptimal": self.suboptimal_data, **self.more_data}
+
     def datasets(self) -> tuple[tuple[str, DataConfig], ...]:
-        """("optimal", ...) and ("suboptimal", ...), those that the experiment has."""
-        both = (("optimal", self.optimal_data), ("suboptimal", self.suboptimal_data))
-        return tuple((role, data) for role, data in both if data.repo_id or data.root)
+        """(name, dataset) of the sets that the experiment has."""
+        return tuple((name, data) for name, data in self.sets().items() if data.repo_id or data.root)
 
     def resolved(self) -> "Experiment":
         """The same with the folders of simulated data filled in; call it once after overrides."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvd.configs import Experiment
+from hvd.configs import DataConfig, Experiment
 from hvd.errors import UserError
 from hvd.experiments import get_config
 from hvd.fields import Leaf, check_rules, from_plain, from_words, leaves, option, replaced
@@ -200,9 +200,8 @@ def with_data(config: Experiment, folder: str) -> Experiment:
     """The experiment with its datasets at `folder`: the folder is one dataset, or holds <repo_id> of each."""
     if config.sim.task:
         raise UserError(f"--data: config {config.name} simulates its own data; --data is for configs such as g1")
-    changed = {}
-    for name in ("optimal_data", "suboptimal_data"):
-        data = getattr(config, name)
+    changed: dict[str, DataConfig] = {}
+    for name, data in config.sets().items():
         if not data.repo_id:
             continue
         found = [
@@ -215,7 +214,8 @@ def with_data(config: Experiment, folder: str) -> Experiment:
         changed[name] = dataclasses.replace(data, root=str(found[0]))
     if not changed:
         raise UserError(f"--data: config {config.name} names no dataset; set --optimal_data.repo_id")
-    return dataclasses.replace(config, **changed)
+    more = {name: changed.pop(name, data) for name, data in config.more_data.items()}
+    return dataclasses.replace(config, more_data=more, **{f"{name}_data": data for name, data in changed.items()})
 
 
 @dataclass(frozen=True)

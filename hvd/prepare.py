@@ -45,4 +45,5 @@ def conversions(cfg: Experiment) -> list[tuple[str, list[str]]]:
             ],
         )
         for role, data in cfg.datasets()
+        if role in folders
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hvd.configs import Experiment
 from hvd.errors import UserError
+from hvd.method import value_run
 
 STAGES = ("all", "value", "policy")
 
@@ -61,16 +62,17 @@ def parts(cfg: Experiment, stage: str, *, overwrite: bool = False, together: boo
         else {}
     )
     policy, *baselines = (training(name, extra) for name, extra in runs.items())
-    advantages = [(Step("advantages", "advantages", spread=True),)] if needs_value(cfg) else []
+    advantages = [(Step("advantages", "advantages", spread=True),)] if stage != "value" and needs_value(cfg) else []
     evaluations = [(Step("evaluate", f"evaluate-{name}", extra),) for name, extra in runs.items()]
+    # a policy that takes another experiment's value run is prepared, and trains none of its own
+    own_value = stage == "value" or not cfg.policy.value_run
+    value = [(Step("train-value", "train-value", again, spread=True),)] if own_value else []
     every = {
-        "value": [(Step("prepare", "prepare"),), (Step("train-value", "train-value", again, spread=True),)],
+        "value": [(Step("prepare", "prepare"),), *value],
         "policy": [*advantages, (policy, *baselines) if together else (policy,)],
         "evaluate": [*([] if together else [(one,) for one in baselines]), *evaluations, (Step("report", "report"),)],
     }
     return every if stage == "all" else {stage: every[stage]}
 
 
-def needs_value(cfg: Experiment) -> bool:
-    """Does the policy use the value run? Imitation does not."""
-    return cfg.policy.weighting != "none"
+needs_value = value_run.needed  # does the policy use a value run? Imitation does not

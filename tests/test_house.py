@@ -14,7 +14,7 @@ PRODUCT_LINES, TEST_LINES, GOLDEN_LINES = 25_000, 25_500, 4_800
 
 # A package or module may import what stands in its own line or above it. Tables of names that checks and configs read
 # stand apart from the rest of their package.
-TABLES = ("method.objectives", "method.weights", "method.extraction", "method.parameters")
+TABLES = ("method.objectives", "method.weights", "method.extraction", "method.parameters", "method.table")
 LAYERS = (
     ("errors", "files", "tables", "pools"),
     ("fields", "robots", "configs", "mixture", "experiments", "overrides", "stages", "checks", *TABLES),
@@ -23,7 +23,7 @@ LAYERS = (
     ("models",),
     ("train",),
     ("method",),
-    ("plan", "sim", "evaluate", "report", "serve", "export", "prepare"),
+    ("plan", "sim", "evaluate", "report", "serve", "export", "prepare", "stages"),
     ("clusters", "jobs", "launch"),
     ("cli", "notebook"),
 )

@@ -70,7 +70,7 @@ def test_nothing_else_changes():
         ("--value.gamma high --seed 3", "--value.gamma: 'high' is not a number"),
         ("--value.batch_size", "--value.batch_size: the value is missing; needs a whole number"),
         ("--value.batch_size 1 2", "--value.batch_size: '1 2' are 2 values; needs a whole number"),
-        ("--model.method expo", "--model.method: 'expo' is not one of exponential, expectile, quantile; nearest: expo"),
+        ("--norm.mode quantil", "--norm.mode: 'quantil' is not one of z_score, quantile; nearest: quantile"),
         ("--wandb maybe", "--wandb: 'maybe' is not true or false"),
         ("--no-wandb true", "--no-wandb takes no value, got 'true'"),
         ("--value 3", "--value is a group of fields, for example --value.num_train_steps"),

@@ -30,12 +30,13 @@ source, index [B], weights [B,levels]; in the value stage also reward, discount 
 @dataclass(frozen=True)
 class Source:
     """One dataset's part of the batches: `share` of its `rows` per global batch; `weights` [rows of the dataset,
-    levels] are the policy stage's omega, None = ones."""
+    levels] are the policy stage's omega, None = ones; `number` is what a batch's `source` calls it."""
 
     dataset: Dataset
     rows: Int[np.ndarray, " n"]
     share: int
     weights: Float32[np.ndarray, "n_dataset levels"] | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class SampleSpec:
         return self.transform.model.action_horizon
 
 
+def order_of(sources: Sequence[Source], seed: int) -> Order:
+    """The order of the rows of these sources."""
+    rows, shares = [np.asarray(s.rows, np.int64) for s in sources], [s.share for s in sources]
+    return Order(rows, shares, seed, [s.number for s in sources])
+
+
 class Batcher:
     """Builds batches from (source, row) pairs; `executor` decodes in parallel, None decodes in the calling thread."""
 
@@ -74,8 +81,9 @@ class Batcher:
                     raise UserError(f"{dataset.name}: {name} has {widths}: run `hvd norm-stats` for this data")
         tables = {i: Transitions(d, spec.horizon, spec.gamma) for i, d in datasets.items()}
         tokens = {i: spec.transform.tokenizer.encode(list(d.tasks)) for i, d in datasets.items()}
-        self._transitions = [tables[id(s.dataset)] for s in sources]
-        self._tokens = [tokens[id(s.dataset)] for s in sources]
+        self._source = {s.number: s for s in sources}
+        self._transitions = {s.number: tables[id(s.dataset)] for s in sources}
+        self._tokens = {s.number: tokens[id(s.dataset)] for s in sources}
         size = spec.transform.model.image_size
         self._frames = {
             (id(d), camera): cached_frames(d, camera, size) if spec.image_cache else d.camera_frames[camera]
@@ -126,7 +134,7 @@ class Batcher:
 
     def _numbers(self, i: int, rows: np.ndarray, value: bool) -> tuple[Batch, np.ndarray]:
         """All that is not an image, of rows of one source; and the next rows."""
-        source, transitions, transform = self.sources[i], self._transitions[i], self.spec.transform
+        source, transitions, transform = self._source[i], self._transitions[i], self.spec.transform
         dataset, (tokens, token_mask) = source.dataset, self._tokens[i]
         tasks = dataset.task_ids[rows]
         prompt = {"tokenized_prompt": tokens[tasks], "tokenized_prompt_mask": token_mask[tasks]}
@@ -153,7 +161,7 @@ class Batcher:
         """Fill `out` and `mask` where the sample's dataset has the camera, in jobs of a few neighbouring rows."""
         pending: list[Future] = []
         for i in np.unique(source):
-            dataset = self.sources[i].dataset
+            dataset = self._source[int(i)].dataset
             frames = self._frames.get((id(dataset), camera))
             if frames is None:
                 continue
@@ -213,7 +221,7 @@ class Loader:
         shares = [s.share for s in sources]
         if sum(shares) != batch_size:
             raise UserError(f"the datasets' shares {shares} do not add up to batch_size {batch_size}")
-        self.order = Order([np.asarray(s.rows, np.int64) for s in sources], shares, seed)
+        self.order = order_of(sources, seed)
         self._slice = (process_index, process_count)
         self.order.slice(start_step, *self._slice)
         self._pool = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="hvd-decode")

@@ -252,7 +252,7 @@ def _read_stats(fields: Mapping[str, Any], where: str) -> NormStats:
 
 def datasets_of(cfg: Experiment) -> tuple[DataConfig, ...]:
     """The experiment's datasets, the optimal one first."""
-    found = tuple(d for d in (cfg.optimal_data, cfg.suboptimal_data) if d.repo_id)
+    found = tuple(d for d in cfg.sets().values() if d.repo_id)
     if not found:
         raise UserError(f"config {cfg.name}: no dataset; set optimal_data.repo_id")
     return found

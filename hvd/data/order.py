@@ -13,21 +13,31 @@ class Order:
     """The order in which rows are visited.
 
     Each source is an endless stream of epochs; an epoch visits every row of the source once, in an order drawn from
-    (seed, source, epoch). A step takes the next `share` rows of each stream, so an epoch may end within a batch.
+    (seed, the source's number, epoch). A step takes the next `share` rows of each stream, so an epoch may end within a
+    batch.
 
     Args:
         rows: rows of each source.
         shares: rows of each source per global batch; a source of share 0 is never visited.
+        numbers: of the sources; default 0, 1, ...
     """
 
-    def __init__(self, rows: Sequence[Int64[np.ndarray, " _"]], shares: Sequence[int], seed: int):
-        for i, (source, share) in enumerate(zip(rows, shares, strict=True)):
+    def __init__(
+        self,
+        rows: Sequence[Int64[np.ndarray, " _"]],
+        shares: Sequence[int],
+        seed: int,
+        numbers: Sequence[int] | None = None,
+    ):
+        numbers = range(len(rows)) if numbers is None else numbers
+        for i, source, share in zip(numbers, rows, shares, strict=True):
             if share and not len(source):
                 raise UserError(
                     f"dataset {i} has no rows to train on, but {share} rows of each batch must come from it"
                 )
-        self._rows, self._shares, self._seed = tuple(rows), tuple(shares), seed
-        self._source = np.repeat(np.arange(len(rows), dtype=np.int32), shares)
+        self._rows, self._seed = dict(zip(numbers, rows, strict=True)), seed
+        self._shares = dict(zip(numbers, shares, strict=True))
+        self._source = np.repeat(np.asarray(numbers, np.int32), shares)
         self._epochs: dict[int, tuple[int, Int64[np.ndarray, " n"]]] = {}  # source -> (epoch, its order)
         self._lock = threading.Lock()
 
@@ -37,7 +47,7 @@ class Order:
 
     def batch_rows(self, step: int) -> tuple[Int32[np.ndarray, " b"], Int64[np.ndarray, " b"]]:
         """Source and row of each sample of the global batch of `step`."""
-        parts = [self._stream(i, step * share, share) for i, share in enumerate(self._shares)]
+        parts = [self._stream(i, step * share, share) for i, share in self._shares.items()]
         return self._source, np.concatenate(parts)
 
     def slice(self, step: int, index: int, count: int) -> tuple[Int32[np.ndarray, " b"], Int64[np.ndarray, " b"]]:

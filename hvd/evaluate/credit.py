@@ -26,6 +26,7 @@ from hvd.configs import Experiment
 from hvd.data.labels import Mistake, episode_path, load_labels
 from hvd.evaluate.results import print_rows, write_json
 from hvd.evaluate.statistics import Estimate, auc
+from hvd.method.table import Advantages
 from hvd.robots import get_robot
 
 _RESAMPLES = 200
@@ -146,22 +147,13 @@ def _separation(
 
 def read_frames(cfg: Experiment) -> Frames | None:
     """The suboptimal set's rows of the advantages table, joined with its label files."""
-    from hvd.method import advantage_table
-
-    if advantage_table.read_meta(cfg.advantages_dir) is None:
-        return None
-    data = dict(cfg.datasets()).get("suboptimal")
-    if data is None:
+    data, table = dict(cfg.datasets()).get("suboptimal"), Advantages.find(cfg.advantages_dir)
+    if table is None or data is None:
         return None
     labels_dir = Path(data.labels_dir) if data.labels_dir else data.path() / "labels"
-    table = advantage_table.read(cfg.advantages_dir)
-    here = table["dataset"].to_numpy(zero_copy_only=False) == "suboptimal"
-    episode, frame = table["episode"].to_numpy()[here], table["frame"].to_numpy()[here]
-    count = sum(name.startswith("A_") for name in table.column_names)
-    a, q, omega = (
-        np.stack([table[f"{letter}_{i}"].to_numpy()[here] for i in range(count)], 1) for letter in ("A", "Q", "omega")
-    )
-    marginal = np.diff(q, axis=1, prepend=table["V"].to_numpy()[here][:, None])
+    table = table.of("suboptimal")
+    episode, frame, a, omega = table.episode, table.frame, table.a, table.omega
+    marginal = np.diff(table.q, axis=1, prepend=table.v[:, None])
     level_names, horizon = get_robot(cfg.robot).level_names, cfg.model.action_horizon
     n = len(frame)
     onset, share = np.zeros((n, len(level_names)), bool), np.zeros((n, len(level_names)))

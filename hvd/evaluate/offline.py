@@ -22,6 +22,7 @@ from hvd.errors import UserError
 from hvd.evaluate.policies import Loader, trained
 from hvd.evaluate.results import folder, observes, print_rows, write_json
 from hvd.evaluate.statistics import bootstrap, spearman
+from hvd.method.table import Advantages
 from hvd.robots import get_robot
 from hvd.train.complete import check_complete
 
@@ -145,19 +146,15 @@ def value_rank(cfg: Experiment, roles: list[str], dataset: Dataset, episodes: li
 
 def _values(cfg: Experiment, roles: list[str], dataset: Dataset, episodes: list[Episode]) -> dict[int, np.ndarray]:
     """V per frame, by episode number."""
-    from hvd.method import advantage_table
-
-    if advantage_table.read_meta(cfg.advantages_dir) is not None:
-        table = advantage_table.read(cfg.advantages_dir)
-        here = np.isin(table["dataset"].to_numpy(zero_copy_only=False).astype(str), roles)
-        row, v = table["row"].to_numpy()[here], table["V"].to_numpy()[here]
-        known = np.full(dataset.num_frames, np.nan)
-        known[row] = v
+    table = Advantages.find(cfg.advantages_dir)
+    table = table.of(*roles) if table is not None else None
+    if table is not None and len(table.row):
+        known = table.by_row("v", dataset.num_frames)
         wanted = {e.index: dataset.rows((e,)) for e in episodes}
-        if here.any() and all(np.isfinite(known[rows]).all() for rows in wanted.values()):
+        if all(np.isfinite(known[rows]).all() for rows in wanted.values()):
             return {number: known[rows] for number, rows in wanted.items()}
     try:
-        check_complete(cfg.value_dir, stage="value")
+        check_complete(cfg.value_run_dir, stage="value")
     except UserError:
         return {}
     return _computed(cfg, dataset, episodes)
@@ -167,7 +164,7 @@ def _computed(cfg: Experiment, dataset: Dataset, episodes: list[Episode]) -> dic
     from hvd.data.loader import Batcher, SampleSpec, Source
     from hvd.train.inference import load_value
 
-    function = load_value(cfg.value_dir)
+    function = load_value(cfg.value_run_dir)
     spec = SampleSpec(function.transform, num_levels=len(function.levels), image_cache=cfg.image_cache)
     batcher = Batcher([Source(dataset, dataset.rows(), 1)], spec)
     found = {}

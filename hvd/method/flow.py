@@ -5,7 +5,7 @@ Letters in shapes: b rows, k actions of a chunk, a action dims (padded), l kinem
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Key, UInt
 
 
 def sample_time(key: Key[Array, ""] | UInt[Array, "2"], rows: int) -> Float[Array, "b"]:
@@ -37,34 +37,34 @@ def level_errors(
     return jnp.sum(per_level * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1.0)
 
 
-def shares(source: Int[Array, "b"]) -> Float[Array, "b"]:
-    """What each row counts: rows of the batch / rows of its own set, so that a mean over the rows of a set, summed over
-    the sets, is the mean over the batch of share * row. A part of a batch keeps the shares of the whole.
+def shares(imitated: Bool[Array, "b"]) -> Float[Array, "b"]:
+    """What each row counts: rows of the batch / rows of its own side (imitated or weighted), so that a mean over the
+    rows of a side, summed over both, is the mean over the batch of share * row. A part of a batch keeps the shares of
+    the whole.
     """
-    from_suboptimal = (source != 0).astype(jnp.float32)
-    suboptimal = jnp.sum(from_suboptimal)
-    rows = jnp.where(source == 0, source.shape[0] - suboptimal, suboptimal)
-    return source.shape[0] / rows
+    weighted = jnp.sum((~imitated).astype(jnp.float32))
+    rows = jnp.where(imitated, imitated.shape[0] - weighted, weighted)
+    return imitated.shape[0] / rows
 
 
 def policy_loss(
     errors: Float[Array, "b l"],
     weights: Float[Array, "b l"],
-    source: Int[Array, "b"],
+    imitated: Bool[Array, "b"],
     bc_lambda: float,
     share: Float[Array, "b"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """L_pi = L_RL(suboptimal) + lambda L_BC(optimal); each a mean over the rows of its own set in the batch.
+    """L_pi = L_RL(weighted rows) + lambda L_BC(imitated rows); each a mean over the rows of its side of the batch.
 
     Args:
         errors: of `level_errors`.
-        weights: omega_i of each row; they carry no gradient, and rows of the optimal set ignore them (imitation).
-        source: 0 = optimal set, 1 = suboptimal set.
+        weights: omega_i of each row; they carry no gradient, and imitated rows ignore them.
+        imitated: the row is of a set in the role "optimal".
         share: `shares` of the batch that these rows are a part of; default: they are the batch.
     """
-    share = shares(source) if share is None else share
-    from_optimal = (source == 0).astype(errors.dtype)
+    share = shares(imitated) if share is None else share
+    optimal = imitated.astype(errors.dtype)
     weighted = jnp.sum(jax.lax.stop_gradient(weights) * errors, axis=-1)
-    rl = jnp.mean(weighted * share * (1.0 - from_optimal))
-    bc = jnp.mean(jnp.sum(errors, axis=-1) * share * from_optimal)
+    rl = jnp.mean(weighted * share * (1.0 - optimal))
+    bc = jnp.mean(jnp.sum(errors, axis=-1) * share * optimal)
     return rl + bc_lambda * bc, {"loss_rl": rl, "loss_bc": bc}

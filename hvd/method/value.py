@@ -1,21 +1,20 @@
-"""The value stage: V(s) and one Q per kinematic level (docs/method.md). `hvd train-value`."""
+"""The value stage: V(s) and one Q per kinematic level (docs/method.md, "Value stage"). `hvd train-value`."""
 
 import jax
 import jax.numpy as jnp
 
-from hvd.checks import check_weights
 from hvd.configs import Experiment
 from hvd.method import objectives, weights
 from hvd.models import precision
 from hvd.models.augment import augment, draw
 from hvd.models.pi0 import freeze_filter
 from hvd.models.value import ValueModel, trunk_variant
-from hvd.runtime import preemption, records
-from hvd.train import flops, gradients, loop, mesh, pretrained, stage_data, state
+from hvd.runtime import preemption
+from hvd.train import gradients, state
 from hvd.train import optimizer as optim
-from hvd.train import run_dir as runs
 from hvd.train.mesh import Devices
 from hvd.train.program import Batch, Metrics, Program
+from hvd.train.stage import run_stage
 from hvd.train.state import Graph, TrainState, Tree
 
 
@@ -34,7 +33,7 @@ def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
     schedule = optim.learning_rate(own.lr_schedule)
     optimizer = optim.make_optimizer(own.optimizer, schedule)
     init = state.make_init(graph, optimizer, ema=own.ema_decay > 0, target=True)
-    method = {"alpha": cfg.model.alpha, "tau": cfg.model.tau, "exp_clip_log": own.exp_clip_log}
+    f, _ = objectives.objective(cfg)
 
     # --- losses: y from the online V, L_Q over all levels, L_V against the target network's Q
     def losses(trained: Tree, s: TrainState, batch: Batch) -> tuple[jax.Array, gradients.Rows]:
@@ -48,14 +47,14 @@ def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
         y = objectives.td_target(batch["reward"], batch["discount"], still.state_value(after, prefixes[1]))
         v, q = online(now, batch["actions"], batch["action_mask"], prefixes[0])
         _, target_q = target(now, batch["actions"], batch["action_mask"], prefixes[0])
-        loss = objectives.q_loss(q, y) + objectives.v_loss(v, target_q, cfg.model.method, **method)
+        loss = objectives.q_loss(q, y) + objectives.v_loss(v, target_q, f)
         return loss, {"v": v, "q": q, "y": y, "target_q": target_q}
 
     def measured(rows: gradients.Rows) -> Metrics:
         """The metrics of a batch from its rows' numbers."""
         v, q, y = rows["v"], rows["q"], rows["y"]
         loss_q = objectives.q_loss(q, y)
-        loss_v = objectives.v_loss(v, rows["target_q"], cfg.model.method, **method)
+        loss_v = objectives.v_loss(v, rows["target_q"], f)
         advantages = weights.advantages(v, q)
         metrics = {
             "loss": loss_q + loss_v,
@@ -100,40 +99,4 @@ def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
 def main(cfg: Experiment, overwrite: bool = False) -> None:
     """Train, or go on training, the value run of the experiment; ends when complete.json is written."""
     with preemption.catch():
-        _main(cfg, overwrite)
-
-
-def _main(cfg: Experiment, overwrite: bool) -> None:
-    folder, own = cfg.value_dir, cfg.value
-    overwrite = overwrite and not records.has_begun(folder)
-
-    # --- what can be refused before anything heavy
-    runs.check_startable(folder, cfg, "value", {}, overwrite=overwrite)
-    if not overwrite and loop.already_complete(folder, cfg, "value"):
-        return
-    check_weights(cfg, ("value",), overwrite=overwrite)
-    devices = mesh.start(cfg)
-    devices.check_batch(own.batch_size, own.grad_accum_steps, "value")
-
-    # --- data
-    data = stage_data.open_data(cfg, "value")
-    devices.poll("before the first step")
-
-    # --- the run's folder, and the loop
-    program = make_program(cfg, devices, data.transform.stats["state"].dim)
-    prepare = pretrained.ready(cfg, "value", program.graph, overwrite=overwrite)
-    loop.claim(data, folder, devices, data.inputs, overwrite=overwrite)
-    loop.run(
-        loop.Job(
-            cfg=cfg,
-            stage="value",
-            folder=folder,
-            devices=devices,
-            inputs=data.inputs,
-            program=program,
-            prepare=prepare,
-            model_flops=flops.of_step(make_program, cfg, "value", devices),
-            loader=lambda start: data.loader(start, devices, {}),
-            validation=lambda: data.validation(devices, {}),
-        )
-    )
+        run_stage(cfg, "value", make_program, overwrite=overwrite)

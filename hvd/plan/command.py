@@ -17,6 +17,7 @@ from hvd.checks import check_config, check_devices
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, EXIT_USER, UserError
 from hvd.fields import option
+from hvd.method import value_run
 from hvd.plan import advice as plan_advice
 from hvd.plan import devices as plan_devices
 from hvd.plan import report as plan_report
@@ -90,10 +91,10 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def stages(cfg: Experiment, asked: Literal["both", "value", "policy"]) -> list[Stage]:
-    """Of the experiment, in their order; imitation has no value stage."""
+    """Of the experiment, in their order; imitation, and a policy with another run's values, have no value stage."""
     if asked != "both":
         return [asked]
-    return ["policy"] if cfg.policy.weighting == "none" else ["value", "policy"]
+    return ["value", "policy"] if value_run.own_needed(cfg) else ["policy"]
 
 
 def memory_fraction() -> float:

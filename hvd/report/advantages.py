@@ -1,75 +1,23 @@
 """Advantages in the report: their distribution and that of the weights per level, and the values along an episode."""
 
-import io
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from etils import epath
 from PIL import Image
 
 from hvd.configs import Experiment
 from hvd.data.dataset import Dataset, Episode
 from hvd.data.labels import Labels, episode_path, load_labels
 from hvd.errors import UserError
+from hvd.method.table import Advantages
 from hvd.report.page import BASELINE, INK, LEVELS, POLICY, Section, axes, beside, log_scale
 
 FRAMES = 9  # of an episode, above its values
 _PIXELS = 128
 
 
-@dataclass(frozen=True)
-class Table:
-    """advantages.parquet as arrays, one row a frame."""
-
-    levels: tuple[str, ...]
-    role: np.ndarray
-    split: np.ndarray
-    episode: np.ndarray
-    frame: np.ndarray
-    v: np.ndarray
-    q: np.ndarray  # [n, levels]
-    a: np.ndarray
-    omega: np.ndarray
-
-
-def read_table(cfg: Experiment) -> Table | None:
-    """The experiment's table of advantages, or None where there is none."""
-    path = epath.Path(cfg.advantages_dir) / "advantages.parquet"
-    if not path.exists():
-        return None
-    table = pq.read_table(io.BytesIO(path.read_bytes()))
-
-    def numbers(name: str) -> np.ndarray:
-        return table[name].to_numpy()
-
-    def by_level(letter: str) -> np.ndarray:
-        count = sum(name.startswith(f"{letter}_") for name in table.column_names)
-        return np.stack([numbers(f"{letter}_{i}") for i in range(count)], axis=1)
-
-    return Table(
-        levels=_level_names(table, cfg),
-        role=table["dataset"].to_numpy(zero_copy_only=False),
-        split=table["split"].to_numpy(zero_copy_only=False),
-        episode=numbers("episode"),
-        frame=numbers("frame"),
-        v=numbers("V"),
-        q=by_level("Q"),
-        a=by_level("A"),
-        omega=by_level("omega"),
-    )
-
-
-def _level_names(table: pa.Table, cfg: Experiment) -> tuple[str, ...]:
-    described = (table.schema.metadata or {}).get(b"hvd")
-    return tuple(json.loads(described)["levels"]) if described else cfg.level_names()
-
-
-def distributions(cfg: Experiment, table: Table | None) -> Section:
+def distributions(cfg: Experiment, table: Advantages | None) -> Section:
     """Histograms of A_i and omega_i per level."""
     out = Section("Advantages and weights")
     if table is None:
@@ -77,7 +25,7 @@ def distributions(cfg: Experiment, table: Table | None) -> Section:
         return out
     out.text(
         "A level's weight multiplies only the error of that level's action dimensions. "
-        f"{len(table.v):,} frames of the set(s): {', '.join(sorted(set(table.role)))}."
+        f"{len(table.v):,} frames of the set(s): {', '.join(sorted(set(table.dataset)))}."
     )
     out.figure(_histograms(table), "distribution of advantages and of weights per level")
     rows = []
@@ -94,7 +42,7 @@ def distributions(cfg: Experiment, table: Table | None) -> Section:
     return out
 
 
-def _histograms(table: Table):
+def _histograms(table: Advantages):
     figure, grid = axes(2)
     advantage, weight = grid[0]
     span = np.quantile(np.abs(table.a), 0.995) or 1.0
@@ -116,13 +64,13 @@ def _histograms(table: Table):
     return figure
 
 
-def along_episodes(cfg: Experiment, table: Table | None, episodes: int = 2) -> Section:
+def along_episodes(cfg: Experiment, table: Advantages | None, episodes: int = 2) -> Section:
     """V and the advantages along one successful and one failed episode, with frames of the head camera above."""
     out = Section("Values along an episode")
     if table is None:
         out.missing.append("values along an episode: there is no table of advantages.")
         return out
-    role = "suboptimal" if "suboptimal" in table.role else str(table.role[0])
+    role = "suboptimal" if "suboptimal" in table.dataset else str(table.dataset[0])
     data = dict(cfg.datasets())[role]
     camera = next(iter(data.keys.images), None)
     try:
@@ -132,7 +80,7 @@ def along_episodes(cfg: Experiment, table: Table | None, episodes: int = 2) -> S
         return out
     labels_dir = Path(data.labels_dir) if data.labels_dir else dataset.root / "labels"
     for episode in choose(dataset, table, role, labels_dir, episodes):
-        rows = np.flatnonzero((table.role == role) & (table.episode == episode.index))
+        rows = np.flatnonzero((table.dataset == role) & (table.episode == episode.index))
         rows = rows[np.argsort(table.frame[rows])]
         held_out = bool((table.split[rows] == "val").all())
         labels = _labels(labels_dir, episode)
@@ -147,9 +95,9 @@ def along_episodes(cfg: Experiment, table: Table | None, episodes: int = 2) -> S
     return out
 
 
-def choose(dataset: Dataset, table: Table, role: str, labels_dir: Path, count: int) -> list[Episode]:
+def choose(dataset: Dataset, table: Advantages, role: str, labels_dir: Path, count: int) -> list[Episode]:
     """A success first, then a failure; held-out ones and, of the failures, those with a known mistake are preferred."""
-    here = table.role == role
+    here = table.dataset == role
     known = set(table.episode[here].tolist())
     held_out = set(table.episode[here & (table.split == "val")].tolist())
 
@@ -177,7 +125,7 @@ def _frames(dataset: Dataset, camera: str, episode: Episode) -> list[np.ndarray]
     return [np.asarray(picture.resize(size, Image.Resampling.LANCZOS)) for picture in pictures]
 
 
-def _episode_figure(table: Table, rows: np.ndarray, labels: Labels | None, frames: Sequence[np.ndarray]):
+def _episode_figure(table: Advantages, rows: np.ndarray, labels: Labels | None, frames: Sequence[np.ndarray]):
     """Under the frames, each above the part of the episode that it is from: V and Q, and the advantages."""
     shape = frames[0].shape[0] / frames[0].shape[1] if frames else 0.0
     heights = [8.6 / FRAMES * shape, 2.1, 2.1] if frames else [2.1, 2.1]

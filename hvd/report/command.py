@@ -14,6 +14,7 @@ from hvd import files
 from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.fields import to_plain
+from hvd.method.table import Advantages
 from hvd.report import advantages as report_advantages
 from hvd.report import curves as report_curves
 from hvd.report import evaluation as report_evaluation
@@ -35,7 +36,7 @@ def main(cfg: Experiment) -> None:
 def render(cfg: Experiment) -> str:
     """The page as text."""
     found = report_results.read(cfg)
-    table = report_advantages.read_table(cfg)
+    table = Advantages.find(cfg.advantages_dir)
     sections = [
         report_evaluation.success(cfg, found),
         report_evaluation.offline(cfg, found),

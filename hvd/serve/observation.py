@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt32
 
+from hvd import mixture
 from hvd.configs import Experiment, KeyMap
 from hvd.data.columns import parse_column
 from hvd.data.transforms import InputTransform, Observation
 from hvd.errors import UserError, nearest
-from hvd.train import run_dir as runs
 
 MAX_FLOW_STEPS = 100
 MAX_SEED = 2**31 - 1
@@ -242,9 +242,8 @@ class RequestReader:
 
 
 def key_map(cfg: Experiment) -> KeyMap:
-    """How the run's data name the model's inputs: of the optimal set, or of the only set that it was trained on."""
-    data = cfg.optimal_data if "optimal" in runs.roles(cfg, "policy") else cfg.suboptimal_data
-    return data.keys
+    """How the run's data name the model's inputs: of the optimal set, or of the first one that it was trained on."""
+    return cfg.sets()[mixture.names(cfg, "policy")[0]].keys
 
 
 def _numbers(name: str, value: Any) -> Float32[np.ndarray, "*n"]:
@@ -275,9 +274,9 @@ def default_prompt(cfg: Experiment) -> str:
     from hvd.data.layout import read_layout
 
     prompts: set[str] = set()
-    for role in runs.roles(cfg, "policy"):
+    for name in mixture.names(cfg, "policy"):
         try:
-            prompts |= set(read_layout(getattr(cfg, f"{role}_data").path()).tasks.values())
+            prompts |= set(read_layout(cfg.sets()[name].path()).tasks.values())
         except UserError:  # the data are not on this machine: the prompts are not known
             return ""
     return prompts.pop() if len(prompts) == 1 else ""

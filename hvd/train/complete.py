@@ -17,7 +17,7 @@ from etils import epath
 
 from hvd.configs import Experiment
 from hvd.errors import UserError
-from hvd.files import write_atomic
+from hvd.files import is_local, write_atomic
 from hvd.train import run_dir as runs
 
 _CHUNK = 4 << 20
@@ -119,7 +119,8 @@ def check_complete(
         stage: the stage that it must be of.
         cfg: with `stage`: the config it must have been trained with; its number of steps is then expected.
         step: the expected number of steps, when there is no `cfg`.
-        digests: also read every file of the checkpoint and compare its sha256 (otherwise presence and length only).
+        digests: also read every file of the checkpoint and compare its sha256 (otherwise presence and length only);
+            once a process, as long as complete.json and the files' lengths and times stay what they were.
     """
     root = epath.Path(run_dir)
     if not root.exists():
@@ -136,19 +137,29 @@ def check_complete(
         raise UserError(f"{root} is complete at step {found.step}, but the config asks for {step} steps")
     if not any(name.startswith(f"{runs.CHECKPOINTS}/{found.step}/params/") for name in found.files):
         raise UserError(f"{root / runs.COMPLETE} is damaged: it lists no parameters of step {found.step}")
-    for name, (size, _) in found.files.items():
-        path = root / name
-        if not path.exists():
-            raise UserError(f"{path} is missing: the checkpoint is not whole, train the run again")
-        if path.stat().length != size:
-            raise UserError(f"{path} has {path.stat().length} bytes instead of {size}: the checkpoint is damaged")
-    if digests:
-        names = list(found.files)
+    seen = found.digest, tuple(_check_present(root / name, size) for name, (size, _) in found.files.items())
+    if digests and _verified.get(os.fspath(root)) != seen:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            for name, (_, digest) in zip(names, pool.map(lambda n: _hash(root / n), names), strict=True):
-                if digest != found.files[name][1]:
+            hashes = pool.map(lambda name: _hash(root / name), found.files)
+            for (name, (_, expected)), (_, digest) in zip(found.files.items(), hashes, strict=True):
+                if digest != expected:
                     raise UserError(f"{root / name} is corrupted: its sha256 is not the one in {runs.COMPLETE}")
+        _verified[os.fspath(root)] = seen
     return found
+
+
+_verified: dict[str, tuple] = {}  # run -> what check_complete saw when it had read every byte
+
+
+def _check_present(path: epath.Path, size: int) -> tuple[int, float]:
+    """The file is there with its length; its length and the time of its last change."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: the checkpoint is not whole, train the run again")
+    stat = path.stat()
+    if stat.length != size:
+        raise UserError(f"{path} has {stat.length} bytes instead of {size}: the checkpoint is damaged")
+    changed = os.stat(path).st_mtime_ns if is_local(path) else stat.mtime
+    return stat.length, changed
 
 
 def main(cfg: Experiment) -> None:

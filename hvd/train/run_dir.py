@@ -20,18 +20,18 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from etils import epath
 
+from hvd import mixture
 from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.fields import Mark, from_plain, is_default, marks, to_plain
 from hvd.files import write_atomic
+from hvd.mixture import Stage
 from hvd.runtime.heartbeat import OWNER
-
-Stage = Literal["value", "policy"]
 
 CONFIG = "config.yaml"
 NORM_STATS = "norm_stats.json"
@@ -51,8 +51,11 @@ def identity(cfg: Experiment, stage: Stage) -> dict[str, Any]:
         return not ({Mark.FREE, strange} & about or (Mark.IF_SET in about and is_default(field, value)))
 
     parts = to_plain(cfg, keep)
-    for role in {"optimal", "suboptimal"} - set(roles(cfg, stage)):
-        parts.pop(f"{role}_data")
+    parts |= {"more_data": dict(parts.get("more_data", {}))}
+    for name in cfg.sets().keys() - set(mixture.names(cfg, stage)):
+        (parts["more_data"] if name in cfg.more_data else parts).pop(mixture.field(name).removeprefix("more_data."))
+    if not parts["more_data"]:
+        del parts["more_data"]
     if stage == "value" and cfg.model.value_paligemma_variant:
         parts["model"]["paligemma_variant"] = cfg.model.value_paligemma_variant
     return dict(_flat(parts))
@@ -64,16 +67,6 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, tree
-
-
-def roles(cfg: Experiment, stage: Stage) -> tuple[str, ...]:
-    """Which of the datasets "optimal" and "suboptimal" the stage trains on."""
-    if stage == "value":
-        return {"optimal": ("optimal",), "mixed": ("suboptimal",), "both": ("optimal", "suboptimal")}[cfg.value.data]
-    share = cfg.policy.suboptimal_share
-    if not 0.0 <= share <= 1.0:
-        raise UserError(f"policy.suboptimal_share {share} is not between 0 and 1")
-    return tuple(role for role, part in (("optimal", 1.0 - share), ("suboptimal", share)) if part > 0)
 
 
 def config_hash(cfg: Experiment, stage: Stage) -> str:
@@ -161,7 +154,7 @@ def check_startable(
         )
     for name, digest in inputs.items():
         if record.inputs.get(name, digest) != digest:
-            what = _INPUTS.get(name, name)
+            what = _INPUTS.get(name, f"the dataset of more_data.{name}")
             raise UserError(f"{run_dir}: {what} changed since this run started: --overwrite to start the run again")
 
 

@@ -7,26 +7,25 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 
+from hvd import mixture
 from hvd.configs import Experiment, StageConfig
 from hvd.data import normalize
 from hvd.data.dataset import Dataset, split_episodes
-from hvd.data.loader import Batcher, Loader, SampleSpec, Source
-from hvd.data.order import Order
+from hvd.data.loader import Batcher, Loader, SampleSpec, Source, order_of
 from hvd.data.transforms import InputTransform
 from hvd.errors import UserError
 from hvd.train import run_dir as runs
 from hvd.train.mesh import Devices
-
-ROLES = ("optimal", "suboptimal")  # their positions are the numbers in a batch's `source`
 
 type Weights = Mapping[str, Float32[np.ndarray, "_ l"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class StageData:
-    """The open datasets of a stage by role, their training and held-out rows, and each one's rows of a batch."""
+    """The open datasets of a stage by the names of their sets, their training and held-out rows, and each one's rows of
+    a batch."""
 
     cfg: Experiment
     stage: runs.Stage
@@ -56,7 +55,7 @@ class StageData:
         """The stream of training batches from step `start` on."""
         index, count = devices.place_of_process
         return Loader(
-            _sources(self.datasets, self.train, self.shares, weights),
+            self._sources(self.train, self.shares, weights),
             self.spec,
             self.stage_cfg.batch_size,
             self.cfg.seed,
@@ -69,15 +68,31 @@ class StageData:
 
     def validation(self, devices: Devices, weights: Weights) -> list[dict]:
         """The placed validation batches, the same in every run; [] when no episode is held out."""
-        having = [role for role in self.datasets if len(self.val[role])]
+        having = [name for name in self.datasets if len(self.val[name])]
         if not having:
             return []
-        shares = _split(self.stage_cfg.batch_size, {role: float(self.shares[role]) for role in having})
-        sources = _sources(self.datasets, self.val, shares, weights)
-        order = Order([source.rows for source in sources], [source.share for source in sources], self.cfg.seed)
-        batcher = Batcher(sources, self.spec)
+        shares = _split(self.stage_cfg.batch_size, {name: float(self.shares[name]) for name in having})
+        batcher = Batcher(self._sources(self.val, shares, weights), self.spec)
+        order = order_of(batcher.sources, self.cfg.seed)
         parts = [order.slice(i, *devices.place_of_process) for i in range(self.stage_cfg.val_batches)]
         return [devices.place_batch(batcher.batch(*part)) for part in parts]
+
+    def only(self, keep: Mapping[str, Bool[np.ndarray, " _"]]) -> "StageData":
+        """The same with those training rows of the sets in `keep` that it says; one entry a row of the dataset."""
+        train = {name: rows[keep[name][rows]] if name in keep else rows for name, rows in self.train.items()}
+        for name, rows in train.items():
+            if not len(rows):
+                raise UserError(f"{mixture.field(name)}: policy.extractor {self.cfg.policy.extractor!r} keeps no row")
+        return dataclasses.replace(self, train=train)
+
+    def _sources(
+        self, rows: Mapping[str, Int64[np.ndarray, " _"]], shares: Mapping[str, int], weights: Weights
+    ) -> list[Source]:
+        """One source a set, under the number that its role has in every run: it keys the order of the rows."""
+        return [
+            Source(self.datasets[name], rows[name], share, weights.get(name), mixture.number(self.cfg, name))
+            for name, share in shares.items()
+        ]
 
 
 def abstract_batch(cfg: Experiment, stage: runs.Stage, devices: Devices) -> dict:
@@ -112,18 +127,12 @@ def abstract_batch(cfg: Experiment, stage: runs.Stage, devices: Devices) -> dict
 def open_data(cfg: Experiment, stage: runs.Stage) -> StageData:
     """Open the datasets of a stage; a UserError for whatever is wrong with them, before anything is written."""
     stats = normalize.load_shared(cfg)
-    datasets: dict[str, Dataset] = {}
+    datasets = {name: open_dataset(cfg, name) for name in mixture.names(cfg, stage)}
     train, val = {}, {}
-    for role in runs.roles(cfg, stage):
-        data = open_dataset(cfg, role)
-        datasets[role] = data
-        train[role], val[role] = split_episodes(data, cfg.evaluate.val_fraction, cfg.seed)
-    if stage == "value":
-        parts = {role: float(len(rows)) for role, rows in train.items()}  # every frame equally often
-    else:
-        share = cfg.policy.suboptimal_share
-        parts = {role: {"optimal": 1 - share, "suboptimal": share}[role] for role in datasets}
-    inputs = {role: data.digest for role, data in datasets.items()} | {"norm_stats": stats_digest(stats)}
+    for name, data in datasets.items():
+        train[name], val[name] = split_episodes(data, cfg.evaluate.val_fraction, cfg.seed)
+    parts = mixture.parts(cfg, stage, {name: len(rows) for name, rows in train.items()})
+    inputs = {name: data.digest for name, data in datasets.items()} | {"norm_stats": stats_digest(stats)}
     return StageData(
         cfg,
         stage,
@@ -136,12 +145,12 @@ def open_data(cfg: Experiment, stage: runs.Stage) -> StageData:
     )
 
 
-def open_dataset(cfg: Experiment, role: str) -> Dataset:
-    """The experiment's "optimal" or "suboptimal" dataset with the model's cameras."""
+def open_dataset(cfg: Experiment, name: str) -> Dataset:
+    """The dataset of a set of the experiment ("optimal", "suboptimal", one of more_data) with the model's cameras."""
     named = dict(cfg.datasets())
-    if role not in named:
-        raise UserError(f"config {cfg.name}: {role}_data is needed here; set {role}_data.repo_id")
-    return Dataset.open(named[role], cameras=cfg.model.cameras, robot=cfg.robot, horizon=cfg.model.action_horizon)
+    if name not in named:
+        raise UserError(f"config {cfg.name}: {mixture.field(name)} is needed here; set {mixture.field(name)}.repo_id")
+    return Dataset.open(named[name], cameras=cfg.model.cameras, robot=cfg.robot, horizon=cfg.model.action_horizon)
 
 
 def stats_digest(stats: normalize.Stats) -> str:
@@ -162,19 +171,3 @@ def _split(rows: int, parts: Mapping[str, float]) -> dict[str, int]:
     largest = max(names, key=lambda name: found[name])
     found[largest] += rows - sum(found.values())
     return found
-
-
-def _sources(
-    datasets: Mapping[str, Dataset],
-    rows: Mapping[str, Int64[np.ndarray, " _"]],
-    shares: Mapping[str, int],
-    weights: Weights,
-) -> list[Source]:
-    """One source a role, in the order of ROLES; a role that is not used is there with no rows, to keep the numbers."""
-    stand_in = next(iter(datasets.values()))
-    return [
-        Source(datasets[role], rows[role], shares[role], weights.get(role))
-        if role in datasets and role in shares
-        else Source(stand_in, np.zeros(0, np.int64), 0)
-        for role in ROLES
-    ]

@@ -47,7 +47,7 @@ def open_all(recipes, model=MODEL, norm=NORM, **spec):
     weights = np.random.default_rng(0).uniform(size=(datasets[1].num_frames, 3)).astype(np.float32)
     sources = [
         Source(datasets[0], datasets[0].rows(), 4),
-        Source(datasets[1], datasets[1].rows(), 2, weights),
+        Source(datasets[1], datasets[1].rows(), 2, weights, number=1),
     ]
     return sources, SampleSpec(transform, num_levels=3, **spec)
 
@@ -228,7 +228,7 @@ def test_norm_stats_of_other_data_are_said_at_once(recipes, tmp_path):
     sources, spec = open_all(recipes)
     other = Dataset.open(make_dataset(tmp_path / "other", state_dim=6, cameras=()).config, cameras=())
     with pytest.raises(UserError, match="other: state has 6 dims, its norm stats 4: run `hvd norm-stats`"):
-        Batcher([sources[0], Source(other, other.rows(), 2)], spec)
+        Batcher([sources[0], Source(other, other.rows(), 2, number=1)], spec)
 
 
 def test_numbers_alone_cost_next_to_nothing(tmp_path):

@@ -17,10 +17,10 @@ from hvd.evaluate import credit as evaluate_credit
 from hvd.evaluate import offline as evaluate_offline
 from hvd.evaluate.policies import nothing
 from hvd.evaluate.results import observes_text
-from hvd.method import advantage_table
-from hvd.method.advantage_table import Values
+from hvd.method import advantages
 from hvd.robots import get_robot
 from hvd.sim.env import Env
+from hvd.train.value_pass import Values
 
 KEYS = KeyMap(state=("observation.state", "observation.environment_state"))
 LEVELS = get_robot("r1").level_names
@@ -229,8 +229,7 @@ def test_v_is_ranked_along_successful_held_out_episodes(walks):
     values = Values(rows, np.sqrt(frame).astype(np.float32), np.zeros((len(rows), 3, 2), np.float32))
     cfg = dataclasses.replace(walks, policy=PolicyConfig())
     _, held_out = split_episodes(dataset, 0.5, cfg.seed)
-    splits = {"suboptimal": held_out}
-    advantage_table.write(cfg.advantages_dir, cfg, {"suboptimal": dataset}, {"suboptimal": values}, splits, {})
+    advantages.weigh(cfg, "suboptimal", dataset, values, held_out).write(cfg.advantages_dir, {})
     rank = evaluate_offline.main(cfg, truth)["datasets"]["optimal"]["value_rank"]
     numbers = {int(dataset.episode_of[row]) for row in held_out}
     assert set(rank["episodes"]) == {str(n) for n in numbers if dataset.all_episodes[n].success}
@@ -257,8 +256,8 @@ def test_share_of_a_chunk_that_is_a_mistake():
     assert not by_level[:, LEVELS.index("base")].any()
 
 
-def credit_experiment(tmp_path: Path, advantages) -> Experiment:
-    """Labels of ten episodes with mistakes at changing levels, and a table with advantages(level at fault [n], rng)."""
+def credit_experiment(tmp_path: Path, blame) -> Experiment:
+    """Labels of ten episodes with mistakes at changing levels, and a table with blame(level at fault [n], rng) as A."""
     write_dataset(tmp_path / "data", episodes=10)
     data = DataConfig(repo_id="data", root=str(tmp_path / "data"))
     cfg = experiment(tmp_path / "runs", suboptimal_data=data, policy=PolicyConfig())
@@ -272,12 +271,10 @@ def credit_experiment(tmp_path: Path, advantages) -> Experiment:
         write_labels(dataset.root / "labels" / f"episode_{episode.index:06d}.labels.json", labels)
         if episode.index < 9:
             fault[episode.start + 8 : episode.start + 20] = level  # chunks of 4 that begin before it hold half of it
-    a = advantages(fault, np.random.default_rng(0)).astype(np.float32)
+    a = blame(fault, np.random.default_rng(0)).astype(np.float32)
     rows = np.arange(dataset.num_frames)
     values = Values(rows, np.zeros(len(rows), np.float32), np.repeat(a[:, :, None], 2, axis=2))
-    advantage_table.write(
-        cfg.advantages_dir, cfg, {"suboptimal": dataset}, {"suboptimal": values}, {"suboptimal": rows[:0]}, {}
-    )
+    advantages.weigh(cfg, "suboptimal", dataset, values, rows[:0]).write(cfg.advantages_dir, {})
     return cfg
 
 

@@ -41,10 +41,10 @@ def test_level_errors_count_only_real_dims_and_actions():
 
 def test_a_level_weight_moves_only_its_dims():
     velocity, target, mask = _random(2, 4, 7), _random(2, 4, 9)[..., :7], jnp.ones((2, 4), bool)
-    source = jnp.array([1, 1])
+    imitated = jnp.array([False, False])
 
     def loss(v, weights):
-        return policy_loss(level_errors(v, target, mask, LEVELS), weights, source, 1.0)[0]
+        return policy_loss(level_errors(v, target, mask, LEVELS), weights, imitated, 1.0)[0]
 
     ones = jax.grad(loss)(velocity, jnp.ones((2, 3)))
     doubled = jax.grad(loss)(velocity, jnp.ones((2, 3)).at[:, 1].set(2.0))
@@ -54,17 +54,17 @@ def test_a_level_weight_moves_only_its_dims():
     np.testing.assert_array_equal(ones[..., 5:], 0.0)
 
 
-def test_sources_and_lambda():
+def test_sides_and_lambda():
     errors = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     weights = jnp.array([[9.0, 9.0], [0.5, 2.0], [1.0, 0.0]])
-    loss, parts = policy_loss(errors, weights, jnp.array([0, 1, 1]), 0.5)
+    loss, parts = policy_loss(errors, weights, jnp.array([True, False, False]), 0.5)
     np.testing.assert_allclose(parts["loss_bc"], 3.0)
     np.testing.assert_allclose(parts["loss_rl"], (0.5 * 3 + 2 * 4 + 5) / 2)
     np.testing.assert_allclose(loss, parts["loss_rl"] + 0.5 * 3.0)
-    alone, parts = policy_loss(errors, weights, jnp.array([0, 0, 0]), 1.0)
+    alone, parts = policy_loss(errors, weights, jnp.array([True] * 3), 1.0)
     np.testing.assert_allclose(alone, np.mean([3.0, 7.0, 11.0]), rtol=1e-6)
     assert float(parts["loss_rl"]) == 0.0
-    gradient = jax.grad(lambda w: policy_loss(errors, w, jnp.array([1, 1, 1]), 1.0)[0])(weights)
+    gradient = jax.grad(lambda w: policy_loss(errors, w, jnp.array([False] * 3), 1.0)[0])(weights)
     np.testing.assert_array_equal(gradient, 0.0)
 
 
@@ -82,11 +82,11 @@ def test_flat_weights_are_the_plain_flow_loss():
 def test_parts_of_a_batch_average_to_its_loss():
     """Whatever the sets' shares of a part are; one of these parts has rows of one set only."""
     errors, weights = jnp.square(_random(6, 3)), jnp.square(_random(6, 4))[:, :3]
-    source = jnp.array([0, 0, 0, 1, 0, 1])
-    share = shares(source)
+    imitated = jnp.array([True, True, True, False, True, False])
+    share = shares(imitated)
     np.testing.assert_allclose(share, [1.5, 1.5, 1.5, 3.0, 1.5, 3.0])
-    whole, names = policy_loss(errors, weights, source, 0.5)
-    parts = [policy_loss(errors[at], weights[at], source[at], 0.5, share[at]) for at in (slice(0, 3), slice(3, 6))]
+    whole, names = policy_loss(errors, weights, imitated, 0.5)
+    parts = [policy_loss(errors[at], weights[at], imitated[at], 0.5, share[at]) for at in (slice(0, 3), slice(3, 6))]
     np.testing.assert_allclose(np.mean([loss for loss, _ in parts]), whole, rtol=1e-6)
     for name, value in names.items():
         np.testing.assert_allclose(np.mean([found[name] for _, found in parts]), value, rtol=1e-6)

@@ -7,9 +7,15 @@ import optax
 import pytest
 from scipy.optimize import minimize_scalar
 
-from hvd.method.objectives import q_loss, td_target, v_loss, value_objective
+from hvd.method.objectives import OBJECTIVES, q_loss, td_target, v_loss
 
 NO_CLIP = 1e9
+
+
+def bound(method, *, alpha=1.0, tau=0.7, exp_clip_log=NO_CLIP):
+    """f of u alone."""
+    p = {"alpha": alpha, "tau": tau, "exp_clip_log": exp_clip_log}
+    return lambda u: OBJECTIVES[method].f(u, p)
 
 
 def _naive(method, u, alpha, tau):
@@ -26,7 +32,7 @@ def test_bandit_minimum(method, alpha, tau):
     q = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 
     def mean_f(v):
-        f = value_objective(method, jnp.asarray(q - v, jnp.float32), alpha=alpha, tau=tau, exp_clip_log=NO_CLIP)
+        f = bound(method, alpha=alpha, tau=tau)(jnp.asarray(q - v, jnp.float32))
         return float(np.asarray(f, np.float64).mean())
 
     expected = minimize_scalar(lambda v: _naive(method, q.astype(np.float64) - v, alpha, tau).mean(), bracket=(-1, 1)).x
@@ -36,12 +42,7 @@ def test_bandit_minimum(method, alpha, tau):
     assert around[1] < around[0] and around[1] < around[2]
     gradient = jax.grad(
         lambda v: v_loss(
-            jnp.full((40,), v),
-            jnp.repeat(jnp.asarray(q)[..., None], 2, -1),
-            method,
-            alpha=alpha,
-            tau=tau,
-            exp_clip_log=NO_CLIP,
+            jnp.full((40,), v), jnp.repeat(jnp.asarray(q)[..., None], 2, -1), bound(method, alpha=alpha, tau=tau)
         )
     )
     low, high = float(gradient(expected - 0.05)), float(gradient(expected + 0.05))
@@ -51,9 +52,7 @@ def test_bandit_minimum(method, alpha, tau):
 def test_exponential_gradient_is_clipped_but_continuous():
     clip = float(np.log(6.0))
 
-    def f(u):
-        return value_objective("exponential", u, alpha=2.0, tau=0.7, exp_clip_log=clip)
-
+    f = bound("exponential", alpha=2.0, exp_clip_log=clip)
     slope = jax.vmap(jax.grad(f))(jnp.array([-1.0, 0.0, clip / 2 - 1e-4, clip / 2 + 1e-4, 5.0, 400.0]))
     np.testing.assert_allclose(slope[0], 2 * (np.exp(-2.0) - 1), rtol=1e-5)
     np.testing.assert_allclose(slope[1], 0.0, atol=1e-6)
@@ -73,9 +72,9 @@ def test_td_target_and_q_loss():
 def test_value_target_takes_the_lower_twin_and_no_gradient():
     target_q = jnp.array([[[1.0, -1.0], [3.0, 2.0]]])
     v = jnp.array([0.5])
-    loss = v_loss(v, target_q, "expectile", alpha=1.0, tau=0.7, exp_clip_log=NO_CLIP)
+    loss = v_loss(v, target_q, bound("expectile"))
     np.testing.assert_allclose(loss, 0.3 * 1.5**2 + 0.7 * 1.5**2, rtol=1e-6)
-    gradient = jax.grad(lambda t: v_loss(v, t, "expectile", alpha=1.0, tau=0.7, exp_clip_log=NO_CLIP))(target_q)
+    gradient = jax.grad(lambda t: v_loss(v, t, bound("expectile")))(target_q)
     np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
@@ -125,7 +124,7 @@ def test_chain_converges_to_its_fixed_point(levels):
         q = jnp.stack([t["parent"][s, parent], leaf] if levels == 2 else [leaf], axis=-1)
         q = jnp.repeat(q[..., None], 2, axis=-1)
         y = td_target(reward, discount, t["v"][nxt])
-        return q_loss(q, y) + v_loss(t["v"][s], q, "exponential", alpha=ALPHA, tau=0.7, exp_clip_log=NO_CLIP)
+        return q_loss(q, y) + v_loss(t["v"][s], q, bound("exponential", alpha=ALPHA))
 
     optimizer = optax.adam(optax.cosine_decay_schedule(0.02, 6000, 0.01))
 

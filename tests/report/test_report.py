@@ -8,13 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from hvd.configs import DataConfig, EvaluateConfig, Experiment, SimConfig
 from hvd.data.labels import Labels, Mistake, Subtask, episode_path, write_labels
 from hvd.errors import UserError
+from hvd.method.table import Advantages
 from hvd.report import advantages as report_advantages
 from hvd.report import command as report
 from hvd.report import page as report_page
@@ -123,20 +122,19 @@ def write_table(cfg: Experiment) -> None:
     rng = np.random.default_rng(0)
     episode = np.repeat([0, 1], [12, 9])
     n = len(episode)
-    columns = {
-        "dataset": ["suboptimal"] * n,
-        "split": np.where(episode == 0, "val", "train"),
-        "episode": episode,
-        "frame": np.concatenate([np.arange(12), np.arange(9)]),
-        "row": np.arange(n),
-        "V": rng.normal(size=n).astype(np.float32),
-    }
-    for letter in ("Q", "A", "omega"):
-        values = np.abs(rng.normal(size=(n, 3))) if letter == "omega" else rng.normal(size=(n, 3))
-        columns |= {f"{letter}_{i}": values[:, i].astype(np.float32) for i in range(3)}
-    table = pa.table(columns).replace_schema_metadata({"hvd": json.dumps({"levels": LEVELS})})
-    Path(cfg.advantages_dir).mkdir(parents=True)
-    pq.write_table(table, Path(cfg.advantages_dir) / "advantages.parquet")
+    q, a, omega = (rng.normal(size=(n, 3)).astype(np.float32) for _ in range(3))
+    Advantages(
+        levels=tuple(LEVELS),
+        dataset=np.full(n, "suboptimal", object),
+        split=np.where(episode == 0, "val", "train"),
+        episode=episode,
+        frame=np.concatenate([np.arange(12), np.arange(9)]),
+        row=np.arange(n),
+        v=rng.normal(size=n).astype(np.float32),
+        q=q,
+        a=a,
+        omega=np.abs(omega),
+    ).write(cfg.advantages_dir, {})
 
 
 def write_all(cfg: Experiment) -> None:
@@ -355,7 +353,7 @@ def test_a_success_and_a_failure_are_chosen(cfg):
     from hvd.data.dataset import Dataset
 
     write_table(cfg)
-    table = report_advantages.read_table(cfg)
+    table = Advantages.find(cfg.advantages_dir)
     assert table is not None
     dataset = Dataset.open(cfg.suboptimal_data, cameras=())
     labels = dataset.root / "labels"

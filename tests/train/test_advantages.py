@@ -14,8 +14,9 @@ from jax.sharding import AbstractMesh
 from hvd.data.dataset import split_episodes
 from hvd.data.loader import Batcher, SampleSpec, Source
 from hvd.errors import Stopped, UserError
-from hvd.method import advantage_table, advantages, policy, weights
-from hvd.train import inference, mesh, stage_data
+from hvd.method import advantages, extraction, policy, weights
+from hvd.method.table import Advantages
+from hvd.train import inference, mesh, stage_data, value_pass
 from hvd.train import run_dir as runs
 from hvd.train.mesh import Devices
 
@@ -27,52 +28,50 @@ def with_policy(cfg, **fields):
 def values_computed(monkeypatch) -> list[int]:
     """Collects the number of rows of each shard that is computed rather than read."""
     seen = []
-    original = advantages._shard
+    original = value_pass._shard
 
     def counting(size, devices, model, batcher, rows, *args):
         seen.append(len(rows))
         return original(size, devices, model, batcher, rows, *args)
 
-    monkeypatch.setattr(advantages, "_shard", counting)
+    monkeypatch.setattr(value_pass, "_shard", counting)
     return seen
 
 
 def test_table_holds_the_value_models_numbers(trained):
-    table = advantage_table.read(trained.advantages_dir)
+    table = Advantages.read(trained.advantages_dir)
     data = stage_data.open_dataset(trained, "suboptimal")
-    assert table["row"].to_numpy().tolist() == data.rows().tolist()
-    assert set(table["dataset"].to_pylist()) == {"suboptimal"}
+    assert table.levels == trained.level_names() and table.row.tolist() == data.rows().tolist()
+    assert set(table.dataset) == {"suboptimal"}
     held_out = split_episodes(data, trained.evaluate.val_fraction, trained.seed)[1]
-    assert np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == "val").tolist() == held_out.tolist()
-    rows = table["row"].to_numpy()
+    assert np.flatnonzero(table.split == "val").tolist() == held_out.tolist()
     starts = np.array([e.start for e in data.episodes])
-    assert np.array_equal(starts[table["episode"].to_numpy()] + table["frame"].to_numpy(), rows)
+    assert np.array_equal(starts[table.episode] + table.frame, table.row)
 
     model = inference.load_value(trained)
     some = np.array([0, 17, 40, 128])
-    batch = Batcher([Source(data, rows, 0)], SampleSpec(model.transform, num_levels=3)).batch(np.zeros(4, int), some)
+    batch = Batcher([Source(data, table.row, 0)], SampleSpec(model.transform, num_levels=3)).batch(
+        np.zeros(4, int), some
+    )
     v, q = model(batch["observation"], batch["actions"], batch["action_mask"])
-    np.testing.assert_allclose(table["V"].to_numpy()[some], v, atol=1e-5)
-    for i in range(3):
-        np.testing.assert_allclose(table[f"Q_{i}"].to_numpy()[some], q[:, i], atol=1e-5)
-        a = table[f"Q_{i}"].to_numpy() - table["V"].to_numpy()
-        np.testing.assert_allclose(table[f"A_{i}"].to_numpy(), a, atol=1e-6)
-        omega = weights.omega(jnp.asarray(a), "hvd", "exponential", alpha=1.0, tau=0.7, beta=3.0, clip=100.0)
-        np.testing.assert_allclose(table[f"omega_{i}"].to_numpy(), omega, rtol=1e-5)
+    np.testing.assert_allclose(table.v[some], v, atol=1e-5)
+    np.testing.assert_allclose(table.q[some], q, atol=1e-5)
+    np.testing.assert_allclose(table.a, table.q - table.v[:, None], atol=1e-6)
+    np.testing.assert_allclose(table.omega, weights.omega(jnp.asarray(table.a), trained), rtol=1e-5)
 
 
 def test_weights_of_a_batch_are_those_of_its_rows(trained):
     data = stage_data.open_data(trained, "policy")
-    table = advantage_table.read_weights(trained.advantages_dir, {"suboptimal": data.datasets["suboptimal"]})
-    batches = data.loader(0, mesh.make_devices(1), table)
+    table, frames = Advantages.read(trained.advantages_dir), {"suboptimal": data.datasets["suboptimal"].num_frames}
+    omega = extraction.extract(trained, table, frames)["suboptimal"].weights
+    batches = data.loader(0, mesh.make_devices(1), {"suboptimal": omega})
     _, batch = next(batches)
     batches.close()
     source, index = np.asarray(batch["source"]), np.asarray(batch["index"])
     assert source.tolist() == [0] * 4 + [1] * 4
-    np.testing.assert_array_equal(batch["weights"][4:], table["suboptimal"][index[4:]])
+    np.testing.assert_array_equal(batch["weights"][4:], omega[index[4:]])
     assert np.all(batch["weights"][:4] == 1.0)
-    train_rows = data.train["suboptimal"]
-    assert np.isfinite(table["suboptimal"][train_rows]).all()
+    assert np.isfinite(omega[data.train["suboptimal"]]).all()
 
 
 def test_up_to_date_table_is_used(copied, capsys, monkeypatch):
@@ -86,20 +85,18 @@ def test_other_weighting_needs_no_network(copied, monkeypatch):
     awr = with_policy(copied, weighting="awr")
     advantages.main(awr)
     assert not seen
-    table = advantage_table.read(copied.advantages_dir)
-    expected = np.exp(3.0 * table["A_0"].to_numpy())
-    np.testing.assert_allclose(table["omega_0"].to_numpy(), expected, rtol=1e-5)
+    table = Advantages.read(copied.advantages_dir)
+    np.testing.assert_allclose(table.omega, np.exp(3.0 * table.a), rtol=1e-5)
     advantages.main(with_policy(copied, advantage="marginal"))
-    table = advantage_table.read(copied.advantages_dir)
-    difference = table["Q_1"].to_numpy() - table["Q_0"].to_numpy()
-    np.testing.assert_allclose(table["A_1"].to_numpy(), difference, atol=1e-6)
+    table = Advantages.read(copied.advantages_dir)
+    np.testing.assert_allclose(table.a[:, 1], table.q[:, 1] - table.q[:, 0], atol=1e-6)
 
 
 def test_stopped_pass_goes_on(trained, copied, monkeypatch):
     runs_folder = Path(copied.advantages_dir)
     for path in sorted(runs_folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    monkeypatch.setattr(advantages, "SHARD_ROWS", 64)  # 129 rows: three shards, of two batches
+    monkeypatch.setattr(value_pass, "SHARD_ROWS", 64)  # 129 rows: three shards, of two batches
     seen = values_computed(monkeypatch)
     original = inference.ValueFunction.evaluate
     batches = []
@@ -117,9 +114,9 @@ def test_stopped_pass_goes_on(trained, copied, monkeypatch):
     monkeypatch.setattr(inference.ValueFunction, "evaluate", original)
     advantages.main(copied)
     assert seen == [64, 64, 64, 1]
-    ours, theirs = (advantage_table.read(c.advantages_dir) for c in (copied, trained))
-    for name in ("row", "V", "Q_0", "omega_2"):
-        np.testing.assert_allclose(ours[name].to_numpy(), theirs[name].to_numpy(), atol=1e-6)
+    ours, theirs = (Advantages.read(c.advantages_dir) for c in (copied, trained))
+    for name in ("row", "v", "q", "omega"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +126,7 @@ def test_stopped_pass_goes_on(trained, copied, monkeypatch):
 def test_rows_of_a_batch(trained, batch, parts, devices, most, rows):
     own = dataclasses.replace(trained.value, batch_size=batch, grad_accum_steps=parts)
     placed = Devices(AbstractMesh((devices, 1), ("data", "fsdp")))  # pyright: ignore[reportArgumentType]
-    assert advantages._batch_rows(dataclasses.replace(trained, value=own), placed, most) == rows
+    assert value_pass.batch_rows(dataclasses.replace(trained, value=own), placed, most) == rows
 
 
 def test_torn_shard_is_computed_again(copied, monkeypatch):
@@ -158,10 +155,10 @@ def test_key_follows_value_run_and_data(trained):
     other_data = {"suboptimal": dataclasses.replace(data["suboptimal"], digest="other")}
     fewer = {"suboptimal": rows["suboptimal"][1:]}
     keys = {
-        advantage_table.key("a", data, rows),
-        advantage_table.key("b", data, rows),
-        advantage_table.key("a", other_data, rows),
-        advantage_table.key("a", data, fewer),
+        advantages.values_key("a", data, rows),
+        advantages.values_key("b", data, rows),
+        advantages.values_key("a", other_data, rows),
+        advantages.values_key("a", data, fewer),
     }
     assert len(keys) == 4
 

@@ -5,7 +5,8 @@ import numpy as np
 from hvd.configs import DataConfig, LrSchedule, ValueConfig
 from hvd.data import normalize
 from hvd.data.lerobot_writer import Feature, LeRobotWriter
-from hvd.method import advantage_table, advantages, value
+from hvd.method import advantages, value
+from hvd.method.table import Advantages
 from tests.train import factory
 
 GAMMA, TAU, LENGTH = 0.9, 0.7, 3
@@ -60,17 +61,17 @@ def test_values_of_a_chain(tmp_path):
     value.main(cfg)
     advantages.main(cfg)
 
-    table = advantage_table.read(cfg.advantages_dir)
-    frame = table["frame"].to_numpy()
-    v = np.array([table["V"].to_numpy()[frame == t].mean() for t in range(LENGTH)])
+    table = Advantages.read(cfg.advantages_dir)
+    frame = table.frame
+    v = np.array([table.v[frame == t].mean() for t in range(LENGTH)])
     # at the end Q is the reward, and the tau-expectile of a fair coin over {0, 1} is tau; each earlier step a discount
     expected = TAU * GAMMA ** np.arange(LENGTH - 1, -1, -1.0)
     np.testing.assert_allclose(v, expected, atol=0.06)
     last = frame == LENGTH - 1
-    won = table["episode"].to_numpy()[last] % 2 == 0
+    won = table.episode[last] % 2 == 0
     for level in range(3):
-        q = table[f"Q_{level}"].to_numpy()
+        q = table.q[:, level]
         np.testing.assert_allclose(q[last], np.where(won, 1.0, 0.0), atol=0.1)
-        np.testing.assert_allclose(table[f"A_{level}"].to_numpy()[last], np.where(won, 1.0, 0.0) - TAU, atol=0.12)
+        np.testing.assert_allclose(table.a[last, level], np.where(won, 1.0, 0.0) - TAU, atol=0.12)
         for t in range(LENGTH - 1):
             np.testing.assert_allclose(q[frame == t], expected[t], atol=0.1)

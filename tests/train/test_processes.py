@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hvd.errors import EXIT_COMPLETE, EXIT_STOPPED
-from hvd.method import advantage_table
+from hvd.method.table import Advantages
 from hvd.train import complete
 from tests.train import factory
 from tests.train.children import Child, Children
@@ -79,9 +79,9 @@ def test_two_processes_train_what_one_does(data_folder, tmp_path):
         complete.check_complete(two, stage=stage, cfg=cfgs["two"])
 
     # the table that the policy stage made on its way, each process with its own rows
-    tables = [advantage_table.read(cfgs[name].advantages_dir) for name in ("one", "two")]
-    for name in ("row", "V", "Q_0", "Q_2", "omega_1"):
-        ours, theirs = (table[name].to_numpy() for table in tables)
+    tables = [Advantages.read(cfgs[name].advantages_dir) for name in ("one", "two")]
+    for name in ("row", "v", "q", "omega"):
+        ours, theirs = (getattr(table, name) for table in tables)
         assert len(ours) > 100
         np.testing.assert_allclose(ours, theirs, atol=2e-3, err_msg=name)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hvd import mixture
 from hvd.errors import UserError
 from hvd.experiments import CONFIGS, get_config
 from hvd.fields import from_plain, to_plain
@@ -92,7 +93,7 @@ def test_changed_input_is_refused(started, name, text):
 def test_unused_dataset_is_no_part_of_the_run(started):
     only = change(change(started, "value", data="optimal"), "suboptimal_data", success_only=True)
     assert not any(name.startswith("suboptimal") for name in runs.identity(only, "value"))
-    assert runs.roles(change(started, "policy", suboptimal_share=1.0), "policy") == ("suboptimal",)
+    assert mixture.names(change(started, "policy", suboptimal_share=1.0), "policy") == ("suboptimal",)
 
 
 def test_overwrite_deletes_a_run_and_nothing_else(started, tmp_path):

@@ -1,0 +1,118 @@
+"""advantages.parquet: V, Q_i, A_i and omega_i of every frame, one row a frame; and meta.json, written after it.
+
+    dataset (the set's name), split ("train" | "val"), episode, frame, row (of the dataset), V, then for level i:
+    Q_i (minimum of the twins), A_i, omega_i; the levels' names are in the file's metadata.
+
+A table without its meta.json is not there: it is being written. Imports no jax.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float32, Int64, Shaped
+
+from hvd import files
+from hvd.errors import UserError
+
+PARQUET = "advantages.parquet"
+META = "meta.json"
+_COLUMNS = {"dataset": "dataset", "split": "split", "episode": "episode", "frame": "frame", "row": "row", "V": "v"}
+_OF_LEVELS = {"Q": "q", "A": "a", "omega": "omega"}
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """The table as arrays: n frames, l levels, whose names are `levels`."""
+
+    levels: tuple[str, ...]
+    dataset: Shaped[np.ndarray, " n"]
+    split: Shaped[np.ndarray, " n"]
+    episode: Int64[np.ndarray, " n"]
+    frame: Int64[np.ndarray, " n"]
+    row: Int64[np.ndarray, " n"]
+    v: Float32[np.ndarray, " n"]
+    q: Float32[np.ndarray, "n l"]
+    a: Float32[np.ndarray, "n l"]
+    omega: Float32[np.ndarray, "n l"]
+
+    @classmethod
+    def read(cls, folder: epath.PathLike) -> "Advantages":
+        """The table of a folder; UserError when there is none or it is damaged."""
+        import pyarrow.parquet as pq
+
+        root = epath.Path(folder)
+        meta = read_meta(root)
+        if meta is None:
+            raise UserError(f"no advantages in {root}: run `hvd advantages`")
+        data = (root / PARQUET).read_bytes()
+        if hashlib.sha256(data).hexdigest() != meta["sha256"]:
+            raise UserError(f"{root / PARQUET} is corrupted: delete {root / META} and run `hvd advantages` again")
+        table = pq.read_table(io.BytesIO(data))
+        levels = tuple(json.loads(table.schema.metadata[b"hvd"])["levels"])
+        columns = {name: table[column].to_numpy(zero_copy_only=False) for column, name in _COLUMNS.items()}
+        for letter, name in _OF_LEVELS.items():
+            columns[name] = np.stack([table[f"{letter}_{i}"].to_numpy() for i in range(len(levels))], axis=1)
+        return cls(levels, **columns)
+
+    @classmethod
+    def find(cls, folder: epath.PathLike) -> "Advantages | None":
+        """`read`, or None where there is no table."""
+        return None if read_meta(folder) is None else cls.read(folder)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Advantages"]) -> "Advantages":
+        """One table of the rows of several."""
+        columns = [f.name for f in fields(cls) if f.name != "levels"]
+        return cls(
+            parts[0].levels, **{name: np.concatenate([getattr(part, name) for part in parts]) for name in columns}
+        )
+
+    def where(self, chosen: Shaped[np.ndarray, " n"]) -> "Advantages":
+        """The chosen rows, by a mask or by their numbers."""
+        columns = {f.name: getattr(self, f.name)[chosen] for f in fields(self) if f.name != "levels"}
+        return Advantages(self.levels, **columns)
+
+    def of(self, *datasets: str) -> "Advantages":
+        """The rows of the sets of these names."""
+        return self.where(np.isin(self.dataset.astype(str), datasets))
+
+    def by_row(self, column: str, frames: int) -> Float32[np.ndarray, "frames *l"]:
+        """A column (v, q, a, omega) of one set in the order of the dataset's `frames` rows; NaN where it has no row."""
+        values = getattr(self, column)
+        whole = np.full((frames, *values.shape[1:]), np.nan, np.float32)
+        whole[self.row] = values
+        return whole
+
+    def write(self, folder: epath.PathLike, meta: Mapping[str, Any]) -> None:
+        """advantages.parquet, then meta.json with `meta`."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns: dict[str, Any] = {column: getattr(self, name) for column, name in _COLUMNS.items()}
+        for letter, name in _OF_LEVELS.items():
+            columns |= {f"{letter}_{i}": getattr(self, name)[:, i] for i in range(len(self.levels))}
+        described = {"hvd": json.dumps({"levels": list(self.levels)})}
+        sink, root = io.BytesIO(), epath.Path(folder)
+        pq.write_table(pa.table(columns).replace_schema_metadata(described), sink)
+        data = sink.getvalue()
+        (root / META).unlink(missing_ok=True)
+        files.write_atomic(root / PARQUET, data)
+        record = {**meta, "rows": len(self.row), "sha256": hashlib.sha256(data).hexdigest()}
+        files.write_atomic(root / META, json.dumps(record, indent=1).encode())
+
+
+def read_meta(folder: epath.PathLike) -> dict[str, Any] | None:
+    """meta.json of a whole table, or None."""
+    root = epath.Path(folder)
+    if not (root / META).exists() or not (root / PARQUET).exists():
+        return None
+    try:
+        return json.loads((root / META).read_text())
+    except ValueError:
+        return None  # it is written again

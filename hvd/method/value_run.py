@@ -1,0 +1,72 @@
+"""Which value run a policy takes, and whether it fits. The launcher, `hvd plan` and the policy stage ask here.
+
+Imports no jax.
+"""
+
+import os
+
+from hvd import mixture
+from hvd.configs import Experiment
+from hvd.errors import UserError
+from hvd.method import extraction, objectives
+from hvd.train import complete
+from hvd.train import run_dir as runs
+from hvd.train.complete import Complete
+
+
+def needed(cfg: Experiment) -> bool:
+    """Does the policy need a value run? Imitation does not. UserError where it would weigh no row with one."""
+    if not extraction.extractor(cfg)[0].needs_value(cfg):
+        return False
+    if not mixture.weighted(cfg):
+        raise UserError(
+            f"policy.weighting {cfg.policy.weighting!r} weighs the rows of mixed and rollouts sets, and this policy "
+            "trains on optimal data alone: set policy.suboptimal_share above 0, or --policy.weighting none (imitation)"
+        )
+    return True
+
+
+def own_needed(cfg: Experiment) -> bool:
+    """Does the policy need the experiment's own value run, and not another one's (policy.value_run)?"""
+    return needed(cfg) and not cfg.policy.value_run
+
+
+def check(cfg: Experiment, *, digests: bool = True) -> Complete:
+    """The value run that the policy takes is complete, undamaged and fits it; UserError otherwise.
+
+    Args:
+        digests: read every byte of its checkpoint; False where a later step of the same command does.
+    """
+    if not cfg.policy.value_run:
+        return complete.check_complete(cfg.value_dir, stage="value", cfg=cfg, digests=digests)
+    folder = cfg.policy.value_run
+    _check_fits(cfg, folder)
+    return complete.check_complete(folder, stage="value", digests=digests)
+
+
+def _check_fits(cfg: Experiment, folder: str) -> None:
+    """The run's chunks, levels, cameras, normalisation and objective are the policy's."""
+    record = runs.read(folder)
+    if record is None:
+        raise UserError(f"policy.value_run {folder}: no run there (no {runs.CONFIG}); give the folder of a value run")
+    if record.stage != "value":
+        raise UserError(f"policy.value_run {folder} holds a {record.stage} run, not a value run")
+    theirs, ours = _meaning(record.config), _meaning(cfg)
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise UserError(
+                f"policy.value_run {os.fspath(folder)} does not fit: its {name} is {theirs[name]!r}, here {value!r}"
+            )
+
+
+def _meaning(cfg: Experiment) -> dict[str, object]:
+    """What V, Q and A of a run mean, by field."""
+    return {
+        "robot": cfg.robot,
+        "levels": cfg.levels(),
+        "model.action_horizon": cfg.model.action_horizon,
+        "model.cameras": cfg.model.cameras,
+        "norm": cfg.norm,
+        "model.method": cfg.model.method,
+        **{f"objective's {name}": value for name, value in objectives.parameters(cfg).items()},
+    }
