@@ -82,11 +82,9 @@ def check_weights(cfg: Experiment, stages: Sequence[str], *, overwrite: bool = F
 
     Asks the network once for a URL that is not cached. What is in the checkpoint is compared when it is opened.
     """
-    from hvd.train.run_dir import has_checkpoint  # half of what `hvd --help` would take is importing it
-
     for stage in stages:
         path, field = getattr(cfg, stage).weight_loader, f"{stage}.weight_loader"
-        if not path or (not overwrite and has_checkpoint(getattr(cfg, f"{stage}_dir"))):
+        if not path or (not overwrite and _goes_on(cfg, stage)):
             continue
         if storage.is_url(path):
             storage.check(path, field)
@@ -97,6 +95,12 @@ def check_weights(cfg: Experiment, stages: Sequence[str], *, overwrite: bool = F
                 f"{field} {path}: no Orbax checkpoint there (no _METADATA); give the folder of its `params`, or a URL "
                 "such as gs://openpi-assets/checkpoints/pi0_base/params"
             )
+
+
+def _goes_on(cfg: Experiment, stage: str) -> bool:
+    from hvd.train.run_dir import has_checkpoint  # etils.epath: a tenth of a second of the launcher's start
+
+    return has_checkpoint(getattr(cfg, f"{stage}_dir"))
 
 
 def check_writable(folder: str) -> None:

@@ -25,7 +25,6 @@ from hvd.files import write_atomic
 from hvd.launch import fit
 from hvd.method import value_run
 from hvd.stages import needs_value
-from hvd.train import run_dir
 
 
 @dataclass(frozen=True)
@@ -172,6 +171,8 @@ def config_file(cfg: Experiment) -> str:
 
     It is named by what it holds: a job in the queue keeps its own when the next one is submitted with another config.
     """
+    from hvd.train import run_dir  # etils.epath: a tenth of a second of the launcher's start
+
     data = to_plain(cfg)
     digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
     folder = os.path.join("runs", cfg.exp_name or cfg.name) if "://" in cfg.exp_dir else cfg.exp_dir
