@@ -38,7 +38,7 @@ from hvd.errors import (
     nearest,
 )
 from hvd.experiments import CONFIGS
-from hvd.runtime import owner, processes, records
+from hvd.runtime import processes, records
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -186,7 +186,6 @@ def run(argv: Sequence[str]) -> int:
     if name not in STEPS:
         raise UserError(f"unknown step {name!r}{nearest(name, [*STEPS, 'configs'])}")
     step = STEPS[name]
-    owner.job_alive = _job_alive
     if step.own_flags:
         return importlib.import_module(step.module).main(rest) or EXIT_COMPLETE
     if overrides.asks_help(rest):
@@ -197,6 +196,9 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--overwrite: {name} keeps no run directory; it is for train-value and train-policy")
     cfg = overrides.experiment(rest)
     check_config(cfg)
+    from hvd.runtime import owner  # etils.epath: a tenth of a second that help pages do not wait for
+
+    owner.job_alive = _job_alive
     main = importlib.import_module(step.module).main
     return (main(cfg, overwrite=overwrite) if step.trains else main(cfg)) or EXIT_COMPLETE
 
