@@ -8,8 +8,6 @@ reports, conversion of recordings) from these tables: a new robot is a new entry
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import numpy as np
-
 from hvd.errors import UserError, nearest
 
 ODOMETRY = "obs/odom"  # as a part's state: the velocity of the base, from several keys below this one
@@ -78,11 +76,9 @@ class Robot:
     def level_dims(self) -> tuple[tuple[int, ...], ...]:
         return tuple(level.dims for level in self.levels)
 
-    def delta_mask(self) -> np.ndarray:
-        """Bool [action_dim]: true where an action is a joint position and can be expressed relative to the state."""
-        mask = np.zeros(self.action_dim, bool)
-        mask[list(self.position_dims)] = True
-        return mask
+    def delta_mask(self) -> tuple[bool, ...]:
+        """[action_dim]: true where an action is a joint position and can be expressed relative to the state."""
+        return tuple(dim in self.position_dims for dim in range(self.action_dim))
 
 
 def _range(start: int, stop: int) -> tuple[int, ...]:

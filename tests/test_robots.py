@@ -27,7 +27,7 @@ def test_every_dim_is_named_and_in_one_level(name):
 
 def test_base_velocities_are_not_positions():
     mask = get_robot("r1").delta_mask()
-    assert mask.sum() == 18 and not mask[[7, 8, 9]].any()
+    assert sum(mask) == 18 and not any(mask[7:10])
 
 
 def test_a_layout_with_a_missing_dim_is_refused():

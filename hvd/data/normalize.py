@@ -174,7 +174,7 @@ def _parts(
             for start in range(0, len(rows), max(1, _ROWS // horizon)):
                 part = rows[start : start + max(1, _ROWS // horizon)]
                 chunk = transitions.chunk(part)
-                yield delta(chunk.actions, dataset.state[part], robot.delta_mask())[chunk.action_mask]
+                yield delta(chunk.actions, dataset.state[part], np.asarray(robot.delta_mask()))[chunk.action_mask]
         else:
             array = dataset.state if name == "state" else dataset.actions
             for start in range(0, len(rows), _ROWS):

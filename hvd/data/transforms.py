@@ -37,7 +37,7 @@ class InputTransform:
         tokenizer: Tokenizer,
     ):
         self.model, self.norm, self.robot, self.stats, self.tokenizer = model, norm, robot, dict(stats), tokenizer
-        self._delta_mask = robot.delta_mask()
+        self._delta_mask = np.asarray(robot.delta_mask())
         normalize.check_delta(norm, robot, stats["state"].dim)
         for name, each in stats.items():
             if each.dim > model.action_dim:
