@@ -68,34 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def usage() -> str:
-    lines = ["usage: python launch/submit.py [--stage all] [--dotted.field value]...", ""]
-    notes = {
-        "stage": "all, value or policy (needs a complete value run)",
-        "nodes": "nodes of a job; on this machine processes that share its cores or GPUs",
-        "cluster": f"auto, {', '.join(base.names())}; auto is Slurm where it answers, else this machine",
-        "config": "`hvd configs` lists them",
-        "dry_run": "print the commands, or the batch scripts, and run nothing",
-        "detach": "run in the background, with a log; on Kubernetes: do not follow the Jobs",
-        "data": "a LeRobot dataset, or the folder that holds the config's repo_ids",
-        "devices": "of a node, such as 8xh100-80gb, for the memory plan; on this machine nvidia-smi is asked",
-        "plan": "refuse a job that cannot fit its devices (`hvd plan`); --no-plan submits it all the same",
-        "after": "start only after this job has completed, such as the value job of --stage policy (Slurm: its id)",
-    }
-    for field in dataclasses.fields(Submit):
-        name = "--" + field.name.replace("_", "-")
-        lines.append(f"  {name:<12} {notes[field.name]} (default: {field.default if field.default != '' else 'none'})")
-    lines += [
-        "  --overwrite  delete the stage's run directories and start again (default: --resume, go on)",
-        "  --slurm.partition gpu, --slurm.time 4:00:00, ...  any setting of slurm/site.toml",
-        "  --kubernetes.image registry/hvd:1, --kubernetes.overlay DIR, ...  its settings: docs/kubernetes.md",
-        "",
-        "Every field of the config can be set: --exp-name my_run --model.method expectile --value.batch_size 128.",
-        "`hvd train-policy --help --config NAME` lists the fields with their values.",
-    ]
-    return "\n".join(lines)
-
-
 def submit(argv: list[str]) -> int:
     """Parse, check, and run or print. Raises UserError; nothing is written before everything has been checked."""
     options, rest, settings = parse(argv)

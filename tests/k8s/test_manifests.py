@@ -11,6 +11,7 @@ from hvd import overrides
 from hvd.clusters.base import Request
 from hvd.clusters.kubernetes import manifests, submission
 from hvd.errors import UserError
+from hvd.fields import leaves
 from hvd.launch import submit
 from tests.k8s import render as shipped
 from tests.k8s.promises import environment, keeps
@@ -88,6 +89,12 @@ def test_every_setting_has_its_place():
         assert environment(trainer)["HVD_EXPECT_GPUS"]["value"] == "0"
         assert labels["kueue.x-k8s.io/queue-name"] == "robots"
         assert job(docs, component)["spec"]["template"]["spec"]["priorityClassName"] == "low"
+
+
+def test_every_setting_is_in_the_documents():
+    page = (shipped.ROOT / "docs" / "kubernetes.md").read_text()
+    for name in leaves(manifests.Settings):
+        assert f"`--kubernetes.{name} " in page, name
 
 
 def test_another_name_for_all_of_an_experiment():
