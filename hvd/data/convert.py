@@ -24,12 +24,13 @@ from hvd import overrides
 from hvd.configs import DataConfig
 from hvd.data import hub
 from hvd.data.convert_plan import ConversionPlan, ConvertConfig, make_plan
-from hvd.data.convert_work import NO_ROOM, SegmentJob, WorkFolder, encode_all, is_work_folder
+from hvd.data.convert_work import SegmentJob, WorkFolder, encode_all, is_work_folder
 from hvd.data.convert_write import write_dataset
 from hvd.data.recordings import is_recording
 from hvd.data.video import get_codec
 from hvd.errors import UserError
 from hvd.fields import check_rules
+from hvd.files import FULL, UNWRITABLE
 from hvd.robots import get_robot
 
 RECORD = "hvd_convert.json"  # in the dataset: the request that made it
@@ -102,10 +103,10 @@ def convert(config: ConvertConfig) -> ConvertResult:
 def _no_room(error: OSError, work: Path) -> UserError | None:
     """The line about a disk that is full or may not be written; None for any other error."""
     where, why = error.filename or work, error.strerror or error
-    if error.errno in NO_ROOM:
+    if error.errno in (*FULL, errno.EFBIG, errno.EIO):
         kept = f"; what is done is kept in {work}" if work.exists() else ""
         return UserError(f"{where}: cannot write ({why}); make room and run the same command again{kept}")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+    if error.errno in UNWRITABLE:
         return UserError(f"{where}: {why}; choose another --root, or look at the folder's rights")
     return None
 

@@ -6,7 +6,6 @@ camera, codec), so one that is there can be used by any later run.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import multiprocessing
@@ -35,7 +34,6 @@ from hvd.robots import get_robot
 
 JOURNAL, LOCK = "journal.jsonl", "lock"
 FRAMES_PER_WORKER = 4_000  # a worker process takes about a second to start; fewer frames are not worth one
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @dataclass(frozen=True)

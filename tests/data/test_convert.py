@@ -184,11 +184,6 @@ def test_no_cameras(run, raw):
     assert json.loads((root / "meta/info.json").read_text())["video_path"] is None
 
 
-def test_r1_pro(run, raw):
-    truths = joylo.write_folder(raw, (5,), robot="r1_pro")
-    np.testing.assert_array_equal(columns(run(robot="r1_pro").root)["action"], truths[0].actions)
-
-
 def test_rate(run, raw):
     joylo.write_folder(raw, (5,), fps=20.0)
     assert json.loads((run().root / "meta/info.json").read_text())["fps"] == 20

@@ -65,16 +65,6 @@ def test_odometry_of_a_turned_tracker(tmp_path):
     np.testing.assert_array_equal(state[:, 9], truth.state[:, 9])
 
 
-def test_rate(tmp_path):
-    joylo.write_recording(tmp_path / "a.hdf5", 4, fps=15)
-    joylo.write_recording(tmp_path / "b.hdf5", 4, fps=None)
-    with (
-        open_recording(RecordingRef(tmp_path / "a.hdf5", "joylo"), R1) as a,
-        open_recording(RecordingRef(tmp_path / "b.hdf5", "joylo"), R1) as b,
-    ):
-        assert a.fps == 15.0 and b.fps is None
-
-
 def test_files_in_natural_order(tmp_path):
     for name in ("demo_10.hdf5", "demo_2.hdf5", "demo_1.h5", ".demo_3.hdf5", "notes.txt"):
         (tmp_path / name).touch()
