@@ -6,6 +6,7 @@ What a notebook needs; `import hvd` itself is quick, and the first use of a name
     value = hvd.load_value("runs/demo/value")                # value.ask(state, images, prompts, actions) -> V, Q
     dataset = hvd.open_dataset("runs/demo/datasets/mixed")   # dataset.state, .actions, .episodes, .frames(camera, rows)
     curves = hvd.read_metrics("runs/demo/policy")            # curves["train"]["loss"] -> (steps, values)
+    table = hvd.read_advantages("runs/demo")                 # table.v, .q, .a, .omega: one row a frame
 
 Mistakes are `hvd.errors.UserError`, one line each, as on the command line.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hvd.data.dataset import open_dataset
+    from hvd.method.table import read_advantages
     from hvd.report.curves import read_metrics
     from hvd.train.inference import load_policy, load_value
 
@@ -22,9 +24,10 @@ _MODULES = {
     "load_policy": "hvd.train.inference",
     "load_value": "hvd.train.inference",
     "open_dataset": "hvd.data.dataset",
+    "read_advantages": "hvd.method.table",
     "read_metrics": "hvd.report.curves",
 }
-__all__ = ["load_policy", "load_value", "open_dataset", "read_metrics"]
+__all__ = ["load_policy", "load_value", "open_dataset", "read_advantages", "read_metrics"]
 
 
 def __getattr__(name: str) -> Any:

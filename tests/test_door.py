@@ -12,7 +12,6 @@ from hvd.configs import DataConfig, KeyMap
 from hvd.data.dataset import Dataset
 from hvd.errors import UserError
 from tests.folders import ROOT
-from tests.train.conftest import data_folder, trained  # noqa: F401  # the tiny experiment
 
 
 def test_the_import_loads_nothing():
@@ -27,7 +26,7 @@ def test_an_unknown_name_is_an_attribute_error():
         hvd.load_polcy  # noqa: B018
 
 
-def test_a_dataset_by_its_folder_or_its_name(trained, monkeypatch):  # noqa: F811
+def test_a_dataset_by_its_folder_or_its_name(trained, monkeypatch):
     folder = trained.suboptimal_data.path()
     monkeypatch.setenv("HF_LEROBOT_HOME", str(folder.parent))
     configured = Dataset.open(trained.suboptimal_data, cameras=())
@@ -47,7 +46,7 @@ def test_cameras_have_the_datasets_names(g1_data):
     assert dataset.rewards.sum() == len(dataset.episodes), "no reward column: one at the end of each success"
 
 
-def test_a_policy_acts_and_a_value_function_is_asked(trained):  # noqa: F811
+def test_a_policy_acts_and_a_value_function_is_asked(trained):
     dataset = hvd.open_dataset(trained.suboptimal_data.path())
     state, prompts = dataset.state[:3], [dataset.task_of(row) for row in range(3)]
     chunk = hvd.load_policy(trained.policy_dir).act(state, {}, prompts, jax.random.key(0))
@@ -62,9 +61,15 @@ def test_a_policy_acts_and_a_value_function_is_asked(trained):  # noqa: F811
     assert np.abs(other - q).max() > 1e-6
 
 
-def test_curves_of_a_run(trained):  # noqa: F811
+def test_curves_of_a_run(trained):
     steps, losses = hvd.read_metrics(trained.value_dir)["train"]["loss_q"]
     assert steps.tolist() == [4, 8, 12] and np.isfinite(losses).all()
+
+
+def test_the_table_of_an_experiment_or_of_its_run(trained):
+    table = hvd.read_advantages(trained.exp_dir)
+    assert table.levels == trained.level_names() and len(table.v) == len(table.omega) > 100
+    np.testing.assert_array_equal(hvd.read_advantages(trained.policy_dir).a, table.a)
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path):
@@ -72,3 +77,5 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path):
         hvd.load_policy(tmp_path)
     with pytest.raises(UserError, match=r"info\.json"):
         hvd.open_dataset(tmp_path)
+    with pytest.raises(UserError, match="run `hvd advantages`"):
+        hvd.read_advantages(tmp_path)

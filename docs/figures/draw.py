@@ -9,7 +9,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
@@ -69,12 +68,11 @@ def stages() -> Figure:
 
 def episode(run: Path) -> Figure:
     """V and the levels' weights along an episode, under frames of the head camera."""
-    table = pq.read_table(run / "advantages" / "advantages.parquet")
+    table = hvd.read_advantages(run)
     data = run / "datasets" / "mixed"
     dataset = hvd.open_dataset(data, cameras=("observation.images.head",))
-    chosen, labels = _chosen(dataset, data, _held_out(table))
-    mine = table["episode"].to_numpy() == chosen.index
-    frame = table["frame"].to_numpy()[mine]
+    chosen, labels = _chosen(dataset, data, set(table.episode[table.split == "val"]))
+    table = table.where(table.episode == chosen.index)
     figure = Figure(figsize=(9.0, 4.6), layout="constrained")
     pictures, value, weight = figure.subplots(3, 1, sharex=True, height_ratios=(1.15, 2, 2))
     count = 8
@@ -83,10 +81,10 @@ def episode(run: Path) -> Figure:
         extent = ((i + 0.02) * chosen.length / count, (i + 0.98) * chosen.length / count, 0, 1)
         pictures.imshow(picture, extent=extent, aspect="auto")
     pictures.axis("off")
-    value.plot(frame, table["V"].to_numpy()[mine], color=V)
+    value.plot(table.frame, table.v, color=V)
     value.set_ylabel("value V")
     for i, (name, colour) in enumerate(LEVELS.items()):
-        weight.plot(frame, table[f"omega_{i}"].to_numpy()[mine], color=colour, label=name, linewidth=1.2)
+        weight.plot(table.frame, table.omega[:, i], color=colour, label=name, linewidth=1.2)
     weight.axhline(1, color=GREY, linewidth=0.6)
     weight.set(ylabel="weight", xlabel="frame (10 a second)", xlim=(0, chosen.length))
     weight.legend(ncols=3, loc="lower left", fontsize=8)
@@ -105,11 +103,6 @@ def episode(run: Path) -> Figure:
     for ax in (value, weight):
         ax.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _held_out(table) -> set:
-    val = table["split"].to_numpy(zero_copy_only=False) == "val"
-    return set(table["episode"].to_numpy()[val])
 
 
 def _chosen(dataset, data: Path, known: set) -> tuple:

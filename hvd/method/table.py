@@ -107,6 +107,12 @@ class Advantages:
         files.write_atomic(root / META, json.dumps(record, indent=1).encode())
 
 
+def read_advantages(run: epath.PathLike) -> Advantages:
+    """The table of an experiment (runs/demo) or of the experiment that a run belongs to (runs/demo/policy)."""
+    folders = [epath.Path(run) / "advantages", epath.Path(run).parent / "advantages"]
+    return Advantages.read(next((folder for folder in folders if read_meta(folder) is not None), folders[0]))
+
+
 def read_meta(folder: epath.PathLike) -> dict[str, Any] | None:
     """meta.json of a whole table, or None."""
     root = epath.Path(folder)
