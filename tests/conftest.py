@@ -45,6 +45,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = chosen
 
 
+@pytest.hookimpl(optionalhook=True)  # the image's tests have no xdist
 def pytest_xdist_auto_num_workers(config) -> int:
     """As many processes as cores, at most four; one for a single file, and for what needs the machine to itself."""
     alone = set(ON_REQUEST) - {"slow"}
