@@ -10,9 +10,10 @@ from hvd.evaluate.credit import KINDS
 from hvd.evaluate.results import NOTHING
 from hvd.report.page import BASELINE, GREY, INK, POLICY, Section, axes
 from hvd.report.results import Results, error_rows, name_of, rank_lines, read_credit, stale, success_rows
+from hvd.stages import BASELINES
 
-# What a reader expects beside the policy when the experiment trains the baselines (hvd/launch/steps.py).
-EXPECTED = ("imitation-expert", "imitation-mixed", "imitation-success", NOTHING)
+# What a reader expects beside the policy when the experiment trains the baselines.
+EXPECTED = (*BASELINES, NOTHING)
 
 
 def success(cfg: Experiment, found: Sequence[Results]) -> Section:
