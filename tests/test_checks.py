@@ -8,6 +8,7 @@ from hvd import checks, overrides
 from hvd.configs import DataConfig
 from hvd.errors import UserError
 from hvd.experiments import CONFIGS, get_config
+from hvd.train import inputs
 
 
 def parse(text: str, config: str = "demo"):
@@ -102,13 +103,13 @@ def test_the_sets_that_are_asked_for_must_be_named():
 def test_a_dataset_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
     with pytest.raises(UserError, match=f"optimal_data: no LeRobot dataset at {tmp_path / 'g1_bottle'}"):
-        checks.check_datasets(get_config("g1"))
-    checks.check_datasets(get_config("demo"))  # makes its own
+        inputs.check_datasets(get_config("g1"))
+    inputs.check_datasets(get_config("demo"))  # makes its own
 
 
 def test_a_tokenizer_file_that_is_not_there_is_named():
     with pytest.raises(UserError, match=r"model.tokenizer_path 'nowhere' is no file"):
-        checks.check_datasets(parse("--model.tokenizer paligemma --model.tokenizer_path nowhere"))
+        inputs.check_datasets(parse("--model.tokenizer paligemma --model.tokenizer_path nowhere"))
 
 
 def test_weights_that_are_not_there_are_named(tmp_path, monkeypatch):
@@ -116,33 +117,33 @@ def test_weights_that_are_not_there_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HVD_CACHE", str(tmp_path / "cache"))
     runs = f"--runs_dir {tmp_path}/runs --policy.weight_loader"
     with pytest.raises(UserError, match=r"^policy.weight_loader \S+nowhere: no Orbax checkpoint there"):
-        checks.check_weights(parse(f"{runs} {tmp_path}/nowhere"), ("value", "policy"))
-    checks.check_weights(parse(f"{runs} {tmp_path}/nowhere"), ("value",))
+        inputs.check_weights(parse(f"{runs} {tmp_path}/nowhere"), ("value", "policy"))
+    inputs.check_weights(parse(f"{runs} {tmp_path}/nowhere"), ("value",))
     (tmp_path / "here" / "params").mkdir(parents=True)
     (tmp_path / "here" / "params" / "_METADATA").write_text("{}")
     for path in ("here", "here/params"):
-        checks.check_weights(parse(f"{runs} {tmp_path}/{path}"), ("policy",))
+        inputs.check_weights(parse(f"{runs} {tmp_path}/{path}"), ("policy",))
     monkeypatch.setenv("HVD_OFFLINE", "1")
     url = "s3://openpi-assets/checkpoints/pi0_base/params"
     with pytest.raises(UserError, match=rf"^policy.weight_loader {url}: HVD_OFFLINE is set"):
-        checks.check_weights(parse(f"{runs} {url}"), ("policy",))
+        inputs.check_weights(parse(f"{runs} {url}"), ("policy",))
     (tmp_path / "runs" / "demo" / "policy" / "checkpoints" / "5").mkdir(parents=True)
-    checks.check_weights(parse(f"{runs} {url}"), ("policy",))
+    inputs.check_weights(parse(f"{runs} {url}"), ("policy",))
     with pytest.raises(UserError, match="HVD_OFFLINE"):
-        checks.check_weights(parse(f"{runs} {url}"), ("policy",), overwrite=True)
+        inputs.check_weights(parse(f"{runs} {url}"), ("policy",), overwrite=True)
 
 
 def test_the_public_tokenizer_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("HVD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HVD_OFFLINE", "1")
     with pytest.raises(UserError, match=r"gs://big_vision/paligemma_tokenizer.model: .* --model.tokenizer_path FILE"):
-        checks.check_datasets(parse("--model.tokenizer paligemma"))
+        inputs.check_datasets(parse("--model.tokenizer paligemma"))
 
 
 def test_a_runs_dir_that_is_a_file_is_named(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(UserError, match="is no folder; set --runs_dir"):
-        checks.check_writable(str(tmp_path / "runs" / "demo"))
-    checks.check_writable(str(tmp_path / "new" / "demo"))
+        inputs.check_writable(str(tmp_path / "runs" / "demo"))
+    inputs.check_writable(str(tmp_path / "new" / "demo"))
     assert not (tmp_path / "new").exists(), "asking changes nothing"
-    checks.check_writable("gs://bucket/demo")
+    inputs.check_writable("gs://bucket/demo")

@@ -17,7 +17,7 @@ PRODUCT_LINES, TEST_LINES, GOLDEN_LINES = 25_000, 25_500, 4_800
 TABLES = ("method.objectives", "method.weights", "method.extraction", "method.parameters", "method.table")
 LAYERS = (
     ("errors", "files", "tables", "pools"),
-    ("fields", "robots", "configs", "mixture", "experiments", "overrides", "stages", "checks", *TABLES),
+    ("fields", "robots", "configs", "mixture", "experiments", "overrides", "checks", *TABLES),
     ("storage", "runtime", "accelerators", "gpu_environment"),
     ("data",),
     ("models",),
@@ -39,8 +39,6 @@ LONG_FUNCTIONS: set[str] = {
 }
 CIRCLES: set[str] = {"hvd.export -> hvd.export.params"}  # imports of a package's own __init__
 UPWARDS: set[str] = {
-    "hvd.checks -> hvd.storage.cache",
-    "hvd.checks -> hvd.train.run_dir",
     "hvd.launch.submit -> hvd.cli",
     "hvd.runtime.heartbeat -> hvd.train.run_dir",
     "hvd.runtime.owner -> hvd.clusters.slurm.queue",

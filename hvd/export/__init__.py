@@ -78,12 +78,9 @@ def export(cfg: Experiment, options: Export) -> Path:
     mark = {
         "run": os.fspath(run),
         "stage": stage,
-        "step": found.step,
-        "digest": found.digest,
-        "version": found.version,
+        **{name: getattr(found, name) for name in ("step", "digest", "version")},
         "asset_id": asset,
-        "merge_lora": options.merge_lora,
-        "keep_padding": options.keep_padding,
+        **{name: getattr(options, name) for name in ("merge_lora", "keep_padding")},
     }
     if _is_there(target, mark):
         print(f"{target}: this export is there already, nothing to do", flush=True)

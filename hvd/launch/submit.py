@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hvd import overrides
-from hvd.checks import check_config, check_datasets, check_devices, check_weights, check_writable
+from hvd.checks import check_config, check_devices
 from hvd.clusters import base
 from hvd.clusters.base import Planned, Request
 from hvd.configs import Experiment
@@ -25,6 +25,7 @@ from hvd.files import write_atomic
 from hvd.launch import fit
 from hvd.method import value_run
 from hvd.stages import needs_value
+from hvd.train.inputs import check_datasets, check_weights, check_writable
 
 
 @dataclass(frozen=True)

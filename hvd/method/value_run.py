@@ -1,21 +1,20 @@
 """Which value run a policy takes, and whether it fits. The launcher, `hvd plan` and the policy stage ask here.
 
-Imports no jax.
+Imports nothing slow: the launcher asks before it prints its first line.
 """
 
 import os
+from typing import Any
 
 from hvd import mixture
 from hvd.configs import Experiment
 from hvd.errors import UserError
-from hvd.method import extraction, objectives
-from hvd.train import complete
-from hvd.train import run_dir as runs
-from hvd.train.complete import Complete
 
 
 def needed(cfg: Experiment) -> bool:
     """Does the policy need a value run? Imitation does not. UserError where it would weigh no row with one."""
+    from hvd.method import extraction
+
     if not extraction.extractor(cfg)[0].needs_value(cfg):
         return False
     if not mixture.weighted(cfg):
@@ -31,12 +30,14 @@ def own_needed(cfg: Experiment) -> bool:
     return needed(cfg) and not cfg.policy.value_run
 
 
-def check(cfg: Experiment, *, digests: bool = True) -> Complete:
-    """The value run that the policy takes is complete, undamaged and fits it; UserError otherwise.
+def check(cfg: Experiment, *, digests: bool = True) -> Any:
+    """The value run that the policy takes, as hvd.train.complete.Complete: undamaged and fitting; UserError otherwise.
 
     Args:
         digests: read every byte of its checkpoint; False where a later step of the same command does.
     """
+    from hvd.train import complete
+
     if not cfg.policy.value_run:
         return complete.check_complete(cfg.value_dir, stage="value", cfg=cfg, digests=digests)
     folder = cfg.policy.value_run
@@ -46,6 +47,8 @@ def check(cfg: Experiment, *, digests: bool = True) -> Complete:
 
 def _check_fits(cfg: Experiment, folder: str) -> None:
     """The run's chunks, levels, cameras, normalisation and objective are the policy's."""
+    from hvd.train import run_dir as runs
+
     record = runs.read(folder)
     if record is None:
         raise UserError(f"policy.value_run {folder}: no run there (no {runs.CONFIG}); give the folder of a value run")
@@ -61,6 +64,8 @@ def _check_fits(cfg: Experiment, folder: str) -> None:
 
 def _meaning(cfg: Experiment) -> dict[str, object]:
     """What V, Q and A of a run mean, by field."""
+    from hvd.method import objectives
+
     return {
         "robot": cfg.robot,
         "levels": cfg.levels(),

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 
-from hvd.checks import check_weights
 from hvd.configs import Experiment
+from hvd.runtime import records
 from hvd.train import flops, loop, mesh, pretrained, stage_data
 from hvd.train import run_dir as runs
+from hvd.train.inputs import check_weights
 from hvd.train.mesh import Devices
 from hvd.train.program import Program
 from hvd.train.stage_data import StageData, Weights

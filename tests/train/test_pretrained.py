@@ -14,10 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-from hvd import checks
 from hvd.errors import UserError
 from hvd.models import weights
-from hvd.train import complete, mesh, pretrained, state
+from hvd.train import complete, inputs, mesh, pretrained, state
 from hvd.train.state import Graph
 from tests.folders import ROOT
 from tests.storage.servers import BUCKET, files_below, google_put, google_server, proxy_before
@@ -143,7 +142,7 @@ def test_a_wrong_path_or_url_touches_nothing(fresh, google, tmp_path):
         ("ftp://host/params", "hvd fetches gs://BUCKET/PATH"),
     ):
         cfg = imitation(fresh, weight_loader=path)
-        for ask in (policy.main, lambda c: checks.check_weights(c, ("policy",))):
+        for ask in (policy.main, lambda c: inputs.check_weights(c, ("policy",))):
             with pytest.raises(UserError, match=rf"^policy.weight_loader {path}: {line}"):
                 ask(cfg)
         assert not Path(cfg.runs_dir).exists() or not list(Path(cfg.runs_dir).rglob("config.yaml"))
@@ -154,7 +153,7 @@ def test_another_models_checkpoint_touches_nothing(fresh, trained):
 
     cfg = imitation(fresh, weight_loader=trained.policy_dir + "/checkpoints/12")
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=65))
-    checks.check_weights(cfg, ("policy",))
+    inputs.check_weights(cfg, ("policy",))
     with pytest.raises(UserError, match=r"input_embedding has shape \[64, 64\] in it, .*: set model.vocab_size 64"):
         policy.main(cfg)
     assert not Path(cfg.policy_dir).exists()

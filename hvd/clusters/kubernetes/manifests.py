@@ -35,7 +35,7 @@ def _text(pattern: str, words: str) -> Rule:
 
 
 _NAME = _text(r"[a-z0-9]([-a-z0-9]{0,40}[a-z0-9])?", "must be small letters, digits and - only, 42 at most")
-_SIZE = _text(r"\d+(Ki|Mi|Gi|Ti|k|M|G|T)?", "is no size such as 64Gi")
+_SIZE = _text(r"\d+(Ki|Mi|Gi|Ti|k|M|G|T)?", "is not a size such as 64Gi")
 _WORD = _text(r"\S+", "must not hold spaces")
 
 
