@@ -148,3 +148,17 @@ def test_links_lead_somewhere_inside_the_repository(path):
         )
         assert heading in headings, target
     assert "../shared" not in page or path.name == "CONTRIBUTING.md"
+
+
+def test_every_environment_variable_is_in_the_operations_page():
+    used: set[str] = set()
+    for folder in ("hvd", "slurm", "docker", "k8s"):
+        for path in (ROOT / folder).rglob("*"):
+            if (
+                path.is_file()
+                and "__pycache__" not in path.parts
+                and path.suffix in (".py", ".sh", ".sbatch", ".yaml", "")
+            ):
+                used |= set(re.findall(r"\bHVD_[A-Z][A-Z_]*[A-Z]\b", path.read_text(errors="ignore")))
+    named = set(re.findall(r"`(HVD_[A-Z_]+)`", PAGES[Path("docs/operations.md")]))
+    assert len(used) > 15 and used <= named, sorted(used - named)
