@@ -26,6 +26,13 @@ ROW_BY_ROW = 32 << 20  # bytes of logits from which on attend_rows takes the row
 MASKED_LOGIT = -2.3819763e38  # finite, so that a row without any valid key gives finite numbers
 
 
+Queries = Float[Array, "b t n h"]
+Keys = Float[Array, "b s k h"]  # and values
+Old = Float[Array, "b p k h"]  # keys and values of earlier tokens
+Mask = Bool[Array, "b t p_s"]
+Images = Float[Array, "n t h s"]  # queries, keys or values of images
+
+
 def choose(kind: Kind, part: Literal["images", "language"], dtype: jnp.dtype, head_dim: int) -> Form:
     """The form that `kind` (ModelConfig.attention) means for a part of the model on the platform compiled for.
 
@@ -54,13 +61,7 @@ def _capability() -> tuple[int, int]:
     return known.capability if known else (0, 0)
 
 
-def attend(
-    q: Float[Array, "b t n h"],
-    k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
-    mask: Bool[Array, "b t p_s"],
-    cache: tuple[Float[Array, "b p k h"], Float[Array, "b p k h"]] | None = None,
-) -> Float[Array, "b t n h"]:
+def attend(q: Queries, k: Keys, v: Keys, mask: Mask, cache: tuple[Old, Old] | None = None) -> Queries:
     """Grouped-query attention of already scaled queries; softmax in float32, masked logits MASKED_LOGIT.
 
     `cache` holds keys and values that come before k and v; they are not concatenated with them, only their logits are
@@ -86,13 +87,7 @@ def attend(
     return out.reshape(b, heads, t, group, h).swapaxes(1, 2).reshape(b, t, n, h)
 
 
-def attend_rows(
-    q: Float[Array, "b t n h"],
-    k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
-    mask: Bool[Array, "b t p_s"],
-    cache: tuple[Float[Array, "b p k h"], Float[Array, "b p k h"]] | None = None,
-) -> Float[Array, "b t n h"]:
+def attend_rows(q: Queries, k: Keys, v: Keys, mask: Mask, cache: tuple[Old, Old] | None = None) -> Queries:
     """`attend`, with the logits of one row of the batch at a time where they are large, made again when going back.
 
     A fraction of the memory at the same speed on a CPU, which has no kernel that fuses all of it.
@@ -103,13 +98,7 @@ def attend_rows(
     return jax.lax.map(jax.checkpoint(lambda row: attend(*row)), inputs)[:, 0]
 
 
-def attend_cudnn(
-    q: Float[Array, "b t n h"],
-    k: Float[Array, "b s k h"],
-    v: Float[Array, "b s k h"],
-    mask: Bool[Array, "b t p_s"],
-    cache: tuple[Float[Array, "b p k h"], Float[Array, "b p k h"]] | None = None,
-) -> Float[Array, "b t n h"]:
+def attend_cudnn(q: Queries, k: Keys, v: Keys, mask: Mask, cache: tuple[Old, Old] | None = None) -> Queries:
     """The same by cuDNN's fused kernel; the cache is concatenated."""
     if cache is not None:
         k, v = (jnp.concatenate([old, new], axis=1) for old, new in zip(cache, (k, v), strict=True))
@@ -121,17 +110,13 @@ def attend_cudnn(
     return out[:, :t]
 
 
-def attend_all(
-    q: Float[Array, "n t h s"], k: Float[Array, "n u h s"], v: Float[Array, "n u h s"]
-) -> Float[Array, "n t h s"]:
+def attend_all(q: Images, k: Images, v: Images) -> Images:
     """Attention of already scaled queries without a mask; softmax in float32."""
     logits = jnp.einsum("nths,nuhs->nhtu", q, k, preferred_element_type=jnp.float32)
     return jnp.einsum("nhtu,nuhs->nths", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
 
 
-def attend_all_cudnn(
-    q: Float[Array, "n t h s"], k: Float[Array, "n u h s"], v: Float[Array, "n u h s"]
-) -> Float[Array, "n t h s"]:
+def attend_all_cudnn(q: Images, k: Images, v: Images) -> Images:
     """The same by cuDNN's fused kernel."""
     return jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation="cudnn")
 

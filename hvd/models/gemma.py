@@ -302,7 +302,7 @@ class Gemma(nnx.Module):
         xs = [None if x is None else sharding.rows(x.astype(self.dtype)) for x in xs]
         wanted = [x is not None and (wanted is None or wanted[i]) for i, x in enumerate(xs)]
         angles = rope_angles(positions, self.configs[0].head_dim)
-        # An expert that is left out has no gradient, and so must not look as if it had
+        # Otherwise the backward pass would make gradients of zeros for the experts that are left out
         absent = tuple(i for i, x in enumerate(xs) if x is None)
         graphdef, stacked, rest = nnx.split(self.layers, lambda path, _: expert_of(path) not in absent, ...)
         stacked = nnx.merge_state(stacked, jax.tree.map(jax.lax.stop_gradient, rest))
@@ -318,17 +318,21 @@ class Gemma(nnx.Module):
             return xs, kv if keep_kv else None
 
         depth = self.configs[0].depth
-        every = all(wanted[i] for i, x in enumerate(xs) if x is not None)
+        every = all(want or x is None for x, want in zip(xs, wanted, strict=True))
         segments = [(layer, depth)] if every else [(layer, depth - 1), (last, 1)]
-        rows, start = [mask[:, :0]], 0
-        for x, want in zip(xs, wanted, strict=True):
-            if x is not None:
-                rows += [mask[:, start : start + x.shape[1]]] if want else []
-                start += x.shape[1]
-        shared = angles, mask, mask if every else jnp.concatenate(rows, axis=1), conds
+        shared = angles, mask, mask if every else _rows_of(mask, xs, wanted), conds
         xs, kvs = stack.run(segments, stacked, xs, cache, shared, remat=self.remat, unroll=depth <= stack.FEW)
         xs = [
             None if x is None else getattr(self, expert_name("final_norm", i))(x, cond)[0]
             for i, (x, cond) in enumerate(zip(xs, conds, strict=True))
         ]
         return xs, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kvs) if keep_kv else None
+
+
+def _rows_of(mask: Bool[Array, "b t p_s"], xs: Sequence[Array | None], wanted: Sequence[bool]) -> Array:
+    """The mask's rows for the tokens of the wanted experts."""
+    ends = np.cumsum([0 if x is None else x.shape[1] for x in xs])
+    rows = [
+        mask[:, end - x.shape[1] : end] for x, end, want in zip(xs, ends, wanted, strict=True) if want and x is not None
+    ]
+    return jnp.concatenate([mask[:, :0], *rows], axis=1)

@@ -115,7 +115,7 @@ class _Plan:
     def forward(self, *inputs: Any) -> tuple[Any, Any]:
         params, x, extra, shared = (tuple(leaf.value for leaf in part) for part in inputs)
         moving = [tuple(leaf.perturbed for leaf in part) for part in inputs]
-        moving[1] = (True,) * len(x)  # after the first layer it is
+        moving[1] = (True,) * len(x)  # from the second layer on x depends on the parameters
         ys, backs = [], []
         for segment in range(len(self.segments)):
             layer = jax.checkpoint(self.layer(segment), policy=self.policy, prevent_cse=self.keep_apart)
@@ -148,7 +148,7 @@ class _Plan:
             def body(carry: Any, i: Any, scanned: Any) -> tuple[Any, Any]:
                 d_x, (d_params, d_extra, d_shared) = carry
                 back, d_y = scanned
-                back.args_res = [_take(params, i), back.args_res[1], _take(extra, i), shared]  # all but x was not saved
+                back.args_res = [_take(params, i), back.args_res[1], _take(extra, i), shared]  # only x was saved
                 of_params, d_x, of_extra, of_shared = back((d_x, d_y))
                 d_params = tuple(_put(d, of, i) for d, of in zip(d_params, _chosen(of_params, moving[0]), strict=True))
                 d_extra = tuple(_put(d, of, i) for d, of in zip(d_extra, _chosen(of_extra, moving[2]), strict=True))

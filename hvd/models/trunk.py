@@ -69,7 +69,6 @@ class Trunk(nnx.Module):
     ):
         self.dtype = jnp.dtype(cfg.dtype)
         self.cameras = cfg.cameras
-        self.token_len, self.vocab_size = cfg.max_token_len, cfg.vocab_size
         configs = gemma.get_config(trunk_variant), gemma.get_config(expert_variant)
         self.llm = gemma.Gemma(configs, cfg.vocab_size, self.dtype, rngs, remat, cfg.attention)
         if cfg.cameras:

@@ -14,7 +14,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from hvd.configs import ModelConfig
-from hvd.errors import UserError
 from hvd.models.lora import param
 from hvd.models.stack import Remat
 from hvd.models.trunk import Observation, Prefix, Tokens, Trunk
@@ -47,21 +46,12 @@ class ValueModel(nnx.Module):
     """V and twin Q of every level.
 
     Args:
-        cfg: sizes; the second expert of the trunk is cfg.value_expert_variant.
+        cfg: sizes, which hvd.checks has looked at; the second expert of the trunk is cfg.value_expert_variant.
         levels: action dims per level, root first (Experiment.levels()).
         remat: what the backward pass computes again (StageConfig.remat).
     """
 
     def __init__(self, cfg: ModelConfig, levels: tuple[tuple[int, ...], ...], rngs: nnx.Rngs, remat: Remat = "none"):
-        if cfg.action_patch < 1 or cfg.action_horizon % cfg.action_patch:
-            raise UserError(
-                f"model.action_patch {cfg.action_patch} must divide model.action_horizon {cfg.action_horizon}"
-            )
-        flat = [d for level in levels for d in level]
-        if not flat or len(set(flat)) != len(flat) or min(flat) < 0 or max(flat) >= cfg.action_dim:
-            raise UserError(
-                f"model.hierarchical_actions must name each action dim once, in 0..{cfg.action_dim - 1}; got {levels}"
-            )
         self.levels = tuple(tuple(level) for level in levels)
         self.patch = cfg.action_patch
         self.PaliGemma = Trunk(cfg, trunk_variant(cfg), cfg.value_expert_variant, rngs, remat)

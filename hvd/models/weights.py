@@ -5,6 +5,7 @@ checkpoints do not: both are taken, in float32 and bfloat16. Arrays go straight 
 that the model keeps them in; a process reads the chunks that its devices need and no others.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -141,7 +142,7 @@ def _misfit(source: str, name: str, theirs: tuple[int, ...], ours: tuple[int, ..
 
 def report(checkpoint: Checkpoint, found: Match, model: Named) -> list[str]:
     """Lines that say what was loaded, what starts fresh, what is left over; no array goes without a word."""
-    millions = sum(_size(model[name]) for name in found.loaded) / 1e6
+    millions = sum(math.prod(model[name].shape) for name in found.loaded) / 1e6
     lines = [f"{checkpoint.source}: {len(found.loaded)} arrays ({millions:.1f} M parameters) loaded"]
     if found.initialised:
         lines.append(f"  {len(found.initialised)} initialised: {_folded(found.initialised)}")
@@ -171,13 +172,6 @@ def _folded(names: tuple[str, ...]) -> str:
         else ", ".join(f"{folder}/{x}".lstrip("/") for x in leaves)
         for folder, leaves in folders.items()
     )
-
-
-def _size(x: Any) -> int:
-    size = 1
-    for length in x.shape:
-        size *= length
-    return size
 
 
 def read(checkpoint: Checkpoint, wanted: Named) -> dict[str, Array]:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -22,7 +21,7 @@ from hvd import files
 from hvd.errors import UserError
 from hvd.train import host_memory
 from hvd.train import run_dir as runs
-from hvd.train.state import Graph, TrainState, join, named
+from hvd.train.state import Graph, TrainState, join
 
 _ITEMS = ("params", "train_state", "loop")
 
@@ -187,7 +186,3 @@ def _key(part: Any) -> str:
         if hasattr(part, attribute):
             return str(getattr(part, attribute))
     return str(part)
-
-
-def parameter_count(tree: Any) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in named(tree).values())

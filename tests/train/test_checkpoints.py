@@ -150,7 +150,3 @@ def test_unfinished_save_is_no_checkpoint(graph, tmp_path):
     again.wait()
     assert again.latest() == 2
     again.close()
-
-
-def test_count():
-    assert checkpoints.parameter_count({"a": jnp.ones((3, 4)), "b": {"c": jnp.ones(5)}}) == 17
