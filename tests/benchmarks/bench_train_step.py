@@ -1,6 +1,7 @@
 """Our policy step against openpi's on the same machine: one small pi0, one fixed batch, each case in its own process.
 
     python -m tests.benchmarks.bench_train_step [--steps 5] [--cases full_bf16,lora_bf16] [--remat none]
+        [--depth 8] [--layers scan]
 
 openpi's side runs when OPENPI_DIR names a checkout of it whose python, OPENPI_PYTHON (default: this one), has what its
 model and training need (jax 0.5.3, flax 0.10.2, ...; torch and lerobot may be missing). Without it only ours is
@@ -53,6 +54,11 @@ def ours(case: dict) -> dict[str, float]:
     from hvd.models.lora import LoraConfig
     from hvd.train import host_memory, mesh, state
 
+    if case.get("layers") == "scan":
+        from hvd.models import stack
+        from tests.benchmarks import scan_stack
+
+        stack.run = scan_stack.run
     imported = time.perf_counter()
     suffix = "_lora" if case["lora"] else ""
     for name in ("trunk", "expert"):
@@ -141,6 +147,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
+    parser.add_argument("--depth", type=int, default=TRUNK["depth"], help="from 7 on layers run in a loop")
+    parser.add_argument(
+        "--layers", default="stack", choices=("stack", "scan"), help="scan: lax.scan and jax.checkpoint"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -149,17 +159,18 @@ def main() -> None:
     openpi = os.environ.get("OPENPI_DIR")
     if not openpi:
         print("OPENPI_DIR is not set: only hvd is measured")
-    columns = ("wall_s", "cpu_s", "peak_mb", "compile_s", "trace_s", "init_s", "import_s", "loss")
+    columns = ("wall_s", "cpu_s", "peak_mb", "temp_mb", "compile_s", "trace_s", "init_s", "import_s", "loss")
     print(f"{'case':12}{'side':8}" + "".join(f"{column:>11}" for column in columns), flush=True)
     for name in args.cases.split(","):
-        case = SHAPE | CASES[name] | {"steps": args.steps, "remat": args.remat}
+        case = SHAPE | CASES[name] | {"steps": args.steps, "remat": args.remat, "layers": args.layers}
+        case |= {part: SHAPE[part] | {"depth": args.depth} for part in ("trunk", "expert")}
         sides = {"hvd": [sys.executable, "-m", "tests.benchmarks.bench_train_step", "--one"]}
         if openpi:
             sides["openpi"] = [os.environ.get("OPENPI_PYTHON", sys.executable), str(HERE / "openpi_train_step.py")]
         found = {}
         for side, command in sides.items():
             found[side] = in_process(command, case)
-            numbers = "".join(f"{found[side][column]:11.3f}" for column in columns)
+            numbers = "".join(f"{found[side].get(column, float('nan')):11.3f}" for column in columns)
             print(f"{name:12}{side:8}{numbers}", flush=True)
         if openpi:
             speed = found["openpi"]["wall_s"] / found["hvd"]["wall_s"]

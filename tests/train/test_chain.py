@@ -37,6 +37,7 @@ def write_chain(root, episodes: int) -> None:
             writer.add_episode(columns, task="go", extra={"success": good, "quality": "teleop"})
 
 
+@pytest.mark.slow
 def test_values_of_a_chain(tmp_path):
     write_chain(tmp_path / "chain", 16)
     data = DataConfig(repo_id="chain", root=str(tmp_path / "chain"))

@@ -29,6 +29,7 @@ def compiled(monkeypatch):
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [value, policy])
 def test_nothing_is_compiled_again(fresh, compiled, stage):
     """Validation at steps 2, 4, ..., saves at 3, 6, ...: from step 4 on every kind of thing has been done once."""

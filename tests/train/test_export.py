@@ -105,6 +105,7 @@ def test_the_floor_of_the_spread(mode):
     np.testing.assert_array_equal(export.openpi_stats(stats, NormConfig(mode=mode))["state"].q99, stats["state"].q99)
 
 
+@pytest.mark.slow
 def test_lora(fresh, trained, tmp_path, capsys):
     """A LoRA run on the weights of a full one: exported with its updates, and merged into a plain model's tree."""
     model = factory.model(paligemma_variant="dummy_lora", action_expert_variant="dummy_lora")

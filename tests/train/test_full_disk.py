@@ -24,6 +24,7 @@ cli.command()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoints", [0.5, 1.4])
 def test_full_disk(trained, tmp_path, checkpoints):
     """Room for half a checkpoint: the first save fails; for 1.4: the second does, while the first is still kept."""

@@ -216,6 +216,7 @@ def test_written_and_read_is_the_identity(tmp_path):
     end(child("identity", tmp_path, devices=4))
 
 
+@pytest.mark.slow
 def test_each_process_reads_its_own_part(tmp_path):
     """2 processes x 2 devices: each reads half of the bytes, and no device ever holds a whole large array."""
     end(child("write", tmp_path / "params", devices=4))
