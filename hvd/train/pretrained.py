@@ -2,8 +2,8 @@
 
 In three moments: `hvd.train.inputs.check_weights` asks cheaply whether there is one (before a job is queued); `ready`
 fetches it and compares names and shapes (before the run's folder is touched); what `ready` gives puts the arrays in
-their places once the fresh state is on the mesh. What the checkpoint lacks (LoRA updates, the value heads) stays as it was
-initialised; what the model lacks is left over; both are printed.
+their places once the fresh state is on the mesh. What the checkpoint lacks (LoRA updates, the value heads) stays as it
+was initialised; what the model lacks is left over; both are printed.
 """
 
 import dataclasses
