@@ -86,6 +86,6 @@ def _check_run(cfg: Experiment) -> None:
     for name, value in (("exp_name", cfg.exp_name or cfg.name), ("policy.run_name", cfg.policy.run_name)):
         parts = Path(value).parts
         if not parts or Path(value).is_absolute() or ".." in parts or (name != "exp_name" and len(parts) > 1):
-            raise UserError(f"{name} {value!r} is no name of a folder below runs_dir")
+            raise UserError(f"{name} {value!r} is not the name of a folder below runs_dir")
     if cfg.policy.run_name in RESERVED:
         raise UserError(f"policy.run_name {cfg.policy.run_name!r} is taken by another part of the experiment")

@@ -184,7 +184,7 @@ class StageConfig:
         ("wrist",), IF_SET, "cameras whose name holds one of these are fixed to a hand: neither cropped nor turned"
     )
     state_noise: float = option(
-        0.0, NOT_NEGATIVE, "std of noise on the normalised state in training: against learning poses by heart"
+        0.0, NOT_NEGATIVE, "std of noise on the normalised state in training, against overfitting to poses"
     )
     log_interval: int = option(100, AT_LEAST_1, FREE)
     val_interval: int = option(1_000, AT_LEAST_1, FREE)

@@ -85,7 +85,7 @@ def demo() -> Experiment:
 def g1() -> Experiment:
     """A real Unitree G1 with Inspire hands (26 joints, one camera), ten episodes of one task, tiny models.
 
-    Eight training episodes are soon learnt by heart, so both stages train with much noise on the state and strong crops
+    Eight training episodes are soon overfitted, so both stages train with much noise on the state and strong crops
     (BENCHMARKS.md has the figures without).
 
     Command: python launch/submit.py --stage all --config g1 --data PATH

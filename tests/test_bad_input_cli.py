@@ -55,7 +55,7 @@ HVD = [
     ("train-policy --config g1", "value"),
     ("advantages --config demo", "no run at runs/demo/value: train it first"),
     ("verify --config g1", "no run in runs/g1"),
-    ("verify --config demo --exp_name ../../etc", "exp_name '../../etc' is no name of a folder"),
+    ("verify --config demo --exp_name ../../etc", "exp_name '../../etc' is not the name of a folder"),
 ]
 
 

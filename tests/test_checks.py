@@ -59,9 +59,9 @@ def test_named_configs_are_right(name):
         ("--value.grad_accum_steps 0", "value.grad_accum_steps 0 must be at least 1"),
         ("--policy.grad_accum_steps 3", "policy.grad_accum_steps 3 does not divide policy.batch_size 32"),
         ("--policy.run_name value", "policy.run_name 'value' is taken by another part"),
-        ("--policy.run_name a/b", "policy.run_name 'a/b' is no name of a folder"),
-        ("--exp_name ../up", "exp_name '../up' is no name of a folder"),
-        ("--exp_name /up", "exp_name '/up' is no name of a folder"),
+        ("--policy.run_name a/b", "policy.run_name 'a/b' is not the name of a folder"),
+        ("--exp_name ../up", "exp_name '../up' is not the name of a folder"),
+        ("--exp_name /up", "exp_name '/up' is not the name of a folder"),
     ],
 )
 def test_a_contradiction_is_one_line(text, line):

@@ -74,7 +74,7 @@ def export(cfg: Experiment, options: Export) -> Path:
     found = complete.check_complete(run, stage=stage, cfg=cfg)
     asset = options.asset_id or cfg.optimal_data.repo_id or cfg.name
     if not all(part not in ("", ".", "..") for part in asset.split("/")):
-        raise UserError(f"--asset-id {asset!r} is no name of a folder below assets/")
+        raise UserError(f"--asset-id {asset!r} is not the name of a folder below assets/")
     mark = {
         "run": os.fspath(run),
         "stage": stage,

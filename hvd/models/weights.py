@@ -48,7 +48,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Match:
-    """Names of a model's parameters that a checkpoint has, of those it has not, and of arrays nobody takes.
+    """Names of a model's parameters that a checkpoint has, of those it has not, and of arrays that no parameter takes.
 
     Attributes:
         loaded: to be taken from the checkpoint.
@@ -97,7 +97,7 @@ def is_trunk(name: str) -> bool:
 
 
 def _kind(names: Named) -> str:
-    """Whose second expert it is: the value model's, the policy's, or nobody's (PaliGemma alone)."""
+    """Whose second expert it is: the value model's, the policy's, or neither's (PaliGemma alone)."""
     heads = {name.partition("/")[0] for name in names}
     return "value model" if "v_head" in heads else "policy" if "action_out_proj" in heads else ""
 

@@ -104,7 +104,7 @@ class Section:
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The whole report. What is missing stands first: nobody scrolls down to look for what is not there."""
+    """The whole report. What is missing stands first, where a reader sees it."""
     missing = [line for section in sections for line in section.missing]
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="quiet">{html.escape(subtitle)}</p>']
     links = [f'<a href="#{s.anchor}">{html.escape(s.title)}</a>' for s in sections if s.body]

@@ -108,7 +108,7 @@ class Batcher:
                 else:
                     self._failures = 0
         finally:
-            with self._changed:  # nobody waits for a thread that has ended
+            with self._changed:  # so that no caller waits for a thread that has ended
                 self._stopping = True
                 for job in self._jobs:
                     job.future.cancel()

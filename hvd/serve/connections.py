@@ -173,7 +173,7 @@ class PolicyServer:
             self._metrics.connections = len(self._open)
 
     async def _exchange(self, connection: ServerConnection, message: str | bytes, last: float | None) -> float | None:
-        """Answer one message; returns the seconds it took, or None when nobody was there to hear the answer."""
+        """Answer one message; returns the seconds it took, or None when the client had gone."""
         begin = time.monotonic()
         try:
             reply = await self._answer(connection, message, last, begin)

@@ -180,7 +180,7 @@ class _Download:
             self._give(lambda: self._finish(part.name))
 
     def _again(self, name: str) -> None:
-        """The whole object once more: nobody knows which of its ranges is wrong."""
+        """The whole object once more: which of its ranges is wrong is not known."""
         file = self._files[name]
         file.bad += 1
         if file.bad == BAD_SUMS:

@@ -81,7 +81,7 @@ def claim(data: StageData, folder: str, devices: Devices, inputs: dict[str, str]
     """
     cfg, stage = data.cfg, data.stage
     runs.check_startable(folder, cfg, stage, inputs, overwrite=overwrite)
-    devices.barrier("checked")  # nobody writes before all have looked
+    devices.barrier("checked")  # no process writes before all have looked
     _own(folder, devices)
     if devices.is_main:
         if overwrite:

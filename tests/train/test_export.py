@@ -156,7 +156,7 @@ def test_nothing_else_is_overwritten(trained, fresh, tmp_path):
         export.export(fresh(), Export(to=str(tmp_path / "out")))
     with pytest.raises(UserError, match="--merge-lora: the policy run has no LoRA updates"):
         export.export(trained, Export(to=str(tmp_path / "out"), merge_lora=True))
-    with pytest.raises(UserError, match=r"--asset-id '\.\./up' is no name"):
+    with pytest.raises(UserError, match=r"--asset-id '\.\./up' is not the name"):
         export.export(trained, Export(to=str(tmp_path / "out"), asset_id="../up"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine"], "nothing half done is left"
 

@@ -23,7 +23,7 @@ ENDED = frozenset(
 )
 NEVER = "DependencyNeverSatisfied"  # the reason of a job that waits for one that failed
 
-_TIMEOUT_S = 20.0  # of one command; Slurm's own tries take 8 s where nobody answers
+_TIMEOUT_S = 20.0  # of one command; Slurm's own tries take 8 s where no controller answers
 _PAUSES_S = (0.5, 1.5)  # between tries
 _TRY_FOR_S = 10.0  # no new try after that
 _FEW = 8  # jobs that are asked for one by one before the whole queue is
