@@ -131,7 +131,7 @@ def check_rules(config: Any, spelled: Callable[[str], str] = str) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{spelled(leaf.name)} {value} is not a finite number")
         if rule is not None and not rule.holds(value):
-            known = nearest(value, rule.names()) if rule.names is not tuple else ""
+            known = nearest(str(value), rule.names()) if rule.names is not tuple else ""
             raise UserError(f"{spelled(leaf.name)} {value!r} {rule.text}{known}")
 
 
