@@ -57,7 +57,7 @@ def test_joining_changes_no_frame(tmp_path, codec):
     with av.open(str(tmp_path / "all.mp4")) as container:
         stream = container.streams.video[0]
         tick = float(stream.time_base or 0)
-        frames = [((f.pts or 0) * tick, f.key_frame) for f in container.read_video(stream)]
+        frames = [((f.pts or 0) * tick, f.key_frame) for f in container.decode(stream)]
         assert stream.average_rate == fps and (stream.duration or 0) * tick == pytest.approx(25 / fps)
     np.testing.assert_allclose([t for t, _ in frames], np.arange(25) / fps, atol=1e-6)
     key_frames = [k for _, k in frames]
