@@ -1,12 +1,13 @@
-"""The few statistics that evaluation needs: intervals, rank correlation, area under the ROC curve. Pure numpy."""
+"""The few statistics that evaluation needs: intervals, rank correlation, area under the ROC curve.
+
+scipy.stats is imported by the function that needs it: it takes longer than everything else that a report imports.
+"""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
-
-_Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,13 @@ class Estimate:
 
 
 def wilson(successes: int, n: int) -> Estimate:
-    """Share of successes with Wilson's score interval (E. B. Wilson, JASA 1927), good for small n and shares near 0
-    or 1. n must be positive."""
-    if not 0 <= successes <= n or n == 0:
-        raise ValueError(f"{successes} successes of {n}")
-    p, z2 = successes / n, _Z95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 / (1 + z2 / n) * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return Estimate(p, float(max(centre - half, 0.0)), float(min(centre + half, 1.0)), n)
+    """Share of successes with Wilson's score interval, good for small n and shares near 0 or 1. n must be positive."""
+    from scipy.stats import binomtest
+
+    if not n:
+        raise ValueError("a share of nothing")
+    interval = binomtest(successes, n).proportion_ci(0.95, "wilson")
+    return Estimate(successes / n, float(interval.low), float(interval.high), n)
 
 
 def bootstrap(
@@ -53,25 +53,20 @@ def bootstrap(
     return Estimate(statistic(values), float(low), float(high), len(values))
 
 
-def ranks(values: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Ranks 1..n; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[inverse]
-
-
 def spearman(x: Shaped[np.ndarray, " n"], y: Shaped[np.ndarray, " n"]) -> float:
     """Rank correlation of `x` and `y` (Spearman's rho, ties averaged); 0 when one of them is constant."""
-    a, b = ranks(x), ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    scale = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale > 0 else 0.0
+    from scipy.stats import spearmanr
+
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return float(spearmanr(x, y).statistic)
 
 
 def auc(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
     """Probability that a positive's score is above a negative's (ties count half); NaN without both kinds."""
-    p = int(positive.sum())
-    q = len(positive) - p
-    if p == 0 or q == 0:
+    from scipy.stats import mannwhitneyu
+
+    if positive.all() or not positive.any():
         return float("nan")
-    return float((ranks(scores)[positive].sum() - p * (p + 1) / 2) / (p * q))
+    wins = mannwhitneyu(scores[positive], scores[~positive], method="asymptotic").statistic
+    return float(wins / (positive.sum() * (~positive).sum()))

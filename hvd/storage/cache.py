@@ -11,7 +11,6 @@ network; HVD_OFFLINE=1 never asks it. Imports no jax.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -21,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from hvd.errors import Failed, UserError
-from hvd.storage.download import JOURNAL, THREADS, disk_error, download, received, retried
-from hvd.storage.progress import size
+from hvd.files import disk_errors, locked, write_atomic
+from hvd.storage.download import download, received, retried
 from hvd.storage.remote import Busy, Location, Object, Refused, Store, is_url, open_store, parse
 
 __all__ = ["cache_root", "cached", "check", "fetch", "is_url", "offline"]
@@ -30,6 +29,7 @@ __all__ = ["cache_root", "cached", "check", "fetch", "is_url", "offline"]
 PALIGEMMA_TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"  # public, 4 MB
 TOKENIZER_ADVICE = "or bring that file here yourself and name it: --model.tokenizer_path FILE"
 MANIFEST = ".manifest.json"
+_ADVICE = "free some or set HVD_CACHE to a folder with room that can be written; the same command then goes on"
 _WAIT_S, _SAY_S = 0.1, 15.0  # how often a waiting process looks, and says so
 
 
@@ -62,7 +62,7 @@ def check(url: str, field: str = "") -> None:
     location = parse(url, field)
     with _as_user(url, field):
         _refuse_offline(location)
-        with contextlib.suppress(Busy), contextlib.closing(open_store(location, 1)) as store:
+        with contextlib.suppress(Busy), contextlib.closing(open_store(location)) as store:
             if store.find(location.path) is None and not store.below(location.path + "/", limit=1):
                 raise Refused("there is nothing")
 
@@ -92,14 +92,12 @@ def fetch(url: str, field: str = "", poll: Callable[[], None] = lambda: None) ->
 
 
 def _fetch(location: Location, entry: Path, poll: Callable[[], None]) -> None:
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, entry.parent) from error
-    with _alone(entry, location.url, poll):
+    lock = entry.parent / f".{entry.name}.lock"
+    # On a network file system other nodes may not see the lock, or there is none: `_publish` is right without it
+    with disk_errors(entry.parent, _ADVICE), locked(lock, _waiting(entry, location.url, poll)):
         if _whole(entry):
             return
-        with contextlib.closing(open_store(location, THREADS)) as store:
+        with contextlib.closing(open_store(location)) as store:
             objects = retried(location.url, lambda: _objects(store, location))
             folder = _partial(entry, objects)
             try:
@@ -107,22 +105,15 @@ def _fetch(location: Location, entry: Path, poll: Callable[[], None]) -> None:
                 download(store, objects, folder, location.url, poll)
                 _publish(folder, entry, location, objects)
             except FileNotFoundError:
-                if not _whole(entry):  # else another node, without a lock that we could see, has finished it meanwhile
+                if not _whole(entry):  # else another node, whose lock cannot be seen here, has finished it meanwhile
                     raise
-            except OSError as error:
-                raise disk_error(error, folder) from error
 
 
 def _publish(folder: Path, entry: Path, location: Location, objects: dict[str, Object]) -> None:
     """The finished folder becomes the entry, by one rename."""
     files = {name: {"bytes": item.size, "version": item.version} for name, item in objects.items()}
     manifest = {"url": location.url, "bytes": sum(item.size for item in objects.values()), "files": files}
-    temporary = folder / f"{MANIFEST}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
     if entry.exists() and not _whole(entry):
         shutil.rmtree(entry)  # somebody has taken files out of it
     try:
@@ -131,7 +122,9 @@ def _publish(folder: Path, entry: Path, location: Location, objects: dict[str, O
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _whole(entry):
             raise
         shutil.rmtree(folder, ignore_errors=True)  # another node was first
-    shutil.rmtree(entry / JOURNAL, ignore_errors=True)
+    for path in entry.rglob("*"):  # temporary files of killed processes, and of another node that does the same
+        if path.is_file() and path.relative_to(entry).as_posix() not in (MANIFEST, *files):
+            path.unlink(missing_ok=True)
     for old in entry.parent.glob(f".{entry.name}-*.partial"):  # of a listing that is no longer true
         shutil.rmtree(old, ignore_errors=True)
     with contextlib.suppress(OSError):  # the rename itself onto the disk, where the file system can
@@ -202,58 +195,18 @@ def _as_user(url: str, field: str) -> Iterator[None]:
         raise Failed(f"{field}: {error}" if field else str(error)) from error
 
 
-@contextlib.contextmanager
-def _alone(entry: Path, url: str, poll: Callable[[], None]) -> Iterator[None]:
-    """One process of the node at a time; the lock goes with its process. Waiting ends when the entry is there.
-
-    On a network file system the lock may not be seen by other nodes, or not exist: `_publish` is right without it.
-    """
-    path = entry.parent / f".{entry.name}.lock"
+def _waiting(entry: Path, url: str, poll: Callable[[], None]) -> Callable[[], None]:
+    """What a process does while another one of the node downloads: poll, and say now and then how far that one is."""
     said = time.monotonic()
-    lock = _lock_file(path)
-    try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _same_file(path, lock):
-                    break
-                os.close(lock)  # the one who held it has removed it: queue for the new one
-                lock = _lock_file(path)
-            except BlockingIOError:
-                poll()
-                if time.monotonic() - said > _SAY_S:
-                    said = time.monotonic()
-                    print(f"{url}: another process fetches it, {_others_progress(entry)} so far", flush=True)
-                time.sleep(_WAIT_S)
-            except OSError:
-                break  # a file system without locks
-            if _whole(entry):
-                break
-        try:
-            yield
-        finally:
+
+    def wait() -> None:
+        nonlocal said
+        poll()
+        if time.monotonic() - said > _SAY_S:
+            said = time.monotonic()
             with contextlib.suppress(OSError):
-                if _same_file(path, lock):
-                    path.unlink()
-    finally:
-        os.close(lock)
+                so_far = max((received(path) for path in entry.parent.glob(f".{entry.name}-*.partial")), default=0)
+                print(f"{url}: another process fetches it, {so_far / 1e9:.3g} GB so far", flush=True)
+        time.sleep(_WAIT_S)
 
-
-def _lock_file(path: Path) -> int:
-    try:
-        return os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-    except OSError as error:
-        raise disk_error(error, path) from error
-
-
-def _same_file(path: Path, descriptor: int) -> bool:
-    try:
-        return path.stat().st_ino == os.fstat(descriptor).st_ino
-    except FileNotFoundError:
-        return False
-
-
-def _others_progress(entry: Path) -> str:
-    with contextlib.suppress(OSError):
-        return size(max((received(p) for p in entry.parent.glob(f".{entry.name}-*.partial")), default=0))
-    return "some of it"
+    return wait

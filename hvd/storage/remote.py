@@ -1,22 +1,26 @@
 """Objects of a bucket, read over the network: gs:// by google-cloud-storage, s3:// by boto3 (extra `s3`).
 
-Both stores speak one small language: what lies below a URL, a range of an object as a stream of chunks, and three ways
-to fail: `Refused` (no such thing, no access: asking again does not help), `Busy` (429, 5xx, a cut connection, silence:
-ask again) and `Replaced` (the object is not the one that was listed).
+The packages transfer, in parts and in threads, and ask again. Both stores speak one small language: what lies below a
+URL, an object into a file, and four ways to fail: `Refused` (no such thing, no access: asking again does not help),
+`Busy` (429, 5xx, a cut connection, silence: ask again), `Replaced` (the object is not the one that was listed) and
+`Damaged` (a wrong checksum).
 """
 
 import base64
 import contextlib
 import os
-import threading
-import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from hvd.errors import UserError
+from hvd.storage import checksums
 
-CHUNK = 1 << 20  # bytes handed on at a time
+PART = 8 << 20  # bytes of one request: what a cut connection costs
+THREADS = 16  # requests at once for a large object
+TRIES = 7  # of one request
+BACKOFF_S, LONGEST_S = 0.5, 20.0  # pauses between them
 CONNECT_S, SILENCE_S = 15.0, 60.0  # a server that says nothing for so long is asked again
 
 _SCHEMES = ("gs", "s3")
@@ -27,15 +31,15 @@ class Refused(Exception):
 
 
 class Busy(Exception):
-    """It may work at the next try. `after_s`: when the store wants to be asked again, 0 = not said."""
-
-    def __init__(self, message: str, after_s: float = 0.0):
-        super().__init__(message)
-        self.after_s = after_s
+    """It may work at the next try."""
 
 
 class Replaced(Exception):
     """The object was overwritten after it had been listed."""
+
+
+class Damaged(Exception):
+    """What came does not have the object's checksum."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,12 @@ class Location:
 
 @dataclass(frozen=True)
 class Object:
-    """One object: its whole key, bytes, what tells its versions apart, and crc32c where the listing has it."""
+    """One object: its whole key, bytes, what tells its versions apart, and its crc32c where the listing has it."""
 
     key: str
     size: int
     version: str
-    crc32c: int | None = None
+    crc32c: str | None = None  # in base64
 
 
 @runtime_checkable
@@ -77,13 +81,9 @@ class Store(Protocol):
         """Objects whose keys start with `prefix`."""
         ...
 
-    def read(self, item: Object, start: int, stop: int) -> contextlib.AbstractContextManager[Iterator[bytes]]:
-        """Bytes [start, stop) of the listed version, in chunks; fewer come when the connection is cut."""
-        ...
-
-    def sums(self, item: Object) -> dict[str, str]:
-        """Checksums of the whole object that the store gives: crc32c, crc32 (decimal), sha256, md5 (hexadecimal), and
-        "etag" as "<part bytes>:<md5 of the parts' md5>-<parts>" for an object that was uploaded in parts."""
+    def download(self, item: Object, path: Path, what: str, check_stop: Callable[[], None]) -> None:
+        """The listed version, which is not empty, into a file that is there, its checksum compared. Raises Replaced or
+        Damaged, Failed (naming `what`) after many tries, and whatever `check_stop`, called before each part, raises."""
         ...
 
     def close(self) -> None:
@@ -112,10 +112,10 @@ def parse(url: str, field: str = "") -> Location:
     return Location(scheme, bucket, path)
 
 
-def open_store(location: Location, connections: int) -> Store:
+def open_store(location: Location) -> Store:
     """The location's bucket; UserError where a package is missing or the credentials are no credentials."""
     kind = GoogleStore if location.scheme == "gs" else S3Store
-    return kind(location.bucket, connections)
+    return kind(location.bucket)
 
 
 # ------------------------------------------------------------------------------------------------------------- gs://
@@ -125,92 +125,97 @@ class GoogleStore:
     """A Google Cloud Storage bucket, with application-default credentials where there are any, else anonymous.
     STORAGE_EMULATOR_HOST is honoured (and gets no credentials)."""
 
-    def __init__(self, bucket: str, connections: int):
+    def __init__(self, bucket: str):
         import google.auth
         import google.auth.exceptions
+        import requests.adapters
         from google.auth.credentials import AnonymousCredentials
+        from google.auth.transport.requests import AuthorizedSession
         from google.cloud import storage
 
-        self._credentials: Any = AnonymousCredentials()
-        self._connections = connections
+        credentials: Any = AnonymousCredentials()
         if not os.environ.get("STORAGE_EMULATOR_HOST"):
             scope = "https://www.googleapis.com/auth/devstorage.read_only"
             try:
-                self._credentials, _ = google.auth.default(scopes=[scope])
+                credentials, _ = google.auth.default(scopes=[scope])
             except google.auth.exceptions.DefaultCredentialsError as error:
                 if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
                     raise UserError(f"GOOGLE_APPLICATION_CREDENTIALS: {error}") from error
-        self._client = storage.Client(project="<none>", credentials=self._credentials)
+        session = AuthorizedSession(credentials)
+        for scheme in ("https://", "http://"):
+            session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=4 * THREADS))
+        self._client = storage.Client(project="<none>", credentials=credentials, _http=session)
         self._bucket: Any = self._client.bucket(bucket)
-        self._sessions, self._opened = threading.local(), []
 
     def find(self, path: str) -> Object | None:
         with _google_errors():
-            found = self._bucket.get_blob(path, timeout=(CONNECT_S, SILENCE_S), retry=None)
-            return None if found is None else _google_object(found)
+            blob = self._bucket.get_blob(path, timeout=(CONNECT_S, SILENCE_S), retry=None)
+            return None if blob is None else _google_object(blob)
 
     def below(self, prefix: str, limit: int | None = None) -> list[Object]:
         with _google_errors():
             fields = "items(name,size,generation,crc32c),nextPageToken"
-            found = self._bucket.list_blobs(
+            blobs = self._bucket.list_blobs(
                 prefix=prefix, max_results=limit, fields=fields, timeout=(CONNECT_S, SILENCE_S), retry=None
             )
-            return [_google_object(blob) for blob in found]
+            return [_google_object(blob) for blob in blobs]
 
-    @contextlib.contextmanager
-    def read(self, item: Object, start: int, stop: int) -> Iterator[Iterator[bytes]]:
-        # The package's own download reads 8 KB at a time in Python, with the interpreter's lock: too slow for threads
-        path = f"/download/storage/v1/b/{self._bucket.name}/o/{urllib.parse.quote(item.key, safe='')}"
-        query = f"?alt=media&generation={item.version}"
-        # gzip: the bytes as they are stored, which is what the checksum is of
-        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "gzip"}
-        url = self._client.api_endpoint.rstrip("/") + path + query
-        with (
-            _google_errors(),
-            self._session().get(url, headers=headers, stream=True, timeout=(CONNECT_S, SILENCE_S)) as response,
-        ):
-            if response.status_code == 404:  # that generation is gone
-                raise Replaced(response.reason)
-            if response.status_code not in (200, 206):
-                raise _status_error(response.status_code, response.reason, response.headers.get("Retry-After"))
-            if start and response.status_code != 206:
-                raise Refused("the server does not give parts of an object")
-            yield _chunks(response.raw)
+    def download(self, item: Object, path: Path, what: str, check_stop: Callable[[], None]) -> None:
+        from google.cloud.storage import transfer_manager
 
-    def sums(self, item: Object) -> dict[str, str]:
-        return {} if item.crc32c is None else {"crc32c": str(item.crc32c)}
+        from hvd.storage.download import retried
 
-    def _session(self) -> Any:
-        """A session of this thread's own: requests does not promise that threads may share one."""
-        if not hasattr(self._sessions, "session"):
-            import requests
-            from google.auth.credentials import AnonymousCredentials
-            from google.auth.transport.requests import AuthorizedSession
+        def patient(request: Callable[[], Any]) -> Callable[[], Any]:
+            def once() -> Any:
+                check_stop()
+                with _google_errors():
+                    return request()
 
-            anonymous = isinstance(self._credentials, AnonymousCredentials)
-            session = requests.Session() if anonymous else AuthorizedSession(self._credentials)
-            self._sessions.session = session
-            self._opened.append(session)
-        return self._sessions.session
+            return lambda: retried(what, once)
+
+        options = {
+            "raw_download": True,  # the bytes as they are stored, which is what the checksum is of
+            "single_shot_download": True,  # a part in one read: the package else reads 8 kB at a time, with the GIL
+            "timeout": (CONNECT_S, SILENCE_S),
+            "retry": patient,
+        }
+        blob = self._bucket.blob(item.key)
+        # What is listed, and nothing else: the package would take an emulator's link, which leads past its proxy
+        blob._set_properties({"size": str(item.size), "generation": item.version, "crc32c": item.crc32c})
+        with _google_errors():
+            transfer_manager.download_chunks_concurrently(
+                blob,
+                str(path),
+                chunk_size=PART,
+                download_kwargs=options,
+                worker_type=transfer_manager.THREAD,
+                max_workers=THREADS,
+                crc32c_checksum=item.crc32c is not None,
+            )
 
     def close(self) -> None:
-        for session in (*self._opened, self._client):
-            session.close()
+        self._client.close()
 
 
 def _google_object(blob: Any) -> Object:
-    checksum = int.from_bytes(base64.b64decode(blob.crc32c), "big") if blob.crc32c else None
-    return Object(blob.name, int(blob.size or 0), str(blob.generation), checksum)
+    return Object(blob.name, int(blob.size or 0), str(blob.generation), blob.crc32c)
 
 
 @contextlib.contextmanager
 def _google_errors() -> Iterator[None]:
     import google.auth.exceptions
     from google.api_core.exceptions import GoogleAPICallError
+    from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
     with _network_errors():
         try:
             yield
+        except DataCorruption as error:
+            raise Damaged(_line(error)) from error
+        except InvalidResponse as error:
+            status = int(error.response.status_code)
+            error.response.close()
+            raise Replaced(_line(error)) if status == 404 else _status_error(status, error.response.reason) from error
         except GoogleAPICallError as error:
             raise _status_error(int(error.code or 0), error.message) from error
         except google.auth.exceptions.TransportError as error:
@@ -230,9 +235,10 @@ def _google_errors() -> Iterator[None]:
 class S3Store:
     """An S3 bucket, signed where there are credentials, else anonymous. AWS_ENDPOINT_URL is honoured by boto3."""
 
-    def __init__(self, bucket: str, connections: int):
+    def __init__(self, bucket: str):
         try:
             import boto3
+            import boto3.s3.transfer
             import botocore
             import botocore.config
         except ImportError:
@@ -243,11 +249,14 @@ class S3Store:
         signed = session.get_credentials() is not None
         config = botocore.config.Config(
             signature_version=None if signed else botocore.UNSIGNED,
-            max_pool_connections=connections,
-            retries={"total_max_attempts": 1},  # retries are ours
+            max_pool_connections=4 * THREADS,
+            retries={"total_max_attempts": TRIES},
             connect_timeout=CONNECT_S,
             read_timeout=SILENCE_S,
             response_checksum_validation="when_required",  # ours is of the whole object
+        )
+        self._transfer = boto3.s3.transfer.TransferConfig(
+            multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=THREADS, num_download_attempts=TRIES
         )
         region = session.region_name or "us-east-1"  # S3 itself says where a bucket is; without any, boto3 refuses
         self._client: Any = session.client("s3", region_name=region, config=config)
@@ -269,15 +278,18 @@ class S3Store:
                 found += [Object(x["Key"], int(x["Size"]), x["ETag"]) for x in page.get("Contents", ())]
         return found
 
-    @contextlib.contextmanager
-    def read(self, item: Object, start: int, stop: int) -> Iterator[Iterator[bytes]]:
+    def download(self, item: Object, path: Path, what: str, check_stop: Callable[[], None]) -> None:
+        check_stop()
         with _s3_errors():
-            wanted = {"Bucket": self._bucket, "Key": item.key, "IfMatch": item.version}
-            response = self._client.get_object(**wanted, Range=f"bytes={start}-{stop - 1}")
-            with contextlib.closing(response["Body"]) as body:
-                yield _chunks(body)
+            self._client.download_file(
+                self._bucket, item.key, str(path), Callback=lambda count: check_stop(), Config=self._transfer
+            )
+        if not checksums.matches(path, self.sums(item)):
+            raise Damaged(item.key)
 
     def sums(self, item: Object) -> dict[str, str]:
+        """Checksums of the whole object that the store gives: crc32c, crc32 (decimal), sha256, md5 (hexadecimal), and
+        "etag" as "<part bytes>:<md5 of the parts' md5>-<parts>" for an object that was uploaded in parts."""
         with _s3_errors():
             wanted = {"Bucket": self._bucket, "Key": item.key, "IfMatch": item.version}
             head = self._client.head_object(**wanted, ChecksumMode="ENABLED")
@@ -305,6 +317,7 @@ class S3Store:
 
 @contextlib.contextmanager
 def _s3_errors() -> Iterator[None]:
+    import boto3.exceptions
     import botocore.exceptions as errors
 
     with _network_errors():
@@ -313,12 +326,10 @@ def _s3_errors() -> Iterator[None]:
         except errors.ClientError as error:
             about = error.response.get("ResponseMetadata", {})
             message = error.response.get("Error", {}).get("Message") or str(error)
-            raise _status_error(
-                int(about.get("HTTPStatusCode", 0)), message, about.get("HTTPHeaders", {}).get("retry-after")
-            ) from error
+            raise _status_error(int(about.get("HTTPStatusCode", 0)), message) from error
         except (errors.NoCredentialsError, errors.PartialCredentialsError, errors.TokenRetrievalError) as error:
             raise Refused(f"the AWS credentials do not work ({_line(error)})") from error
-        except errors.BotoCoreError as error:
+        except (errors.BotoCoreError, boto3.exceptions.RetriesExceededError) as error:
             raise Busy(_line(error)) from error
 
 
@@ -332,26 +343,19 @@ def _network_errors() -> Iterator[None]:
 
     try:
         yield
-    except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        if getattr(error, "filename", None) is not None or isinstance(error, requests.exceptions.InvalidURL):
-            raise  # not the network: a local file that the block writes, a mistake in an address
+    except requests.exceptions.InvalidURL:
+        raise
+    except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
         raise Busy(_line(error)) from error
 
 
-def _chunks(stream: Any) -> Iterator[bytes]:
-    while chunk := stream.read(CHUNK):
-        yield chunk
-
-
-def _status_error(code: int, message: str | None, retry_after: str | None = None) -> Exception:
+def _status_error(code: int, message: str | None) -> Exception:
     text = f"{code} {message or ''}".strip()
     if code in (401, 403):
         return Refused(f"no access ({text})")
     if code == 412:
         return Replaced(text)
-    if code in (408, 409, 425, 429) or code >= 500:
-        return Busy(text, float(retry_after) if retry_after and retry_after.isdigit() else 0.0)
-    return Refused(text)
+    return Busy(text) if code in (408, 409, 425, 429) or code >= 500 else Refused(text)
 
 
 def _line(error: BaseException) -> str:

@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20.0, help="MB/s of one connection; 0 = as fast as it goes")
     parser.add_argument("--folder", default=None, help="where to write; default: the temporary folder")
     args = parser.parse_args()
-    from hvd.storage.download import THREADS
+    from hvd.storage.remote import THREADS
 
     mine, theirs = multiprocessing.Pipe()
     server = multiprocessing.get_context("spawn").Process(

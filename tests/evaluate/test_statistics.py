@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hvd.evaluate.statistics import auc, bootstrap, ranks, spearman, wilson
+from hvd.evaluate.statistics import auc, bootstrap, spearman, wilson
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,6 @@ def test_bootstrap_covers_the_mean_and_is_reproducible():
     assert (constant.mean, constant.low, constant.high) == (1, 1, 1)
     with pytest.raises(ValueError):
         bootstrap(np.zeros(0))
-
-
-def test_ranks_share_ties():
-    np.testing.assert_array_equal(ranks(np.array([3.0, 1.0, 3.0, 2.0])), [3.5, 1, 3.5, 2])
 
 
 def test_spearman():

@@ -12,9 +12,7 @@ import pytest
 
 from hvd.errors import Failed
 from hvd.storage import cache as storage
-from hvd.storage import checksums as storage_checksums
-from hvd.storage import download as storage_download
-from hvd.storage import progress as storage_progress
+from hvd.storage import remote as storage_remote
 from tests.folders import ROOT
 from tests.small_disk import IN_NAMESPACE, need_small_disk
 from tests.storage.servers import (
@@ -40,8 +38,8 @@ _FETCH = """
 import sys
 from hvd import cli
 from hvd.storage import cache as storage
-from hvd.storage import download as storage_download
-storage_download.PART = 1 << 17
+from hvd.storage import remote as storage_remote
+storage_remote.PART = 1 << 17
 cli.STEPS = {"fetch": cli.Step("fetching", "", own_flags=True)}
 class Fetching:
     @staticmethod
@@ -59,8 +57,8 @@ def cache(tmp_path, monkeypatch) -> Path:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("HVD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(storage_download, "PART", 1 << 18)
-    monkeypatch.setattr(storage_download, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(storage_remote, "PART", 1 << 18)
+    monkeypatch.setattr(storage_remote, "BACKOFF_S", 0.01)
     return tmp_path / "cache"
 
 
@@ -105,12 +103,11 @@ def test_a_busy_store(served, status):
     assert proxy.bytes_read == TOTAL and any(not r.sent for r in proxy.reads)
 
 
-def test_cut_connections_cost_no_byte_twice(served):
+def test_cut_connections(served):
     url, proxy = served
     proxy.fault = lambda request, n: Fault(cut_after=100_000) if n % 2 else None
     assert files_below(storage.fetch(url)) == PARAMS
-    assert TOTAL <= proxy.bytes_read < 1.3 * TOTAL, "a cut part goes on at the byte where it was cut"
-    assert len(proxy.reads) > 30
+    assert proxy.bytes_read < 3 * TOTAL, "a part that is cut comes again, and not its object"
 
 
 def test_a_wrong_byte_is_fetched_again(served):
@@ -127,6 +124,7 @@ def test_bytes_that_stay_wrong(served, cache):
         storage.fetch(url)
     assert len(str(error.value).splitlines()) == 1 and not entries(cache)
     proxy.fault = lambda request, n: None
+    downloads_have_ended()
     before = proxy.bytes_read
     assert files_below(storage.fetch(url)) == PARAMS
     assert proxy.bytes_read - before < TOTAL, "the other objects are not fetched again"
@@ -134,7 +132,7 @@ def test_bytes_that_stay_wrong(served, cache):
 
 def test_a_store_that_never_answers(served, cache, monkeypatch):
     url, proxy = served
-    monkeypatch.setattr(storage_download, "TRIES", 3)
+    monkeypatch.setattr(storage_remote, "TRIES", 3)
     proxy.fault = lambda request, n: Fault(status=503)
     with pytest.raises(Failed, match=r"the store does not answer .*; the same command goes on where it stopped"):
         storage.fetch(url)
@@ -160,56 +158,25 @@ def test_a_silent_server_is_asked_again(google, monkeypatch):
 
 
 def test_a_killed_download_goes_on(served, cache):
-    """kill -9 in the middle: the second process fetches what is missing, and not more than the parts in flight."""
+    """kill -9 in the middle: the second process fetches the files that are not there, and no other."""
     url, proxy = served
-    proxy.fault = lambda request, n: Fault(slow_s=0.2 if n > 10 else 0.0)
+    proxy.fault = lambda request, n: Fault(slow_s=5.0) if request.path.split("?")[0].endswith("b") else None
     killed = start(url)
-    while sum(map(storage_download.received, cache.rglob("*.partial"))) < TOTAL // 3:
+    while not (kept := list(cache.rglob("*.partial/params/a"))):
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not entries(cache) and storage.cached(url) is None
-    (partial,) = cache.rglob("*.partial")
-    kept = storage_download.received(partial)
-    assert TOTAL // 3 <= kept < TOTAL
+    assert kept[0].read_bytes() == PARAMS["a"], "a file has its name when it is whole"
     proxy.fault = lambda request, n: None
     time.sleep(1.0)  # answers to the dead process run out
     proxy.requests.clear()
     again = start(url)
     out, err = again.communicate(timeout=120)
     assert again.returncode == 0, err
-    assert proxy.bytes_read == TOTAL - kept
-    assert f"{storage_progress.size(kept)} of it were here already" in err
-    assert files_below(Path(out.split()[1])) == PARAMS
-
-
-def test_parts_on_disk_are_not_believed(google, cache):
-    """What lies on disk is read and compared: a part that was damaged, and a torn line, are fetched again."""
-    url, proxy = google
-
-    def poll():
-        if proxy.bytes_read > TOTAL // 2:
-            raise KeyboardInterrupt
-
-    proxy.fault = lambda request, n: Fault(slow_s=0.02)
-    with pytest.raises(KeyboardInterrupt):
-        storage.fetch(url, poll=poll)
-    downloads_have_ended()
-    (partial,) = cache.rglob("*.partial")
-    known = list(storage_download._journalled(partial))
-    damaged, crc = known[0]
-    with (partial / damaged.name).open("r+b") as file:
-        file.seek(damaged.start)
-        file.write(b"\0" * 10)
-    assert storage_checksums.crc32c_of(partial / damaged.name, damaged.start, damaged.stop) != crc
-    (journal,) = (partial / storage_download.JOURNAL).iterdir()
-    with journal.open("ab") as file:
-        file.write(b'["params/a", 0, 2621')
-    proxy.fault = lambda request, n: None
-    proxy.requests.clear()
-    assert files_below(storage.fetch(url)) == PARAMS
-    assert proxy.bytes_read == TOTAL - sum(r.stop - r.start for r, _ in known) + (damaged.stop - damaged.start)
+    assert proxy.bytes_read <= TOTAL - len(PARAMS["a"])
+    assert files_below(Path(out.split()[1])) == PARAMS, "and nothing that the killed one has left"
 
 
 def test_two_processes_download_once(served):
@@ -273,23 +240,9 @@ def test_no_space(google, tmp_path, announced):
         [*IN_NAMESPACE, "sh", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2, done.stderr + done.stdout
-    errors = done.stderr.splitlines()
+    errors = [line for line in done.stderr.splitlines() if line and "B/s]" not in line]  # the progress line
     assert len(errors) == 1 and errors[0].startswith("error: policy.weight_loader: "), done.stderr
     assert "no space left on the disk of" in errors[0] and "set HVD_CACHE" in errors[0], done.stderr
     assert "again failed" not in done.stdout and not (tmp_path / "believed").exists(), done.stdout
     (entry,) = entries(tmp_path / "copy")
     assert files_below(entry / "params") == PARAMS
-
-
-def test_progress(monkeypatch, capfd):
-    clock = iter([0.0, 20.0, 40.0, 41.0, 50.0])
-    monkeypatch.setattr(storage_progress.time, "monotonic", lambda: next(clock))
-    with storage_progress.Progress("gs://b/x", 3_000_000_000) as progress:
-        progress.add(1_000_000_000)
-        progress.add(1_000_000_000)
-        progress.add(500_000_000, fetched=False)
-    assert capfd.readouterr().err.splitlines() == [
-        "gs://b/x: 1 GB of 3 GB, 50 MB/s, 40 s left",
-        "gs://b/x: 2 GB of 3 GB, 50 MB/s, 20 s left",
-        "gs://b/x: 3 GB in 50.0 s (40 MB/s); 1 GB of it were here already",
-    ]
