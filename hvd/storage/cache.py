@@ -21,8 +21,8 @@ from pathlib import Path, PurePosixPath
 
 from hvd.errors import Failed, UserError
 from hvd.files import disk_errors, locked, write_atomic
-from hvd.storage.download import download, received, retried
-from hvd.storage.remote import Busy, Location, Object, Refused, Store, is_url, open_store, parse
+from hvd.storage.download import download, received
+from hvd.storage.remote import Busy, Location, Object, Refused, Store, is_url, open_store, parse, retried
 
 __all__ = ["cache_root", "cached", "check", "fetch", "is_url", "offline"]
 

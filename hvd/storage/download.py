@@ -6,7 +6,6 @@ name until then.
 """
 
 import contextlib
-import random
 import shutil
 import sys
 import threading
@@ -20,32 +19,12 @@ from tqdm import tqdm
 from hvd.errors import Failed, UserError
 from hvd.files import replacing
 from hvd.storage import remote
-from hvd.storage.remote import Busy, Damaged, Object, Refused, Replaced, Store
+from hvd.storage.remote import Busy, Damaged, Object, Refused, Replaced, Store, given_up
 
 FILES = 8  # fetched at once, each in parts, but of those that have more than LARGE parts one at a time
 LARGE = 4
 BAD_SUMS = 3  # an object that has the wrong checksum so often is given up
 STALE_S = 600.0  # a temporary file that nobody has written for so long is a killed process's
-
-
-def retried[T](what: str, ask: Callable[[], T]) -> T:
-    """`ask()`, again after a growing pause while the store is busy.
-
-    Raises:
-        Failed: still busy after so many tries.
-    """
-    for attempt in range(remote.TRIES):
-        try:
-            return ask()
-        except Busy as error:
-            if attempt + 1 == remote.TRIES:
-                raise _given_up(what, error) from error
-            time.sleep(min(remote.BACKOFF_S * 2**attempt * random.uniform(0.7, 1.3), remote.LONGEST_S))
-    raise AssertionError("unreachable")
-
-
-def _given_up(what: str, error: Busy) -> Failed:
-    return Failed(f"{what}: the store does not answer ({error}); the same command goes on where it stopped")
 
 
 def received(folder: Path) -> int:
@@ -138,7 +117,7 @@ def _fetch(store: Store, item: Object, path: Path, what: str, check_stop: Callab
         except Damaged:
             continue
         except Busy as error:
-            raise _given_up(what, error) from error
+            raise given_up(what, error) from error
         except Refused as error:
             raise UserError(f"{what}: {error}") from error
         except Replaced as error:

@@ -6,16 +6,15 @@ URL, an object into a file, and four ways to fail: `Refused` (no such thing, no 
 `Damaged` (a wrong checksum).
 """
 
-import base64
 import contextlib
-import os
+import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from hvd.errors import UserError
-from hvd.storage import checksums
+from hvd.errors import Failed, UserError
 
 PART = 8 << 20  # bytes of one request: what a cut connection costs
 THREADS = 16  # requests at once for a large object
@@ -24,6 +23,11 @@ BACKOFF_S, LONGEST_S = 0.5, 20.0  # pauses between them
 CONNECT_S, SILENCE_S = 15.0, 60.0  # a server that says nothing for so long is asked again
 
 _SCHEMES = ("gs", "s3")
+
+
+def timeouts() -> tuple[float, float]:
+    """Seconds to connect, and of silence, as requests takes them."""
+    return CONNECT_S, SILENCE_S
 
 
 class Refused(Exception):
@@ -114,230 +118,17 @@ def parse(url: str, field: str = "") -> Location:
 
 def open_store(location: Location) -> Store:
     """The location's bucket; UserError where a package is missing or the credentials are no credentials."""
-    kind = GoogleStore if location.scheme == "gs" else S3Store
-    return kind(location.bucket)
+    if location.scheme == "gs":
+        from hvd.storage.google import GoogleStore
 
+        return GoogleStore(location.bucket)
+    from hvd.storage.s3 import S3Store
 
-# ------------------------------------------------------------------------------------------------------------- gs://
-
-
-class GoogleStore:
-    """A Google Cloud Storage bucket, with application-default credentials where there are any, else anonymous.
-    STORAGE_EMULATOR_HOST is honoured (and gets no credentials)."""
-
-    def __init__(self, bucket: str):
-        import google.auth
-        import google.auth.exceptions
-        import requests.adapters
-        from google.auth.credentials import AnonymousCredentials
-        from google.auth.transport.requests import AuthorizedSession
-        from google.cloud import storage
-
-        credentials: Any = AnonymousCredentials()
-        if not os.environ.get("STORAGE_EMULATOR_HOST"):
-            scope = "https://www.googleapis.com/auth/devstorage.read_only"
-            try:
-                credentials, _ = google.auth.default(scopes=[scope])
-            except google.auth.exceptions.DefaultCredentialsError as error:
-                if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
-                    raise UserError(f"GOOGLE_APPLICATION_CREDENTIALS: {error}") from error
-        session = AuthorizedSession(credentials)
-        for scheme in ("https://", "http://"):
-            session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=4 * THREADS))
-        self._client = storage.Client(project="<none>", credentials=credentials, _http=session)
-        self._bucket: Any = self._client.bucket(bucket)
-
-    def find(self, path: str) -> Object | None:
-        with _google_errors():
-            blob = self._bucket.get_blob(path, timeout=(CONNECT_S, SILENCE_S), retry=None)
-            return None if blob is None else _google_object(blob)
-
-    def below(self, prefix: str, limit: int | None = None) -> list[Object]:
-        with _google_errors():
-            fields = "items(name,size,generation,crc32c),nextPageToken"
-            blobs = self._bucket.list_blobs(
-                prefix=prefix, max_results=limit, fields=fields, timeout=(CONNECT_S, SILENCE_S), retry=None
-            )
-            return [_google_object(blob) for blob in blobs]
-
-    def download(self, item: Object, path: Path, what: str, check_stop: Callable[[], None]) -> None:
-        from google.cloud.storage import transfer_manager
-
-        from hvd.storage.download import retried
-
-        def patient(request: Callable[[], Any]) -> Callable[[], Any]:
-            def once() -> Any:
-                check_stop()
-                with _google_errors():
-                    return request()
-
-            return lambda: retried(what, once)
-
-        options = {
-            "raw_download": True,  # the bytes as they are stored, which is what the checksum is of
-            "single_shot_download": True,  # a part in one read: the package else reads 8 kB at a time, with the GIL
-            "timeout": (CONNECT_S, SILENCE_S),
-            "retry": patient,
-        }
-        blob = self._bucket.blob(item.key)
-        # What is listed, and nothing else: the package would take an emulator's link, which leads past its proxy
-        blob._set_properties({"size": str(item.size), "generation": item.version, "crc32c": item.crc32c})
-        with _google_errors():
-            transfer_manager.download_chunks_concurrently(
-                blob,
-                str(path),
-                chunk_size=PART,
-                download_kwargs=options,
-                worker_type=transfer_manager.THREAD,
-                max_workers=THREADS,
-                crc32c_checksum=item.crc32c is not None,
-            )
-
-    def close(self) -> None:
-        self._client.close()
-
-
-def _google_object(blob: Any) -> Object:
-    return Object(blob.name, int(blob.size or 0), str(blob.generation), blob.crc32c)
+    return S3Store(location.bucket)
 
 
 @contextlib.contextmanager
-def _google_errors() -> Iterator[None]:
-    import google.auth.exceptions
-    from google.api_core.exceptions import GoogleAPICallError
-    from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
-
-    with _network_errors():
-        try:
-            yield
-        except DataCorruption as error:
-            raise Damaged(_line(error)) from error
-        except InvalidResponse as error:
-            status = int(error.response.status_code)
-            error.response.close()
-            raise Replaced(_line(error)) if status == 404 else _status_error(status, error.response.reason) from error
-        except GoogleAPICallError as error:
-            raise _status_error(int(error.code or 0), error.message) from error
-        except google.auth.exceptions.TransportError as error:
-            raise Busy(_line(error)) from error
-        except google.auth.exceptions.InvalidOperation as error:  # asked for credentials, and there are none
-            raise Refused("no access without credentials (`gcloud auth application-default login`)") from error
-        except google.auth.exceptions.GoogleAuthError as error:
-            raise Refused(
-                f"the Google credentials do not work ({_line(error)}); `gcloud auth application-default login` renews "
-                "them, public buckets need none"
-            ) from error
-
-
-# ------------------------------------------------------------------------------------------------------------- s3://
-
-
-class S3Store:
-    """An S3 bucket, signed where there are credentials, else anonymous. AWS_ENDPOINT_URL is honoured by boto3."""
-
-    def __init__(self, bucket: str):
-        try:
-            import boto3
-            import boto3.s3.transfer
-            import botocore
-            import botocore.config
-        except ImportError:
-            raise UserError(
-                "s3:// needs the package boto3: install the `s3` extra (uv sync --extra s3, or pip install hvd[s3])"
-            ) from None
-        session = boto3.Session()
-        signed = session.get_credentials() is not None
-        config = botocore.config.Config(
-            signature_version=None if signed else botocore.UNSIGNED,
-            max_pool_connections=4 * THREADS,
-            retries={"total_max_attempts": TRIES},
-            connect_timeout=CONNECT_S,
-            read_timeout=SILENCE_S,
-            response_checksum_validation="when_required",  # ours is of the whole object
-        )
-        self._transfer = boto3.s3.transfer.TransferConfig(
-            multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=THREADS, num_download_attempts=TRIES
-        )
-        region = session.region_name or "us-east-1"  # S3 itself says where a bucket is; without any, boto3 refuses
-        self._client: Any = session.client("s3", region_name=region, config=config)
-        self._bucket = bucket
-
-    def find(self, path: str) -> Object | None:
-        try:
-            with _s3_errors():
-                found = self._client.head_object(Bucket=self._bucket, Key=path)
-        except Refused:  # without the right to list, S3 says "forbidden" of what is not there: the listing decides
-            return None
-        return Object(path, int(found["ContentLength"]), found["ETag"])
-
-    def below(self, prefix: str, limit: int | None = None) -> list[Object]:
-        found: list[Object] = []
-        with _s3_errors():
-            pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, PaginationConfig={"MaxItems": limit}):
-                found += [Object(x["Key"], int(x["Size"]), x["ETag"]) for x in page.get("Contents", ())]
-        return found
-
-    def download(self, item: Object, path: Path, what: str, check_stop: Callable[[], None]) -> None:
-        check_stop()
-        with _s3_errors():
-            self._client.download_file(
-                self._bucket, item.key, str(path), Callback=lambda count: check_stop(), Config=self._transfer
-            )
-        if not checksums.matches(path, self.sums(item)):
-            raise Damaged(item.key)
-
-    def sums(self, item: Object) -> dict[str, str]:
-        """Checksums of the whole object that the store gives: crc32c, crc32 (decimal), sha256, md5 (hexadecimal), and
-        "etag" as "<part bytes>:<md5 of the parts' md5>-<parts>" for an object that was uploaded in parts."""
-        with _s3_errors():
-            wanted = {"Bucket": self._bucket, "Key": item.key, "IfMatch": item.version}
-            head = self._client.head_object(**wanted, ChecksumMode="ENABLED")
-            found = {}
-            for name in ("crc32c", "crc32", "sha256"):
-                value = head.get(f"Checksum{name.upper()}", "")
-                if value and "-" not in value:  # with a dash it is a checksum of the parts' checksums
-                    raw = base64.b64decode(value)
-                    found[name] = raw.hex() if name == "sha256" else str(int.from_bytes(raw, "big"))
-            etag = item.version.strip('"')
-            if head.get("ServerSideEncryption", "").startswith("aws:kms") or head.get("SSECustomerAlgorithm"):
-                return found  # the ETag is no MD5 then
-            if "-" not in etag:
-                found["md5"] = etag
-            elif not found:
-                first = self._client.head_object(Bucket=self._bucket, Key=item.key, PartNumber=1)
-                size, parts = int(first["ContentLength"]), int(etag.rpartition("-")[2])
-                if 0 < size and -(-item.size // size) == parts:  # parts of one size, as every uploader makes them
-                    found["etag"] = f"{size}:{etag}"
-        return found
-
-    def close(self) -> None:
-        self._client.close()
-
-
-@contextlib.contextmanager
-def _s3_errors() -> Iterator[None]:
-    import boto3.exceptions
-    import botocore.exceptions as errors
-
-    with _network_errors():
-        try:
-            yield
-        except errors.ClientError as error:
-            about = error.response.get("ResponseMetadata", {})
-            message = error.response.get("Error", {}).get("Message") or str(error)
-            raise _status_error(int(about.get("HTTPStatusCode", 0)), message) from error
-        except (errors.NoCredentialsError, errors.PartialCredentialsError, errors.TokenRetrievalError) as error:
-            raise Refused(f"the AWS credentials do not work ({_line(error)})") from error
-        except (errors.BotoCoreError, boto3.exceptions.RetriesExceededError) as error:
-            raise Busy(_line(error)) from error
-
-
-# -------------------------------------------------------------------------------------------------------------- both
-
-
-@contextlib.contextmanager
-def _network_errors() -> Iterator[None]:
+def network_errors() -> Iterator[None]:
     import requests
     import urllib3
 
@@ -346,10 +137,10 @@ def _network_errors() -> Iterator[None]:
     except requests.exceptions.InvalidURL:
         raise
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
-        raise Busy(_line(error)) from error
+        raise Busy(error_line(error)) from error
 
 
-def _status_error(code: int, message: str | None) -> Exception:
+def status_error(code: int, message: str | None) -> Exception:
     text = f"{code} {message or ''}".strip()
     if code in (401, 403):
         return Refused(f"no access ({text})")
@@ -358,5 +149,25 @@ def _status_error(code: int, message: str | None) -> Exception:
     return Busy(text) if code in (408, 409, 425, 429) or code >= 500 else Refused(text)
 
 
-def _line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def retried[T](what: str, ask: Callable[[], T]) -> T:
+    """`ask()`, again after a growing pause while the store is busy.
+
+    Raises:
+        Failed: still busy after so many tries.
+    """
+    for attempt in range(TRIES):
+        try:
+            return ask()
+        except Busy as error:
+            if attempt + 1 == TRIES:
+                raise given_up(what, error) from error
+            time.sleep(min(BACKOFF_S * 2**attempt * random.uniform(0.7, 1.3), LONGEST_S))
+    raise AssertionError("unreachable")
+
+
+def given_up(what: str, error: Busy) -> Failed:
+    return Failed(f"{what}: the store does not answer ({error}); the same command goes on where it stopped")

@@ -11,6 +11,7 @@ from hvd.errors import UserError
 from hvd.storage import cache as storage
 from hvd.storage import checksums
 from hvd.storage import remote as storage_remote
+from hvd.storage.s3 import S3Store
 from tests.storage.servers import (
     BUCKET,
     Fault,
@@ -244,7 +245,7 @@ def test_checksums_that_s3_has(s3_address, s3):
         Bucket=BUCKET, Key="in-parts", UploadId=upload["UploadId"], MultipartUpload={"Parts": parts}
     )
     client.put_object(Bucket=BUCKET, Key="summed", Body=data, ChecksumAlgorithm="SHA256")
-    store = storage_remote.S3Store(BUCKET)
+    store = S3Store(BUCKET)
     for key in ("in-parts", "summed"):
         item = store.find(key)
         assert item is not None
@@ -265,7 +266,7 @@ def test_s3_without_credentials_is_anonymous(s3, monkeypatch, tmp_path):
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    store = storage_remote.S3Store(BUCKET)
+    store = S3Store(BUCKET)
     assert store._client.meta.config.signature_version is botocore.UNSIGNED
     store.close()
     assert files_below(storage.fetch(f"s3://{BUCKET}/params")) == PARAMS
