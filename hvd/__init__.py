@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hvd.data.dataset import open_dataset
     from hvd.method.table import read_advantages
-    from hvd.report.curves import read_metrics
     from hvd.train.inference import load_policy, load_value
+    from hvd.train.metrics import read_metrics
 
 _MODULES = {
     "load_policy": "hvd.train.inference",
     "load_value": "hvd.train.inference",
     "open_dataset": "hvd.data.dataset",
     "read_advantages": "hvd.method.table",
-    "read_metrics": "hvd.report.curves",
+    "read_metrics": "hvd.train.metrics",
 }
 __all__ = ["load_policy", "load_value", "open_dataset", "read_advantages", "read_metrics"]
 

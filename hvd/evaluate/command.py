@@ -43,7 +43,6 @@ def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], 
     """Run cfg.evaluate.num_rollouts rollouts and write results.json; returns its content."""
     from hvd.sim.render import available_backend
     from hvd.sim.rollouts import RolloutSpec
-    from hvd.sim.tasks import get_task
     from hvd.sim.workers import run_jobs
 
     settings, started = cfg.evaluate, time.monotonic()
@@ -53,7 +52,7 @@ def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], 
             f"evaluate.execute_steps {settings.execute_steps} is more than model.action_horizon "
             f"{cfg.model.action_horizon}; execute at most a whole chunk"
         )
-    out, task = folder(cfg, run_name), get_task(cfg.sim.task)
+    out = folder(cfg, run_name)
     seeds = [settings.seed + i for i in range(settings.num_rollouts)]
     filmed = seeds[: settings.videos if videos is None else videos]
     cameras = {} if control else cameras_of(cfg)
@@ -74,9 +73,21 @@ def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], 
         for i, rollouts in run_jobs(_group, [(cfg, spec, group, load) for group in groups], settings.workers):
             done[i] = rollouts
             bar.update(len(rollouts))
-    rollouts = [rollout for i in range(len(groups)) for rollout in done[i]]
+    results = _results(cfg, run_name, run, [rollout for i in range(len(groups)) for rollout in done[i]], filmed)
+    results["wall_s"] = round(time.monotonic() - started, 1)
+    write_json(out / "results.json", results)
+    return results
+
+
+def _results(
+    cfg: Experiment, run_name: str, run: dict[str, Any], rollouts: Sequence[Any], filmed: Sequence[int]
+) -> dict:
+    """The content of results.json."""
+    from hvd.sim.tasks import get_task
+
+    settings, task, control = cfg.evaluate, get_task(cfg.sim.task), run_name == NOTHING
     stages = np.array([rollout.stage for rollout in rollouts], np.float64)
-    results = {
+    return {
         "kind": "rollouts",
         "run_name": run_name,
         "config": cfg.name,
@@ -100,10 +111,7 @@ def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], 
         "episodes": [
             {**asdict(r), "video": f"videos/rollout_{r.seed}.mp4" if r.seed in filmed else ""} for r in rollouts
         ],
-        "wall_s": round(time.monotonic() - started, 1),
     }
-    write_json(out / "results.json", results)
-    return results
 
 
 def print_table(results: Sequence[dict]) -> None:

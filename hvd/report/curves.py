@@ -6,27 +6,10 @@ import numpy as np
 from etils import epath
 
 from hvd.configs import Experiment
-from hvd.files import read_lines
 from hvd.report.page import BASELINE, INK, LEVELS, POLICY, Section, axes, log_scale
+from hvd.train.metrics import read_metrics
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
-
-
-def read_metrics(run_dir: epath.PathLike) -> dict[str, dict[str, Curve]]:
-    """split -> metric -> (steps, values) of a run's metrics.jsonl; {} when there is none. A torn line is left out."""
-    path = epath.Path(run_dir) / "metrics.jsonl"
-    points: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for record in read_lines(path):
-        split = points.setdefault(str(record.pop("split", "train")), {})
-        step = int(record.pop("step"))
-        for name, value in record.items():
-            split.setdefault(name, []).append((step, float(value)))
-    return {
-        split: {
-            name: (np.array([p[0] for p in found]), np.array([p[1] for p in found])) for name, found in metrics.items()
-        }
-        for split, metrics in points.items()
-    }
 
 
 def section(cfg: Experiment, policies: Sequence[str]) -> Section:

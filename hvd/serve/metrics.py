@@ -3,9 +3,13 @@
 import collections
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import numpy as np
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 OUTCOMES = ("answered", "refused", "failed", "abandoned")
 _WINDOW = 10_000  # latencies that quantiles are taken of
@@ -60,31 +64,43 @@ class Metrics:
     def prometheus(self, *, ready: bool, waiting: int) -> str:
         """Prometheus' text format 0.0.4."""
         with self._lock:
-            lines: list[str] = []
+            registry = CollectorRegistry()
+            registry.register(_Families(list(self._families(ready, waiting))))
+            return generate_latest(registry).decode()
 
-            def add(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]) -> None:
-                lines.extend([f"# HELP hvd_serve_{name} {text}", f"# TYPE hvd_serve_{name} {kind}"])
-                lines.extend(f"hvd_serve_{name}{labels} {value:.9g}" for labels, value in samples)
+    def _families(self, ready: bool, waiting: int) -> Iterator[Metric]:
+        for name, text, label, counts in (
+            ("requests", "Requests by how they ended.", "outcome", self._outcomes),
+            ("batches", "Batches by their compiled size.", "size", dict(sorted(self._batches.items()))),
+        ):
+            family = CounterMetricFamily(f"hvd_serve_{name}", text, labels=[label])
+            for key, count in counts.items():
+                family.add_metric([str(key)], count)
+            yield family
+        yield CounterMetricFamily("hvd_serve_rows", "Rows computed, padding not counted.", value=self._rows)
+        for name, text in (("request", "From a message to its reply"), ("inference", "One batch")):
+            times, name = self._times[name], f"hvd_serve_{name}_seconds"
+            family = SummaryMetricFamily(
+                name, f"{text}; quantiles of the last {_WINDOW}.", count_value=times.count, sum_value=times.total
+            )
+            for quantile, value in zip(("0.5", "0.99"), times.quantiles(), strict=True):
+                family.add_sample(name, {"quantile": quantile}, value)
+            yield family
+        for name, text, value in (
+            ("connections", "Open websocket connections.", self.connections),
+            ("waiting", "Requests that wait for the model.", waiting),
+            ("ready", "1 when requests are answered.", int(ready)),
+            ("uptime_seconds", "Since the server's start.", time.monotonic() - self._begin),
+        ):
+            yield GaugeMetricFamily(f"hvd_serve_{name}", text, value=value)
 
-            outcomes = [(f'{{outcome="{name}"}}', count) for name, count in self._outcomes.items()]
-            add("requests_total", "counter", "Requests by how they ended.", outcomes)
-            sizes = [(f'{{size="{size}"}}', count) for size, count in sorted(self._batches.items())]
-            add("batches_total", "counter", "Batches by their compiled size.", sizes)
-            add("rows_total", "counter", "Rows computed, padding not counted.", [("", self._rows)])
-            for name, text in (("request", "From a message to its reply"), ("inference", "One batch")):
-                times = self._times[name]
-                p50, p99 = times.quantiles()
-                lines.append(f"# HELP hvd_serve_{name}_seconds {text}; quantiles of the last {_WINDOW}.")
-                lines.append(f"# TYPE hvd_serve_{name}_seconds summary")
-                lines.append(f'hvd_serve_{name}_seconds{{quantile="0.5"}} {p50:.9g}')
-                lines.append(f'hvd_serve_{name}_seconds{{quantile="0.99"}} {p99:.9g}')
-                lines.append(f"hvd_serve_{name}_seconds_sum {times.total:.9g}")
-                lines.append(f"hvd_serve_{name}_seconds_count {times.count}")
-            add("connections", "gauge", "Open websocket connections.", [("", self.connections)])
-            add("waiting", "gauge", "Requests that wait for the model.", [("", waiting)])
-            add("ready", "gauge", "1 when requests are answered.", [("", int(ready))])
-            add("uptime_seconds", "gauge", "Since the server's start.", [("", time.monotonic() - self._begin)])
-            return "\n".join(lines) + "\n"
+
+class _Families(Collector):
+    def __init__(self, families: list[Metric]):
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
 
 
 class _Times:

@@ -16,6 +16,7 @@ from hvd.clusters.base import jobs_folder
 from hvd.clusters.slurm import log as job_log
 from hvd.clusters.slurm import records
 from hvd.jobs import command, listing
+from hvd.train import metrics
 
 
 def jobs(*argv: str) -> int:
@@ -86,7 +87,7 @@ def test_without_run_json_the_config_says_how_many_steps(slurm, submitted, run_f
 
 
 def test_the_last_line_of_a_long_metrics_file_is_found(slurm, submitted, run_folder, monkeypatch):
-    monkeypatch.setattr(records, "_TAIL", 64)
+    monkeypatch.setattr(metrics, "_TAIL", 64)
     with (run_folder / "metrics.jsonl").open("w") as file:
         file.write(json.dumps({"step": 7, "split": "train", "time/step_s": 0.5}) + "\n")
         for step in range(500):

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from hvd.errors import UserError
+from hvd.train.metrics import last_train_line
 
 _DEFAULT = Path("slurm/jobs")
 _ID = re.compile(r"[0-9]{1,18}")
-_TAIL = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def progress(job: JobRecord) -> dict[str, Any]:
     remote = "://" in job.run_dir
     try:
         run = _remote(job.run_dir) if remote else job.base / job.run_dir
-        metrics, checkpoints = run / "metrics.jsonl", run / "checkpoints"
-        line = _last_train(metrics.read_bytes()) if remote and metrics.exists() else _last_train_line(metrics)
+        checkpoints = run / "checkpoints"
+        line = last_train_line(run)
         step, step_s = _number(line, "step"), _seconds(line)
         total = job.steps if job.steps is not None else _configured_steps(os.fspath(run), job.stage)
         names = [entry.name for entry in checkpoints.iterdir()] if checkpoints.exists() else []
@@ -205,32 +205,6 @@ def _time(text: str) -> datetime.datetime | None:
 
 
 # ------------------------------------------------------------------------------------------------------- run's folder
-
-
-def _last_train_line(path: Path) -> dict[str, Any]:
-    """Read from the end: the file of a long run has many megabytes."""
-    try:
-        with path.open("rb") as file:
-            size, want = file.seek(0, os.SEEK_END), _TAIL
-            while True:
-                file.seek(max(0, size - want))
-                found = _last_train(file.read(want))
-                if found or want >= size:
-                    return found
-                want *= 8
-    except OSError:
-        return {}
-
-
-def _last_train(data: bytes) -> dict[str, Any]:
-    for text in reversed(data.splitlines()):
-        try:
-            line = json.loads(text)
-        except ValueError:  # the line that is being written, or the first one of the part that was read
-            continue
-        if isinstance(line, dict) and line.get("split") == "train":
-            return line
-    return {}
 
 
 def _seconds(line: Mapping[str, Any]) -> float | None:
