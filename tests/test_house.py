@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FILE_LINES, FUNCTION_LINES = 350, 60
-PRODUCT_LINES, TEST_LINES, GOLDEN_LINES = 25_000, 25_500, 4_800
+PRODUCT_LINES, TEST_LINES, GOLDEN_LINES = 25_000, 25_500, 1_500
 
 # A package or module may import what stands in its own line or above it. Tables of names that checks and configs read
 # stand apart from the rest of their package.
@@ -31,13 +31,8 @@ RUNTIME_MAY_IMPORT = ("errors", "files")
 BELOW = {"evaluate": ("sim",)}  # within the line of several
 
 # Not mended yet
-LONG_FILES: set[str] = {"hvd/data/convert.py", "hvd/storage/remote.py"}
-LONG_FUNCTIONS: set[str] = {
-    "hvd/evaluate/command.py: roll_out",
-    "hvd/export/__init__.py: export",
-    "hvd/method/value.py: make_program",
-}
-CIRCLES: set[str] = {"hvd.export -> hvd.export.params"}  # imports of a package's own __init__
+LONG_FILES = {"hvd/storage/remote.py"}
+LONG_FUNCTIONS = {"hvd/evaluate/command.py: roll_out", "hvd/method/value.py: make_program"}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -145,8 +140,6 @@ def test_no_import_runs_in_a_circle():
             pytest.fail(" -> ".join([*way[way.index(module) :], module]))
         if module not in done:
             for target in graph[module]:
-                if f"{module} -> {target}" in CIRCLES:
-                    continue
                 visit(target, (*way, module))
             done.add(module)
 
