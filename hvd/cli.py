@@ -6,14 +6,11 @@ attempts; 130 interrupted; 1 anything else: a run that cannot go on says why in 
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import errno
 import faulthandler
 import importlib
 import inspect
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -38,6 +35,7 @@ from hvd.errors import (
     nearest,
 )
 from hvd.experiments import CONFIGS
+from hvd.files import full_disk
 from hvd.runtime import processes, records
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -243,33 +241,20 @@ def stopped_by_signals():
 
 def no_space(error: BaseException | None) -> str | None:
     """One line about a full disk or quota when that is what the error, or one that caused it, is about; else None."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        text = str(error)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # Libraries in C++ (tensorstore under Orbax, HDF5) carry only strerror's text.
-        if full or re.search(r"no space left on device|disk quota exceeded", text, re.IGNORECASE):
-            named = getattr(error, "filename", None) or _path_in(text)
-            where = str(named) if named else f"one of {os.getcwd()}, its runs folder or {tempfile.gettempdir()}"
-            return f"no space left on the disk of {where}; free some or set --runs_dir; the same command then goes on"
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _path_in(text: str) -> str | None:
-    found = re.search(r"(?:file://|['\"\s:])(/[^'\"\s:\]]+)", text)
-    return found.group(1) if found else None
+    named = full_disk(error)
+    if named is None:
+        return None
+    where = named or f"one of {os.getcwd()}, its runs folder or {tempfile.gettempdir()}"
+    return f"no space left on the disk of {where}; free some or set --runs_dir; the same command then goes on"
 
 
 def _die_with_launcher() -> None:
     """A step that launch/ started is stopped (and saves) when its launcher dies, so that no two runs share a folder."""
     launcher = os.environ.get("HVD_LAUNCHER_PID")
     if launcher and sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
-        if os.getppid() != int(launcher):
-            os.kill(os.getpid(), signal.SIGTERM)
+        from hvd.pools import die_with
+
+        die_with(int(launcher), signal.SIGTERM)
 
 
 if __name__ == "__main__":
