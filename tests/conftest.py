@@ -51,7 +51,7 @@ def pytest_xdist_auto_num_workers(config) -> int:
     alone = set(ON_REQUEST) - {"slow"}
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         workers = int(os.environ["PYTEST_XDIST_AUTO_NUM_WORKERS"])
-    elif (len(config.args) == 1 and ".py" in config.args[0]) or alone & set(config.option.markexpr.split()):
+    elif (len(config.args) == 1 and ".py" in config.args[0]) or config.option.markexpr in alone:
         workers = 0
     else:
         workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
