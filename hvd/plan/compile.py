@@ -85,7 +85,7 @@ def measure(request: Request, dump: Path) -> Measurement:
     if not request.needs_compiler(found.least):
         return found
 
-    step, _ = loop.jitted_step(program, getattr(cfg, request.stage), devices, like)
+    step = loop.jitted_step(program, getattr(cfg, request.stage), devices, like)
     lowered = step.lower(like, batch, _flags(devices))
     print(f"lowered after {time.perf_counter() - began:.0f} s, compiling", file=sys.stderr, flush=True)
     compiled = lowered.compile()

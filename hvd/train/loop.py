@@ -82,7 +82,7 @@ def claim(data: StageData, folder: str, devices: Devices, inputs: dict[str, str]
     cfg, stage = data.cfg, data.stage
     runs.check_startable(folder, cfg, stage, inputs, overwrite=overwrite)
     devices.barrier("checked")  # no process writes before all have looked
-    _own(folder, devices)
+    _claim_owner(folder, devices)
     if devices.is_main:
         if overwrite:
             runs.delete(folder)
@@ -92,7 +92,7 @@ def claim(data: StageData, folder: str, devices: Devices, inputs: dict[str, str]
     devices.barrier("claimed")
 
 
-def _own(folder: str, devices: Devices) -> None:
+def _claim_owner(folder: str, devices: Devices) -> None:
     """Claim the folder for this job; where the main process is refused, all of them end."""
     refused: UserError | Lost | None = None
     if devices.is_main:
@@ -184,10 +184,8 @@ class _Trainer:
         self._checkpoints, self._telemetry = checkpoints, telemetry
         self._done = self._saved = start
         self._pending: tuple[int, Any, float] | None = None
-        replicated = job.devices.replicated
-        self._step, self._names = jitted_step(job.program, stage_cfg, job.devices, like)
-        self._val_names: list[str] = []
-        self._evaluate = jax.jit(_packed_evaluation(job.program.evaluate, self._val_names), out_shardings=replicated)
+        self._step = jitted_step(job.program, stage_cfg, job.devices, like)
+        self._evaluate = jax.jit(_packed_evaluation(job.program.evaluate), out_shardings=job.devices.replicated)
         self._validation: list[tuple[Batch, jax.Array]] | None = None
         _ = job.devices.flags  # placed now: the loop itself transfers nothing implicitly
 
@@ -234,11 +232,11 @@ class _Trainer:
         stop = self._read()
         totals: dict[str, float] = {}
         for batch, index in self._validation:
-            *values, stopped = jax.device_get(self._evaluate(self.state, batch, index, self._devices.flag())).tolist()
+            metrics, stopped = jax.device_get(self._evaluate(self.state, batch, index, self._devices.flag())).read()
             if stop or stopped:
                 self._stop()
             watchdog.progress()
-            for name, value in zip(self._val_names, values, strict=True):
+            for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / len(self._validation)
         _check_finite(done, totals, "validation")
         self._telemetry.validation(done, totals)
@@ -248,15 +246,14 @@ class _Trainer:
         if self._pending is None:
             return False
         (done, out, waited), self._pending = self._pending, None
-        values, visited = jax.device_get(out)
+        packed, visited = jax.device_get(out)
         watchdog.progress()
-        *numbers, stop = values.tolist()
-        metrics = dict(zip(self._names, numbers, strict=True))
+        metrics, stop = packed.read()
         _check_finite(done, metrics, "training")
         if self._cfg.trace_samples:
             self._telemetry.samples(done - 1, np.asarray(visited))
         self._telemetry.train(done, metrics, waited)
-        return stop > 0
+        return stop
 
     def _save(self) -> None:
         if self._saved == self._done:
@@ -286,44 +283,47 @@ class _Trainer:
 _VALIDATION_SEED = 0x7A11D
 
 
-def jitted_step(program: Program, stage_cfg: StageConfig, devices: Devices, like: TrainState) -> tuple[Any, list[str]]:
-    """The step under jit, (state, batch, flags) -> (next state, (metrics and flag, samples)), and its metrics' names.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Metrics and the stop flag in one array, so that reading them is one small transfer."""
 
-    The names are there once it has been traced. The state's buffers are donated. `hvd plan` compiles this one too.
+    values: Any  # float32: the metrics in the order of `names`, then the flag
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, metrics: Metrics, flags: jax.Array) -> "Packed":
+        names = tuple(sorted(metrics))
+        return cls(jnp.stack([*(metrics[name] for name in names), jnp.max(flags)]).astype(jnp.float32), names)
+
+    def read(self) -> tuple[dict[str, float], bool]:
+        """The metrics, and whether some process was asked to stop; of values that are on the host."""
+        *numbers, stop = self.values.tolist()
+        return dict(zip(self.names, numbers, strict=True)), stop > 0
+
+
+def jitted_step(program: Program, stage_cfg: StageConfig, devices: Devices, like: TrainState) -> Any:
+    """The step under jit, (state, batch, flags) -> (next state, (Packed, samples)).
+
+    The state's buffers are donated. `hvd plan` compiles this one too.
     """
-    names: list[str] = []
-    step = jax.jit(
-        _packed(program.step, names, stage_cfg.trace_samples),
-        donate_argnums=0,
-        out_shardings=(state.shardings(like), devices.replicated),
-    )
-    return step, names
-
-
-def _packed(step: Callable, names: list[str], trace: bool) -> Callable:
-    """`step` with its metrics and the stop flag in one array, so that reading them is one small transfer."""
 
     def packed(train_state: TrainState, batch: Batch, flags: jax.Array) -> tuple[TrainState, Any]:
-        train_state, metrics = step(train_state, batch)
-        visited = jnp.stack([batch["source"], batch["index"]], axis=1) if trace else ()
-        return train_state, (_pack(metrics, names, flags), visited)
+        train_state, metrics = program.step(train_state, batch)
+        visited = jnp.stack([batch["source"], batch["index"]], axis=1) if stage_cfg.trace_samples else ()
+        return train_state, (Packed.of(metrics, flags), visited)
 
-    return packed
+    return jax.jit(packed, donate_argnums=0, out_shardings=(state.shardings(like), devices.replicated))
 
 
-def _packed_evaluation(evaluate: Callable, names: list[str]) -> Callable:
+def _packed_evaluation(evaluate: Callable) -> Callable:
     """`evaluate` likewise; batch number i is always given the i-th key, so that its noise is the same in every run."""
 
-    def packed(train_state: TrainState, batch: Batch, index: jax.Array, flags: jax.Array) -> jax.Array:
+    def packed(train_state: TrainState, batch: Batch, index: jax.Array, flags: jax.Array) -> Packed:
         key = jax.random.fold_in(jax.random.key(_VALIDATION_SEED), index)
-        return _pack(evaluate(train_state, batch, key), names, flags)
+        return Packed.of(evaluate(train_state, batch, key), flags)
 
     return packed
-
-
-def _pack(metrics: Metrics, names: list[str], flags: jax.Array) -> jax.Array:
-    names[:] = sorted(metrics)
-    return jnp.stack([metrics[name] for name in names] + [jnp.max(flags)]).astype(jnp.float32)
 
 
 def _check_finite(done: int, metrics: dict[str, float], kind: str) -> None:

@@ -96,7 +96,7 @@ def step(case: dict) -> dict:
         lambda event, *_, **details: compiled.append(event) if "backend_compile" in event else None
     )
     began = time.perf_counter()
-    jitted, _ = loop.jitted_step(program, cfg.policy, devices, like)
+    jitted = loop.jitted_step(program, cfg.policy, devices, like)
     run = jitted.lower(now, batch, devices.flag()).compile()
     compile_s = time.perf_counter() - began
     walls = []

@@ -54,7 +54,7 @@ def test_the_figures_are_those_of_the_trainers_own_step(one_device):
     devices = mesh.make_devices(1, jax.devices()[:1])
     program = policy.make_program(cfg, devices, 21)
     like = state.abstract(program.init, devices)
-    step, _ = loop.jitted_step(program, cfg.policy, devices, like)
+    step = loop.jitted_step(program, cfg.policy, devices, like)
     batch = stage_data.abstract_batch(cfg, "policy", devices)
     flags = jax.ShapeDtypeStruct((1,), "int32", sharding=devices.batch)
     memory = step.lower(like, batch, flags).compile().memory_analysis()
@@ -66,7 +66,7 @@ def test_the_figures_are_those_of_the_trainers_own_step(one_device):
     assert one_device.state["EMA"] == one_device.state["parameters, trained"] == one_device.gradients
 
 
-@pytest.mark.parametrize("which", ["one_device", "four_devices"])
+@pytest.mark.parametrize("which", ["one_device", pytest.param("four_devices", marks=pytest.mark.slow)])
 def test_the_categories_add_up_to_the_compilers_peak(which, request):
     found = request.getfixturevalue(which)
     parts = found.categories()
@@ -81,6 +81,7 @@ def test_the_categories_add_up_to_the_compilers_peak(which, request):
     assert sizes == sorted(sizes, reverse=True) and sizes[0] <= found.temp
 
 
+@pytest.mark.slow
 def test_more_devices_need_less_each(one_device, four_devices):
     assert four_devices.batch * 4 == one_device.batch
     assert four_devices.temp < one_device.temp
@@ -256,6 +257,7 @@ def command(*args, **env):
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table(cache, four_devices):
     kept = os.path.dirname(cache)
     args = [*TINY, "--fsdp_devices", "2", "--devices", "2xrtx4090-24gb", "--nodes", "2", "--stage", "policy"]

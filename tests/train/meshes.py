@@ -102,7 +102,7 @@ class Run:
         module = policy if self.stage == "policy" else value
         self.program = module.make_program(self.cfg, devices, factory.STATE)
         self.like = state.abstract(self.program.init, devices)
-        self.step, self.names = loop.jitted_step(self.program, getattr(self.cfg, self.stage), devices, self.like)
+        self.step = loop.jitted_step(self.program, getattr(self.cfg, self.stage), devices, self.like)
         self.losses: list[float] = []
 
     def fresh(self) -> state.TrainState:
@@ -114,8 +114,8 @@ class Run:
         for i, batch in enumerate(batches(self.cfg, self.stage)):
             if start <= i < stop:
                 placed = self.devices.place_batch(jax.tree.map(lambda x: x[ours], batch))
-                train_state, (values, _) = self.step(train_state, placed, self.devices.flag())
-                self.losses.append(float(dict(zip(self.names, np.asarray(values), strict=False))["loss"]))
+                train_state, (packed, _) = self.step(train_state, placed, self.devices.flag())
+                self.losses.append(jax.device_get(packed).read()[0]["loss"])
         return train_state
 
     def results(self, train_state: state.TrainState, name: str) -> dict[str, np.ndarray]:
