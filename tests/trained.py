@@ -17,7 +17,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
     with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             make(folder)
             made.touch()
     return folder
