@@ -1,5 +1,8 @@
 """The value stage: V(s) and one Q per kinematic level (docs/method.md, "Value stage"). `hvd train-value`."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -50,26 +53,6 @@ def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
         loss = objectives.q_loss(q, y) + objectives.v_loss(v, target_q, f)
         return loss, {"v": v, "q": q, "y": y, "target_q": target_q}
 
-    def measured(rows: gradients.Rows) -> Metrics:
-        """The metrics of a batch from its rows' numbers."""
-        v, q, y = rows["v"], rows["q"], rows["y"]
-        loss_q = objectives.q_loss(q, y)
-        loss_v = objectives.v_loss(v, rows["target_q"], f)
-        advantages = weights.advantages(v, q)
-        metrics = {
-            "loss": loss_q + loss_v,
-            "loss_q": loss_q,
-            "loss_v": loss_v,
-            "v_mean": jnp.mean(v),
-            "v_std": jnp.std(v),
-            "td_target": jnp.mean(y),
-        }
-        for i, name in enumerate(cfg.level_names()):
-            metrics[f"q/{name}"] = jnp.mean(q[:, i])
-            metrics[f"advantage/{name}"] = jnp.mean(advantages[:, i])
-            metrics[f"advantage_std/{name}"] = jnp.std(advantages[:, i])
-        return metrics
-
     # --- one step
     def step(s: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), s.step))
@@ -83,17 +66,37 @@ def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
             devices,
         )
         new, norm = state.advance(s, grads, optimizer, own, target_share=own.target_ema)
-        return new, measured(rows) | {"grad_norm": norm, "lr": schedule(s.step)}
+        return new, measured(rows, f, cfg.level_names()) | {"grad_norm": norm, "lr": schedule(s.step)}
 
     def evaluate(s: TrainState, batch: Batch, key: jax.Array) -> Metrics:
         averaged = s.ema or s.trained
-        return measured(
-            gradients.evaluate(
-                lambda trained, part: losses(trained, s, part), averaged, batch, own.grad_accum_steps, devices
-            )
+        rows = gradients.evaluate(
+            lambda trained, part: losses(trained, s, part), averaged, batch, own.grad_accum_steps, devices
         )
+        return measured(rows, f, cfg.level_names())
 
     return Program(graph, init, devices.ambient(step), devices.ambient(evaluate))
+
+
+def measured(rows: gradients.Rows, f: Callable[[Any], Any], level_names: tuple[str, ...]) -> Metrics:
+    """The metrics of a batch from its rows' numbers."""
+    v, q, y = rows["v"], rows["q"], rows["y"]
+    loss_q = objectives.q_loss(q, y)
+    loss_v = objectives.v_loss(v, rows["target_q"], f)
+    advantages = weights.advantages(v, q)
+    metrics = {
+        "loss": loss_q + loss_v,
+        "loss_q": loss_q,
+        "loss_v": loss_v,
+        "v_mean": jnp.mean(v),
+        "v_std": jnp.std(v),
+        "td_target": jnp.mean(y),
+    }
+    for i, name in enumerate(level_names):
+        metrics[f"q/{name}"] = jnp.mean(q[:, i])
+        metrics[f"advantage/{name}"] = jnp.mean(advantages[:, i])
+        metrics[f"advantage_std/{name}"] = jnp.std(advantages[:, i])
+    return metrics
 
 
 def main(cfg: Experiment, overwrite: bool = False) -> None:
