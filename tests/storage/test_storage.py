@@ -203,7 +203,7 @@ def test_stopping_is_a_pause(served):
         if proxy.bytes_read > 200_000:
             raise KeyboardInterrupt
 
-    proxy.fault = lambda request, n: Fault(slow_s=0.05)
+    proxy.fault = lambda request, n: Fault(slow_s=0.4)
     with pytest.raises(KeyboardInterrupt):
         storage.fetch(f"{bucket}/params", poll=poll)
     downloads_have_ended()
