@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The lower bounds of pyproject.toml are true together: with the oldest version of each direct dependency, in an
 # environment of its own, every module can be imported and the tiny experiment is trained, verified and reported.
-# UV: the command of uv (default: uv).
+# UV: the command of uv, where there is no ./uv (default: uv).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)

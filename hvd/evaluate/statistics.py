@@ -5,6 +5,7 @@ scipy.stats is imported by the function that needs it: it takes longer than ever
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -30,8 +31,8 @@ def wilson(successes: int, n: int) -> Estimate:
     """Share of successes with Wilson's score interval, good for small n and shares near 0 or 1. n must be positive."""
     from scipy.stats import binomtest
 
-    if not n:
-        raise ValueError("a share of nothing")
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} of {n} is not a share")
     interval = binomtest(successes, n).proportion_ci(0.95, "wilson")
     return Estimate(successes / n, float(interval.low), float(interval.high), n)
 
@@ -59,7 +60,8 @@ def spearman(x: Shaped[np.ndarray, " n"], y: Shaped[np.ndarray, " n"]) -> float:
 
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
-    return float(spearmanr(x, y).statistic)
+    result: Any = spearmanr(x, y)
+    return float(result.statistic)
 
 
 def auc(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
@@ -68,5 +70,5 @@ def auc(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> fl
 
     if positive.all() or not positive.any():
         return float("nan")
-    wins = mannwhitneyu(scores[positive], scores[~positive], method="asymptotic").statistic
-    return float(wins / (positive.sum() * (~positive).sum()))
+    result: Any = mannwhitneyu(scores[positive], scores[~positive], method="asymptotic")
+    return float(result.statistic / (positive.sum() * (~positive).sum()))

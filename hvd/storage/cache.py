@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from hvd.errors import Failed, UserError
 from hvd.files import disk_errors, locked, write_atomic
 from hvd.storage.download import download, received
-from hvd.storage.remote import Busy, Location, Object, Refused, Store, is_url, open_store, parse, retried
+from hvd.storage.remote import Busy, Location, Object, Refused, Store, is_url, parse, retried
 
 __all__ = ["cache_root", "cached", "check", "fetch", "is_url", "offline"]
 
@@ -210,3 +210,14 @@ def _waiting(entry: Path, url: str, poll: Callable[[], None]) -> Callable[[], No
         time.sleep(_WAIT_S)
 
     return wait
+
+
+def open_store(location: Location) -> Store:
+    """The location's bucket; UserError where a package is missing or the credentials are no credentials."""
+    if location.scheme == "gs":
+        from hvd.storage.google import GoogleStore
+
+        return GoogleStore(location.bucket)
+    from hvd.storage.s3 import S3Store
+
+    return S3Store(location.bucket)

@@ -93,7 +93,7 @@ def download(
                 bar.update((received(folder) if running else total) - bar.n)
     finally:
         stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)  # else a part in flight meets a closed session
 
 
 def _files(folder: Path) -> list[Path]:

@@ -116,17 +116,6 @@ def parse(url: str, field: str = "") -> Location:
     return Location(scheme, bucket, path)
 
 
-def open_store(location: Location) -> Store:
-    """The location's bucket; UserError where a package is missing or the credentials are no credentials."""
-    if location.scheme == "gs":
-        from hvd.storage.google import GoogleStore
-
-        return GoogleStore(location.bucket)
-    from hvd.storage.s3 import S3Store
-
-    return S3Store(location.bucket)
-
-
 @contextlib.contextmanager
 def network_errors() -> Iterator[None]:
     import requests

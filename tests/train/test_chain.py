@@ -1,6 +1,7 @@
 """The value stage, as a user runs it, on a chain whose values are known in closed form."""
 
 import numpy as np
+import pytest
 
 from hvd.configs import DataConfig, LrSchedule, ValueConfig
 from hvd.data import normalize
