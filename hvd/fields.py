@@ -62,7 +62,9 @@ FREE, VALUE_RUN, POLICY_RUN, IF_SET, NO_MEMORY, IN_TABLE = Mark
 
 def option[T](default: T, *about: Rule | Mark | str) -> T:
     """A field of a config: its default, rule, marks and help text. A dict is copied for each config."""
-    return _field(about, **({"default_factory": default.copy} if isinstance(default, dict) else {"default": default}))
+    if isinstance(default, dict):
+        return _field(about, default_factory=default.copy, hash=False)
+    return _field(about, default=default)
 
 
 def group[T](kind: type[T], *about: Mark | str) -> T:

@@ -111,7 +111,7 @@ def test_another_name_for_all_of_an_experiment():
     "flags, said",
     [
         (("--kubernetes.name", "My_Exp"), "kubernetes.name 'My_Exp'"),
-        (("--kubernetes.memory", "lots"), "kubernetes.memory 'lots' is no size"),
+        (("--kubernetes.memory", "lots"), "kubernetes.memory 'lots' is not a size"),
         (("--kubernetes.gpus_per_node", "-2"), "must not be negative"),
         (("--kubernetes.cpus", "0"), "kubernetes.cpus 0 must be at least 1"),
         (("--kubernetes.image", "a b"), "must not hold spaces"),

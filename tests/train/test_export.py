@@ -16,7 +16,7 @@ from hvd.configs import NormConfig
 from hvd.data import normalize
 from hvd.data.normalize import NormStats
 from hvd.errors import UserError
-from hvd.export import Export
+from hvd.export import Export, params
 from hvd.method import policy
 from hvd.models import weights
 from hvd.train import inference
@@ -97,12 +97,12 @@ def test_the_floor_of_the_spread(mode):
     stats = {"state": NormStats(mean, std, mean - 2 * std, mean + 2.5 * std)}
     x = rng.normal(size=(5, 6))
     want = normalize.normalize(x, stats["state"], mode, std_floor=0.05)
-    out = export.openpi_stats(stats, NormConfig(mode=mode, std_floor=0.05))["state"]
+    out = params.openpi_stats(stats, NormConfig(mode=mode, std_floor=0.05))["state"]
     # as openpi's Normalize does
     z_score = (x - out.mean) / (out.std + 1e-6)
     quantile = (x - out.q01) / (out.q99 - out.q01 + 1e-6) * 2 - 1
     np.testing.assert_allclose({"z_score": z_score, "quantile": quantile}[mode], want, rtol=1e-6, atol=1e-9)
-    np.testing.assert_array_equal(export.openpi_stats(stats, NormConfig(mode=mode))["state"].q99, stats["state"].q99)
+    np.testing.assert_array_equal(params.openpi_stats(stats, NormConfig(mode=mode))["state"].q99, stats["state"].q99)
 
 
 @pytest.mark.slow
