@@ -81,7 +81,7 @@ def submit(argv: list[str]) -> int:
     cluster = base.get(name, settings)
     check_config(cfg)
     planned = cluster.plan(Request(cfg, options.stage, tuple(given), options.nodes, overwrite, options.after))
-    check(planned, files=cluster.shares_files, later=options.dry_run and not cluster.stays)
+    check(planned, files=cluster.shares_files, later=options.dry_run and not cluster.stays, queued=not cluster.stays)
     if options.dry_run:
         print(planned.text, end="")
         return EXIT_COMPLETE
@@ -116,12 +116,13 @@ def parse(argv: Sequence[str]) -> tuple[Submit, list[str], list[overrides.Flag]]
     return options, [*choice.as_flags(), *fields], settings
 
 
-def check(planned: Planned, *, files: bool, later: bool) -> None:
+def check(planned: Planned, *, files: bool, later: bool, queued: bool) -> None:
     """Everything that can be known before a step runs; raises UserError.
 
     Args:
         files: datasets, weights and run folders are where this machine sees them.
         later: it is printed, and another time submitted.
+        queued: it may wait for hours: every byte of the value run is read now, and not only by the step.
     """
     request, cfg = planned.request, planned.request.cfg
     check_devices(cfg, planned.devices, planned.processes)
@@ -134,7 +135,7 @@ def check(planned: Planned, *, files: bool, later: bool) -> None:
     # --after is a value job that is not complete yet: the job itself asks again
     given = request.stage == "all" and cfg.policy.value_run
     if (request.stage == "policy" or given) and needs_value(cfg) and not later and not request.after:
-        value_run.check(cfg, digests=False)  # the step reads every byte itself
+        value_run.check(cfg, digests=queued)  # a step that starts now reads every byte itself
     if given:
         print(f"value stage: left out, the policy takes {cfg.policy.value_run} (policy.value_run)", flush=True)
 
