@@ -32,7 +32,7 @@ def test_full_disk(trained, tmp_path, checkpoints):
     disk, steps = tmp_path / "disk", trained.value.num_train_steps
     disk.mkdir()
     one = sum(f.stat().st_size for f in Path(trained.value_dir, "checkpoints").rglob("*") if f.is_file())
-    argv = [sys.executable, "-c", _HVD, str(Path(trained.runs_dir).parent), "train-value", "--config", "tiny"]
+    argv = [sys.executable, "-c", _HVD, str(Path(trained.assets_dir).parent), "train-value", "--config", "tiny"]
     line = shlex.join([*argv, "--runs-dir", str(disk / "runs"), "--evaluate.execute-steps", "4"])
     script = f"""
         {line}; code=$?
@@ -48,6 +48,6 @@ def test_full_disk(trained, tmp_path, checkpoints):
     errors = [text for text in done.stderr.splitlines() if "error: " in text]
     assert len(errors) == 1 and "no space left on the disk of" in errors[0], done.stderr
     assert "the same command then goes on" in errors[0] and "Traceback" not in done.stderr, done.stderr
-    cfg = factory.experiment(Path(trained.runs_dir).parent, runs_dir=str(tmp_path / "copy"))
+    cfg = factory.experiment(Path(trained.assets_dir).parent, runs_dir=str(tmp_path / "copy"))
     complete.check_complete(cfg.value_dir, stage="value", cfg=cfg)
     assert_same_run(cfg.value_dir, trained.value_dir, steps)
