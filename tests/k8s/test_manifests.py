@@ -71,6 +71,14 @@ def test_imitation_waits_for_nothing():
     assert len(docs) == 1 and job(docs, "policy")["spec"]["parallelism"] == 1
 
 
+@pytest.mark.parametrize("stage", ["policy", "all"])
+def test_a_value_run_that_is_given_leaves_nothing_to_wait_for(stage):
+    docs = render("--policy.value_run", "/storage/runs/other/value", stage=stage)
+    (only,) = jobs(docs)
+    assert only is job(docs, "policy") and only["spec"]["parallelism"] == 1
+    assert all("/storage/runs/other/value" in container["args"] for container in containers(only))
+
+
 def test_every_setting_has_its_place():
     docs = render(image="reg/hvd:1", claim="nfs", gpus_per_node=4, gpu="h100-80gb", cpus=32, memory="200Gi")
     for component in ("value", "policy"):

@@ -17,7 +17,7 @@ from hvd.clusters.kubernetes import kubectl
 from hvd.clusters.kubernetes.queue import COMPONENT
 from hvd.errors import UserError
 from hvd.fields import Rule, check_rules, option
-from hvd.stages import needs_value
+from hvd.method.value_run import own_needed
 
 K8S = Path(__file__).resolve().parents[3] / "k8s"
 FILES = ("value-job.yaml", "awr-job.yaml")
@@ -71,9 +71,10 @@ def render(request: Request, asked: Settings) -> list[Manifest]:
     """The manifests of the stage. Its `options` go to every container."""
     docs = _source(request.nodes, asked)
     docs = _renamed(docs, asked.name) if asked.name else docs
-    docs = [doc for doc in docs if component(doc) not in _OTHERS[request.stage]]
-    if request.stage != "value" and not needs_value(request.cfg):  # imitation waits for nothing
-        docs = [doc for doc in docs if component(doc) != "gate"]
+    left_out = set(_OTHERS[request.stage])
+    if request.stage != "value" and not own_needed(request.cfg):  # imitation, and a value run that is given: no wait
+        left_out |= {"gate", "value"} if request.cfg.policy.value_run else {"gate"}
+    docs = [doc for doc in docs if component(doc) not in left_out]
     for doc in docs:
         if doc["kind"] == "Job":
             _fill_in(doc, request, asked)
@@ -172,7 +173,7 @@ def _fill_in(doc: Manifest, request: Request, asked: Settings) -> None:
         spec["completions"] = nodes
     elif nodes > 1:
         raise UserError(f"kubernetes.overlay {asked.overlay}: its Jobs are not Indexed, --nodes {nodes} needs that")
-    if spec["parallelism"] or not needs_value(request.cfg):
+    if spec["parallelism"] or not own_needed(request.cfg):
         spec["parallelism"] = nodes
     if asked.queue:
         doc["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = asked.queue
