@@ -7,10 +7,13 @@ made, things renamed or removed), for n drawn at random; another fork then runs 
 result must be what an undisturbed conversion wrote. Forking is safe here, and fast: this process has no threads.
 """
 
+import contextlib
+import importlib
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,7 +55,22 @@ def convert_in_fork(raw: Path, target: Path, kill_at: int = 0, overwrite: bool =
     return int(said) if code == 0 else code
 
 
+def import_what_a_conversion_imports(raw: Path, out: Path) -> None:
+    """Else each fork imports it again: most file operations, and most of the time, would be those of imports."""
+    code = (
+        "import sys; from tests.data.killed_conversion import *; "
+        f"convert(ConvertConfig(({str(raw)!r},), 'me/set', root={str(out / 'imports')!r}, workers=1)); "
+        "print('modules', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in done.stdout.rpartition("modules ")[2].split():
+        if not name.startswith("__"):
+            with contextlib.suppress(Exception):  # a name in sys.modules need not be one that can be imported
+                importlib.import_module(name)
+
+
 def main(raw: Path, out: Path, seed: int, kills: int) -> None:
+    import_what_a_conversion_imports(raw, out)
     total = convert_in_fork(raw, out / "reference")
     reference = tree(out / "reference")
     rng = random.Random(seed)

@@ -37,6 +37,18 @@ FILES = {
 PARAMS = {name.removeprefix("params/"): data for name, data in FILES.items() if name.startswith("params/")}
 
 
+# s3transfer leaves the sockets of a download that is stopped to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _its_sockets_end_here():
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     for name in ("HVD_OFFLINE", "GOOGLE_APPLICATION_CREDENTIALS", "AWS_PROFILE"):
@@ -209,9 +221,6 @@ def test_stopping_is_a_pause(served):
     with pytest.raises(KeyboardInterrupt):
         storage.fetch(f"{bucket}/params", poll=poll)
     downloads_have_ended()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()  # s3transfer leaves the sockets of what it breaks off to the garbage collector
     proxy.fault = lambda request, n: None
     assert files_below(storage.fetch(f"{bucket}/params")) == PARAMS
     assert proxy.bytes_read < 2 * sum(map(len, PARAMS.values()))
