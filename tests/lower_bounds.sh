@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-cp -r hvd tests launch README.md pyproject.toml .python-version "$work"
+cp -r hvd tests launch slurm README.md pyproject.toml .python-version "$work"
 [ ! -x ./uv ] || UV=$PWD/uv
 cd "$work"
 sed -i '/^constraint-dependencies = \[ # pins$/,/^\] # end of pins$/d' pyproject.toml
