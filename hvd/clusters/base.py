@@ -186,8 +186,9 @@ class Cluster(Protocol):
         """Does the text look like an id of this cluster?"""
         ...
 
-    def states(self, days: float | None) -> list[JobState]:
-        """Our jobs, oldest first, [] where the cluster is not used; without those that ended more than `days` ago."""
+    def states(self, days: float | None) -> tuple[list[JobState], int]:
+        """Our jobs, oldest first, without those that ended more than `days` ago, and how many those are; none where the
+        cluster is not used."""
         ...
 
     def dependents(self, job: str) -> list[JobState]:

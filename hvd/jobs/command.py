@@ -105,12 +105,12 @@ def print_help(name: str) -> None:
 
 def show(jobs_dir: str, *, everything: bool, as_json: bool) -> int:
     """The table, or the JSON list, of all clusters' jobs."""
-    rows = _states(jobs_dir, None if everything else _DAYS)
+    rows, older = _states(jobs_dir, None if everything else _DAYS)
     if as_json:
         print(listing.as_json(rows))
     elif rows:
         print(listing.as_table(rows))
-    elif older := 0 if everything else len(_states(jobs_dir, None)):
+    elif older:
         print(f"no job is queued, runs or has ended within {_DAYS} days; --all shows {older} older")
     else:
         folder = base.jobs_folder(jobs_dir)
@@ -118,15 +118,17 @@ def show(jobs_dir: str, *, everything: bool, as_json: bool) -> int:
     return EXIT_COMPLETE
 
 
-def _states(jobs_dir: str, days: float | None) -> list[base.JobState]:
-    """Of every cluster that is used; one that does not answer is said."""
-    found: list[base.JobState] = []
+def _states(jobs_dir: str, days: float | None) -> tuple[list[base.JobState], int]:
+    """Of every cluster that is used, and how many jobs are older; a cluster that does not answer is said."""
+    rows: list[base.JobState] = []
+    older = 0
     for name in base.names():
         try:
-            found += base.get(name, jobs_dir=jobs_dir).states(days)
+            shown, left_out = base.get(name, jobs_dir=jobs_dir).states(days)
+            rows, older = rows + shown, older + left_out
         except base.Unreachable as error:
             print(f"{name}: {error}", file=sys.stderr)
-    return found
+    return rows, older
 
 
 def cancel(cluster: base.Cluster, job: str, *, yes: bool) -> int:

@@ -46,11 +46,12 @@ class Kubernetes:
     def owns(self, job: str) -> bool:
         return is_name(job)
 
-    def states(self, days: float | None) -> list[JobState]:
+    def states(self, days: float | None) -> tuple[list[JobState], int]:
         if not kubectl.available():
-            return []
+            return [], 0
         queue = Queue()
-        return [queue.state(name) for name, job in queue.jobs.items() if job.within(days)]
+        shown = [queue.state(name) for name, job in queue.jobs.items() if job.within(days)]
+        return shown, len(queue.jobs) - len(shown)
 
     def state(self, job: str) -> JobState:
         return Queue().state(job)

@@ -69,8 +69,8 @@ class Local:
     def owns(self, job: str) -> bool:
         return False  # a launcher here has a process id, which `ps` and `kill` know
 
-    def states(self, days: float | None) -> list[JobState]:
-        return []
+    def states(self, days: float | None) -> tuple[list[JobState], int]:
+        return [], 0
 
     def dependents(self, job: str) -> list[JobState]:
         _no_queue()

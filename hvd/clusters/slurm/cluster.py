@@ -67,7 +67,7 @@ class Slurm:
     def owns(self, job: str) -> bool:
         return records.is_id(job)
 
-    def states(self, days: float | None) -> list[JobState]:
+    def states(self, days: float | None) -> tuple[list[JobState], int]:
         known = records.ids(self._folder)
         queued, error = _queue()
         here = str(records.base(self._folder))
@@ -81,11 +81,12 @@ class Slurm:
             error = refused
         if error is not None and jobs:
             log.complain(f"{error}; states are what the jobs' folders say")
-        return [
+        shown = [
             _state(job, statuses.get(job.id), queued.get(job.id))
             for job in jobs
             if not _status(job, statuses.get(job.id)).ended or base.recent(records.last_sign(self._folder, job), days)
         ]
+        return shown, len(jobs) - len(shown)
 
     def look(self, job: str, tries: int = 1) -> JobState:
         """What Slurm says, else what the job has recorded of its end; Unreachable where there is neither."""
