@@ -455,3 +455,11 @@ def following(function, argv):
         finally:
             thread.join(30)
     assert not thread.is_alive()
+
+
+def test_nothing_is_asked_twice_where_there_is_nothing_to_show(slurm, submitted, capsys):
+    submitted("1", end="2020-01-01T00:00:00+00:00 0 complete")
+    assert jobs() == 0
+    assert "--all shows 1 older" in capsys.readouterr().out
+    asked = slurm.calls()
+    assert len(asked) == len(set(asked)), asked
