@@ -1,5 +1,7 @@
 """The sub-tasks of carrying an object from the shelf to the goal, judged from contacts and positions."""
 
+import abc
+
 import mujoco as mj
 import numpy as np
 from jaxtyping import Float
@@ -16,7 +18,7 @@ _STILL = 0.15  # m/s and rad/s
 _HOLD_STEPS = 3  # control steps that the object must stay placed
 
 
-class Carry:
+class Carry(abc.ABC):
     """Judges SUBTASKS in `env` (hvd.sim.tasks.Progress); each task says how its object must rest.
 
     Attributes:
@@ -39,9 +41,9 @@ class Carry:
                 self._grip_of_body[model.body(f"{side}_link6").id] = side
         self.reset()
 
+    @abc.abstractmethod
     def rests_on_table(self, position: Float[np.ndarray, "3"], upright: float) -> bool:
         """Whether the object, over the goal, lies on the table. `upright`: cosine of its tilt."""
-        raise NotImplementedError
 
     def reset(self) -> None:
         self._placed_steps = self._loose_steps = 0

@@ -4,6 +4,7 @@ It sees the simulator's true state through an error that `quality` scales (0 = c
 again, and makes the structured mistakes it is given (hvd.sim.mistakes).
 """
 
+import abc
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,7 +33,7 @@ _GIVE_UP_FRAMES = 12  # the operator stands still before the recording of a fail
 _WRONG_BASE, _WRONG_TORSO = 0.1, 0.1
 
 
-class Teleoperator:
+class Teleoperator(abc.ABC):
     """Acts on `env` from its state right after reset; each task has a subclass with a method for each of its phases.
 
     Args:
@@ -228,10 +229,10 @@ class Teleoperator:
     open_grip = 0.0  # gripper command while nothing is to be held
     let_go = 0.0  # metres that a hand moves outwards to let go; 0 = the gripper opens instead
 
+    @abc.abstractmethod
     def seen_yaw(self, yaw: float) -> float:
         """The yaw to grasp at: an object that looks the same from several sides is taken from the nearest."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def shift_hand(self, side: str, pose: Pose, wide: float, up: float) -> Pose:
         """The `side` hand's target, wrong by `wide` metres sideways and `up` metres upwards."""
-        raise NotImplementedError
