@@ -36,7 +36,7 @@ from hvd.errors import (
 )
 from hvd.experiments import CONFIGS
 from hvd.files import full_disk
-from hvd.runtime import processes, records
+from hvd.runtime import preemption, processes, records
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -229,6 +229,7 @@ def stopped_by_signals():
     """SIGTERM, SIGUSR1 and SIGUSR2 end a step that has no handler of its own with Stopped instead of a sudden death."""
 
     def stop(number, frame):
+        preemption.received(number)
         raise Stopped(f"by {signal.Signals(number).name}")
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
@@ -237,6 +238,7 @@ def stopped_by_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        preemption.forget()
 
 
 def no_space(error: BaseException | None) -> str | None:

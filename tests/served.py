@@ -111,10 +111,13 @@ class Served:
     def get(self, path: str) -> tuple[int, str]:
         return get(self.port, path)
 
-    def end(self, number: signal.Signals = signal.SIGTERM, timeout: float = 30.0) -> int:
+    def end(self, number: signal.Signals = signal.SIGTERM, timeout: float = 120.0) -> int:
         """The exit code after a signal."""
         self.process.send_signal(number)
-        code = self.process.wait(timeout)
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not ended {timeout:.0f} s after {number.name}:\n{self.text()}") from None
         self._reader.join(5)
         return code
 

@@ -16,7 +16,7 @@ PRODUCT_LINES, TEST_LINES, GOLDEN_LINES = 25_000, 25_500, 1_500
 # stand apart from the rest of their package.
 TABLES = ("method.objectives", "method.weights", "method.extraction", "method.parameters", "method.table")
 LAYERS = (
-    ("errors", "files", "tables", "pools"),
+    ("errors", "files", "documents", "tables", "pools"),
     ("fields", "robots", "configs", "mixture", "experiments", "overrides", "checks", *TABLES),
     ("storage", "runtime", "accelerators", "gpu_environment"),
     ("data",),
@@ -27,7 +27,7 @@ LAYERS = (
     ("clusters", "jobs", "launch"),
     ("cli",),
 )
-RUNTIME_MAY_IMPORT = ("errors", "files")
+RUNTIME_MAY_IMPORT = ("errors", "files", "documents")
 BELOW = {"evaluate": ("sim",)}  # within the line of several
 
 # Not mended yet

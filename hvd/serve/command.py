@@ -27,6 +27,7 @@ from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, Stopped, UserError
 from hvd.fields import between, option
 from hvd.robots import get_robot
+from hvd.runtime import preemption
 
 if TYPE_CHECKING:
     from hvd.serve.connections import PolicyServer
@@ -234,6 +235,8 @@ async def _serve(
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         loop.add_signal_handler(number, signalled, number)
+    if preemption.requested():  # a signal before these handlers, whose exception a library swallowed
+        stop.set()
     log = asyncio.ensure_future(_log(metrics, log_every_s)) if log_every_s else None
     await server.run(sock, stop, hurry, lambda: print(line, flush=True))
     if log is not None:

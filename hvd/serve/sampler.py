@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from hvd.data.transforms import Observation
+from hvd.runtime import preemption
 from hvd.serve.observation import Request, batch_of
 from hvd.train.inference import Policy
 
@@ -54,6 +55,7 @@ class Sampler:
     def warm(self, request: Request) -> None:
         """Compile every size, with the shapes of `request`, and run it once."""
         for size in self.sizes:
+            preemption.check("before the server was ready")
             inputs = self._inputs([request], size)
             self._compiled[size] = self._jitted.lower(self._policy.params, *inputs).compile()
             jax.block_until_ready(self._compiled[size](self._policy.params, *inputs))

@@ -52,8 +52,7 @@ def open_checkpoint(path: str, field: str = "weight_loader") -> weights.Checkpoi
     """The checkpoint at a local path, or at a URL, which is fetched into the cache of this node first."""
 
     def stop_if_asked() -> None:
-        if preemption.requested():
-            preemption.raise_stopped(f"while {path} was fetched")
+        preemption.check(f"while {path} was fetched")
 
     local = storage.fetch(path, field, stop_if_asked) if storage.is_url(path) else path
     return weights.open_checkpoint(local, f"{field} {path}")

@@ -1,13 +1,15 @@
 """pi0 at its real size on this machine's GPUs: training, sampling, checkpoints, data wait, forms of attention (B5).
 
-    python -m tests.benchmarks.bench_gpu [--parts step,sample,attention,data] [--batches 8,16,32] [--g1 FOLDER]
+    python -m tests.benchmarks.bench_gpu [--parts step,sample,attention,data] [--configs pi0_r1_lora,pi0_r1]
+        [--batches 8,16,32] [--layers scan] [--trace FOLDER] [--g1 FOLDER]
     JAX_PLATFORMS=cpu python -m tests.benchmarks.bench_gpu --tiny          # the same code, a tiny model, no GPU
 
 Goals, for one H100: 30 samples/s for the full model (openpi's own figure is 18.5), MFU 40 %, sample_actions under
 60 ms, a checkpoint blocks under 2 s, nothing is compiled after step 1, data wait under 2 % with the G1 data.
 
 Every case is measured in a process of its own, on random weights; a case that does not fit its GPUs says so and the
-others go on. "blocks": how long the step loop waits for a checkpoint. Memory is the peak that JAX reports.
+others go on. "blocks": how long the step loop waits for a checkpoint. Memory is the peak that JAX reports, beside what
+the compiler says the step needs (`hvd plan` says the same). --trace keeps a profile of two steps of each case.
 """
 
 import argparse
@@ -84,6 +86,11 @@ def step(case: dict) -> dict:
     from hvd.method import policy
     from hvd.train import checkpoints, flops, loop, mesh, state
 
+    if case["layers"] == "scan":
+        from hvd.models import stack
+        from tests.benchmarks import scan_stack
+
+        stack.run = scan_stack.run
     mesh.initialize()
     devices = mesh.make_devices(jax.device_count())
     cfg = config(case["config"], case)
@@ -109,12 +116,19 @@ def step(case: dict) -> dict:
         if i == 0:
             late = len(compiled)
     seconds = statistics.median(walls[2:])
+    if case["trace"]:
+        with jax.profiler.trace(case["trace"]):
+            for _ in range(2):
+                now, out = run(now, batch, devices.flag())
+                jax.block_until_ready((now, out))
+    memory = run.memory_analysis()
     found = {
         "ms": seconds * 1e3,
         "samples_per_s": case["batch"] / seconds,
         "compile_s": compile_s,
         "compiled_later": len(compiled) - late,
         "peak_gib": peak_gib(),
+        "compiler_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / (1 << 30),
     }
     known = accelerators.of_kind(jax.devices()[0].device_kind)
     counted = flops.of_step(policy.make_program, cfg, "policy", devices)
@@ -230,13 +244,13 @@ def data(case: dict) -> dict:
 
 
 def cases(parts: list[str], args: argparse.Namespace) -> list[tuple[str, dict]]:
-    common = {"tiny": args.tiny, "remat": args.remat}
+    common = {"tiny": args.tiny, "remat": args.remat, "layers": args.layers, "trace": args.trace}
     found: list[tuple[str, dict]] = []
     batches = [int(b) for b in args.batches.split(",")]
     if "step" in parts:
         found += [
             ("step", common | {"config": name, "batch": b, "steps": args.steps, "checkpoint": b == batches[0]})
-            for name in CONFIGS
+            for name in args.configs.split(",")
             for b in batches
         ]
     if "sample" in parts:
@@ -256,7 +270,10 @@ def cases(parts: list[str], args: argparse.Namespace) -> list[tuple[str, dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--configs", default=",".join(CONFIGS))
     parser.add_argument("--batches", default="8,16,32")
+    parser.add_argument("--layers", default="stack", choices=("stack", "scan"), help="scan: lax.scan, jax.checkpoint")
+    parser.add_argument("--trace", default="", help="a folder for profiles (TensorBoard, Perfetto)")
     parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--g1", default=os.environ.get("HVD_G1_DATA", "../shared/data/g1_bottle"))

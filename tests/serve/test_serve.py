@@ -1,6 +1,7 @@
 """`hvd serve` in a process of its own, driven over a socket by openpi's own client."""
 
 import dataclasses
+import os
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from hvd import cli, overrides
 from hvd.errors import EXIT_USER
 from hvd.serve import command as serve
+from hvd.serve import sampler
 from hvd.serve.observation import default_prompt
 from tests import served
 from tests.data.factory import CAMERAS, KEYS
@@ -252,6 +254,19 @@ def test_a_signal_before_the_server_is_ready(run_folder):
             time.sleep(0.01)
         assert running.end(signal.SIGTERM) == 0
         assert "stopped before the server was ready" in running.text() or "stopped; requests: none" in running.text()
+
+
+def test_a_signal_that_a_library_swallows(run_folder, monkeypatch, capsys):
+    def warm(self, request):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("not reached")
+        except Exception:
+            pass  # as a callback of a compiler may
+
+    monkeypatch.setattr(sampler.Sampler, "warm", warm)
+    assert cli.main(["serve", "--run", str(run_folder), "--port", "0"]) == 0
+    assert "stopped; requests: none" in capsys.readouterr().out
 
 
 def test_a_port_in_use(server, run_folder, capsys):

@@ -1,0 +1,69 @@
+"""JSON that another person or an earlier run wrote: read against a declared form (msgspec), refused in one line.
+
+A form is a msgspec.Struct, a dataclass or a type such as `dict[str, int]`. Fields that it does not name are ignored.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from hvd.errors import UserError
+from hvd.files import is_local
+
+LIMIT = 256 << 20  # bytes of one document: a million episodes take about 100 MB
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Positive = Annotated[float, Meta(gt=0, lt=1e9)]
+
+
+def read[T](path: os.PathLike | str, form: type[T], limit: int = LIMIT) -> T:
+    """The document in the file `path`, local or remote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it is no regular file, larger than `limit`, or not of that form.
+    """
+    return decode(read_bytes(path, limit), form, str(path))
+
+
+def read_bytes(path: os.PathLike | str, limit: int = LIMIT) -> bytes:
+    """At most `limit` bytes of a regular file; raises as `read` does."""
+    if not is_local(path):
+        from etils import epath
+
+        data = epath.Path(path).read_bytes()
+    else:
+        kind = Path(path).stat()
+        if not stat.S_ISREG(kind.st_mode):
+            raise UserError(f"{path} is not a regular file")
+        with Path(path).open("rb") as file:
+            data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{path} has more than {limit} bytes, more than such a file can have")
+    return data
+
+
+def decode[T](data: bytes | str, form: type[T], where: str) -> T:
+    """The document in `data`; `where` names it in the error.
+
+    Raises:
+        UserError: not JSON, or not of that form.
+    """
+    try:
+        return msgspec.json.decode(data, type=form)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{where}: {why}") from None
+
+
+def convert[T](value: Any, form: type[T], where: str) -> T:
+    """`decode` for what another library has parsed already (YAML, parquet's rows); raises as it does."""
+    try:
+        return msgspec.convert(value, type=form)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{where}: {why}") from None
