@@ -36,11 +36,10 @@ Images = Float[Array, "n t h s"]  # queries, keys or values of images
 def choose(kind: Kind, part: Literal["images", "language"], dtype: jnp.dtype, head_dim: int) -> Form:
     """The form that `kind` (ModelConfig.attention) means for a part of the model on the platform compiled for.
 
-    "auto" is XLA on a CPU; where that is a single one, row by row for the language model. On a GPU it was argued, not
-    measured (tests/benchmarks/bench_gpu.py measures it): cuDNN for the image tower, whose float32 logits (16 heads x
-    256 x 256 for each image and layer) otherwise take a third of the tower's time to write and read; XLA for the
-    language model, where they take a tenth, and where a plan made without the device (`hvd plan`) could not compile
-    cuDNN's kernel for heads of 256 and would show another program's memory.
+    "auto" is XLA on a CPU; where that is a single one, row by row for the language model. On a GPU it is cuDNN for the
+    image tower and XLA for the language model: on an H200 the other choice takes 1.8 and 1.2 times as long (forward and
+    backward, BENCHMARKS.md). A plan made without the device (`hvd plan`) could not compile cuDNN's kernel for heads of
+    256 and would show another program's memory.
     "cudnn" is cuDNN wherever the table above allows it.
     """
     if sharding.platform() != "gpu":

@@ -2,7 +2,8 @@
 
 What differentiating `lax.scan` does not give: the last layer may be another function than the first ones without a
 sliced copy of all parameters; gradients go into one buffer, in place; and a copy of a weight (cast, gathered from
-other devices) is never kept for the backward pass but made again.
+other devices) is never kept for the backward pass but made again. Against lax.scan and jax.checkpoint this saves
+4.4 GiB and 1 % of the time of a step of pi0 on an H200, 96 MB and 5 % of a small one's on a CPU (BENCHMARKS.md).
 """
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,6 @@
 """pi0 at its real size on this machine's GPUs: training, sampling, checkpoints, data wait, forms of attention (B5).
 
-    python -m tests.benchmarks.bench_gpu [--parts step,sample,attention,data] [--configs pi0_r1_lora,pi0_r1]
+    python -m tests.benchmarks.bench_gpu [--parts step,sample,attention,checkpoint,data] [--configs pi0_r1_lora,pi0_r1]
         [--batches 8,16,32] [--layers scan] [--trace FOLDER] [--g1 FOLDER]
     JAX_PLATFORMS=cpu python -m tests.benchmarks.bench_gpu --tiny          # the same code, a tiny model, no GPU
 
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PARTS = ("step", "sample", "attention", "data")
+PARTS = ("step", "sample", "attention", "checkpoint", "data")
 CONFIGS = ("pi0_r1_lora", "pi0_r1")
 TINY_SIZES = {
     "model.siglip_variant": "tiny",
@@ -79,7 +79,7 @@ def peak_gib() -> float:
 
 
 def step(case: dict) -> dict:
-    """Steps of the trainer's own compiled program on one batch; then a checkpoint, and a step while it is written."""
+    """Steps of the trainer's own compiled program on one batch; with `saves` checkpoints, and a step beside each."""
     import jax
 
     from hvd import accelerators
@@ -134,10 +134,10 @@ def step(case: dict) -> dict:
     counted = flops.of_step(policy.make_program, cfg, "policy", devices)
     found["tflops_per_device"] = counted / seconds / devices.count / 1e12
     found["mfu"] = found["tflops_per_device"] * 1e12 / known.flops if known else None
-    if case["checkpoint"]:
+    if case["saves"]:
         with tempfile.TemporaryDirectory() as folder:
             saves = checkpoints.Checkpoints(folder, program.graph, 0)
-            for i in (1, 2):  # the first makes Orbax's threads
+            for i in range(1, case["saves"] + 1):  # the first makes Orbax's threads
                 began = time.perf_counter()
                 saves.save(i, now, {})
                 found["blocks_s"] = time.perf_counter() - began
@@ -249,7 +249,7 @@ def cases(parts: list[str], args: argparse.Namespace) -> list[tuple[str, dict]]:
     batches = [int(b) for b in args.batches.split(",")]
     if "step" in parts:
         found += [
-            ("step", common | {"config": name, "batch": b, "steps": args.steps, "checkpoint": b == batches[0]})
+            ("step", common | {"config": name, "batch": b, "steps": args.steps, "saves": 0})
             for name in args.configs.split(",")
             for b in batches
         ]
@@ -259,6 +259,9 @@ def cases(parts: list[str], args: argparse.Namespace) -> list[tuple[str, dict]]:
         rows = 2 if args.tiny else 16
         shapes = {"language": (rows, 836, 8, 1, 256, True), "images": (3 * rows, 256, 16, 16, 72, False)}
         found += [("attention", {"shape": shape, "part": part, "steps": args.steps}) for part, shape in shapes.items()]
+    if "checkpoint" in parts:  # of LoRA: a full state is 50 GB on the disk
+        case = {"config": "pi0_r1_lora", "batch": batches[0], "steps": args.steps, "saves": 2}
+        found.append(("checkpoint", common | case))
     if "data" in parts:
         if Path(args.g1).is_dir():
             found.append(("data", common | {"batch": 16, "steps": 10 * args.steps, "g1": str(Path(args.g1).resolve())}))
@@ -283,7 +286,11 @@ def main() -> None:
     if args.one:
         part, case = args.one
         print(
-            json.dumps({"step": step, "sample": sample, "attention": attention, "data": data}[part](json.loads(case)))
+            json.dumps(
+                {"step": step, "sample": sample, "attention": attention, "checkpoint": step, "data": data}[part](
+                    json.loads(case)
+                )
+            )
         )
         return
     parts = args.parts.split(",")
@@ -301,11 +308,11 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "RESOURCE_EXHAUSTED" in line or "rror" in line]
-            print(f"{part:10}{name:24} failed: {(lines or ['?'])[-1][:200]}", flush=True)
+            print(f"{part:11}{name:24} failed: {' | '.join(line[:300] for line in lines[-3:]) or '?'}", flush=True)
             continue
         found = json.loads(done.stdout.splitlines()[-1])
         shown = (f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
-        print(f"{part:10}{name:24} {'  '.join(shown)}", flush=True)
+        print(f"{part:11}{name:24} {'  '.join(shown)}", flush=True)
 
 
 if __name__ == "__main__":
