@@ -42,9 +42,15 @@ SIM_TASKS = tuple(sorted(path.stem for path in (Path(__file__).parent / "sim/tas
 class ModelConfig:
     """The trunk that both stages share, the policy's and the value model's own experts, and what the values mean."""
 
+    family: Literal["pi0", "pi05"] = option(
+        "pi0", IF_SET, "pi05: the state stands in the prompt, the time steers the expert's norms"
+    )
     action_dim: int = option(32, AT_LEAST_1, "robot dims are zero-padded to this; the state too")
     action_horizon: int = option(20, AT_LEAST_1, "K, actions per chunk")
     max_token_len: int = option(48, AT_LEAST_1, "tokens of a prompt; a longer one is cut")
+    state_in_prompt: Literal["auto", "yes", "no"] = option(
+        "auto", IF_SET, "each state dim as one of 256 bins, after the task; auto: with pi05"
+    )
     vocab_size: int = option(257_152, AT_LEAST_1)
     tokenizer: Literal["paligemma", "words"] = option("paligemma", '"words": hashed, needs no vocabulary file')
     tokenizer_path: str = option("", 'sentencepiece model of "paligemma"')

@@ -80,10 +80,11 @@ class Batcher:
                     widths = f"{array.shape[1]} dims, its norm stats {spec.transform.stats[name].dim}"
                     raise UserError(f"{dataset.name}: {name} has {widths}: run `hvd norm-stats` for this data")
         tables = {i: Transitions(d, spec.horizon, spec.gamma) for i, d in datasets.items()}
-        tokens = {i: spec.transform.tokenizer.encode(list(d.tasks)) for i, d in datasets.items()}
+        fixed = not spec.transform.state_in_prompt
+        tokens = {i: spec.transform.tokenizer.encode(list(d.tasks)) for i, d in datasets.items() if fixed}
         self._source = {s.number: s for s in sources}
         self._transitions = {s.number: tables[id(s.dataset)] for s in sources}
-        self._tokens = {s.number: tokens[id(s.dataset)] for s in sources}
+        self._tokens = {s.number: tokens[id(s.dataset)] for s in sources if fixed}
         size = spec.transform.model.image_size
         self._frames = {
             (id(d), camera): cached_frames(d, camera, size) if spec.image_cache else d.camera_frames[camera]
@@ -135,15 +136,13 @@ class Batcher:
     def _numbers(self, i: int, rows: np.ndarray, value: bool) -> tuple[Batch, np.ndarray]:
         """All that is not an image, of rows of one source; and the next rows."""
         source, transitions, transform = self._source[i], self._transitions[i], self.spec.transform
-        dataset, (tokens, token_mask) = source.dataset, self._tokens[i]
-        tasks = dataset.task_ids[rows]
-        prompt = {"tokenized_prompt": tokens[tasks], "tokenized_prompt_mask": token_mask[tasks]}
+        dataset = source.dataset
         chunk, state = transitions.chunk(rows), dataset.state[rows]
         weights = (
             np.ones((len(rows), self.spec.num_levels), np.float32) if source.weights is None else source.weights[rows]
         )
         batch: Batch = {
-            "observation": {"state": transform.state(state), **prompt},
+            "observation": {"state": transform.state(state), **self._prompts(i, rows, rows)},
             "actions": transform.actions_in(chunk.actions, state),
             "action_mask": chunk.action_mask,
             "weights": weights,
@@ -152,8 +151,22 @@ class Batcher:
             return batch, rows
         outcome = transitions.outcome(rows)
         batch["reward"], batch["discount"] = outcome.reward, outcome.discount
-        batch["next_observation"] = {"state": transform.state(dataset.state[outcome.next_row]), **prompt}
-        return batch, outcome.next_row
+        following = outcome.next_row
+        batch["next_observation"] = {
+            "state": transform.state(dataset.state[following]),
+            **self._prompts(i, rows, following),
+        }
+        return batch, following
+
+    def _prompts(self, i: int, rows: np.ndarray, states: np.ndarray) -> Batch:
+        """The tasks of some rows, with the states of others where the prompt holds the state."""
+        dataset = self._source[i].dataset
+        tasks = dataset.task_ids[rows]
+        if i in self._tokens:
+            ids, mask = (of_task[tasks] for of_task in self._tokens[i])
+        else:
+            ids, mask = self.spec.transform.prompts([dataset.tasks[t] for t in tasks], dataset.state[states])
+        return {"tokenized_prompt": ids, "tokenized_prompt_mask": mask}
 
     def _start_images(
         self, source: np.ndarray, rows: np.ndarray, camera: str, out: np.ndarray, mask: np.ndarray

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, Int, UInt8
 from PIL import Image
 
 from hvd.configs import Experiment, ModelConfig, NormConfig
@@ -78,7 +78,7 @@ class InputTransform:
         prompts: Sequence[str],
     ) -> Observation:
         """A batch of raw observations as the model takes them; cameras that are not in `images` are masked."""
-        tokens, token_mask = self.tokenizer.encode(list(prompts))
+        tokens, token_mask = self.prompts(prompts, state)
         size, b = self.model.image_size, len(state)
         pictures, masks = {}, {}
         for camera in self.model.cameras:
@@ -94,6 +94,26 @@ class InputTransform:
             "tokenized_prompt": tokens,
             "tokenized_prompt_mask": token_mask,
         }
+
+    @property
+    def state_in_prompt(self) -> bool:
+        """Does each sample's prompt hold its state (pi0.5)?"""
+        chosen = self.model.state_in_prompt
+        return chosen == "yes" or (chosen == "auto" and self.model.family == "pi05")
+
+    def prompts(
+        self, prompts: Sequence[str], state: Float[np.ndarray, "b s"]
+    ) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
+        """Token ids of each prompt, and where they are real; `state` is raw.
+
+        The bins are those of the float64 numbers: float32 would round some over an edge.
+        """
+        if not self.state_in_prompt:
+            return self.tokenizer.encode(prompts)
+        stats = self.stats["state"]
+        return self.tokenizer.encode(
+            prompts, normalize.normalize(state, stats, self.norm.mode, self.norm.std_floor)
+        )
 
     def _inwards(self, x: np.ndarray, name: str) -> np.ndarray:
         stats = self.stats[name]

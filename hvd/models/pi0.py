@@ -1,4 +1,8 @@
-"""The policy: pi0, a flow-matching expert beside PaliGemma (Black et al. 2024), equal to openpi's in names and numbers.
+"""The policy: pi0, a flow-matching expert beside PaliGemma (Black et al. 2024), or pi0.5 (Physical Intelligence 2025),
+equal to openpi's in names and numbers.
+
+pi0.5 differs in the suffix: no state token (the state stands in the prompt, hvd.data.tokenizer), and the time does not
+join the action tokens but conditions the expert's norms.
 
 Flow convention (openpi's): x_t = t * noise + (1 - t) * actions, velocity u = noise - actions; acting integrates from
 t = 1 (noise) to t = 0.
@@ -33,7 +37,8 @@ def posemb_sincos(
 
 
 class Pi0(nnx.Module):
-    """pi0 with the sizes of `cfg`. Parameters are float32, the trunk computes in cfg.dtype.
+    """pi0, or pi0.5 where cfg.family says so, with the sizes of `cfg`. Parameters are float32, the trunk computes in
+    cfg.dtype.
 
     Args:
         remat: what the backward pass computes again (StageConfig.remat).
@@ -43,28 +48,50 @@ class Pi0(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, remat: Remat = "none", frozen_trunk: bool = False):
         self.action_dim, self.action_horizon = cfg.action_dim, cfg.action_horizon
         self.frozen_trunk = frozen_trunk
-        self.PaliGemma = Trunk(cfg, cfg.paligemma_variant, cfg.action_expert_variant, rngs, remat)
+        self.pi05 = cfg.family == "pi05"
+        variants = cfg.paligemma_variant, cfg.action_expert_variant
+        self.PaliGemma = Trunk(cfg, *variants, rngs, remat, conditioned=self.pi05)
         width = self.PaliGemma.expert_width
-        self.state_proj = nnx.Linear(cfg.action_dim, width, rngs=rngs)
         self.action_in_proj = nnx.Linear(cfg.action_dim, width, rngs=rngs)
-        self.action_time_mlp_in = nnx.Linear(2 * width, width, rngs=rngs)
-        self.action_time_mlp_out = nnx.Linear(width, width, rngs=rngs)
+        if self.pi05:
+            self.time_mlp_in = nnx.Linear(width, width, rngs=rngs)
+            self.time_mlp_out = nnx.Linear(width, width, rngs=rngs)
+        else:
+            self.state_proj = nnx.Linear(cfg.action_dim, width, rngs=rngs)
+            self.action_time_mlp_in = nnx.Linear(2 * width, width, rngs=rngs)
+            self.action_time_mlp_out = nnx.Linear(width, width, rngs=rngs)
         self.action_out_proj = nnx.Linear(width, cfg.action_dim, rngs=rngs)
 
     def embed_prefix(self, obs: Observation) -> Tokens:
         """Image and prompt tokens, their validity, and block starts (one block)."""
         return self.PaliGemma.embed_prefix(obs)
 
-    def embed_suffix(self, obs: Observation, x_t: Float[Array, "b k a"], time: Float[Array, "b"]) -> Tokens:
-        """One state token (a block), then one token per noisy action, mixed with the time (a block)."""
-        state = self.state_proj(obs["state"])[:, None]
+    def embed_suffix(
+        self, obs: Observation, x_t: Float[Array, "b k a"], time: Float[Array, "b"]
+    ) -> tuple[Tokens, Float[Array, "b d"] | None]:
+        """The expert's tokens, and what conditions its norms.
+
+        pi0: one state token (a block), then one token per noisy action, mixed with the time (a block); no condition.
+        pi0.5: one token per noisy action (a block); the condition is the time's embedding.
+        """
         actions = self.action_in_proj(x_t)
+        embedded = posemb_sincos(time, actions.shape[-1])
+        if self.pi05:
+            starts = np.arange(actions.shape[1]) == 0
+            condition = nnx.swish(self.time_mlp_out(nnx.swish(self.time_mlp_in(embedded))))
+            return Tokens(actions, jnp.ones(actions.shape[:2], bool), starts), condition
+        return self._state_and_actions(obs, actions, embedded), None
+
+    def _state_and_actions(
+        self, obs: Observation, actions: Float[Array, "b k d"], embedded: Float[Array, "b d"]
+    ) -> Tokens:
+        state = self.state_proj(obs["state"])[:, None]
         width = actions.shape[-1]
         # A dense layer on [action, time] in two halves: the time's is the same for every action of the chunk.
         kernel = sharding.weight(self.action_time_mlp_in.kernel[...], jnp.dtype("float32"))
         bias = self.action_time_mlp_in.bias
         assert bias is not None
-        of_time = posemb_sincos(time, width) @ kernel[width:] + bias[...][None]
+        of_time = embedded @ kernel[width:] + bias[...][None]
         mixed = self.action_time_mlp_out(nnx.swish(actions @ kernel[:width] + of_time[:, None]))
         x = jnp.concatenate([state, mixed], axis=1)
         starts = np.zeros(x.shape[1], bool)
@@ -76,11 +103,11 @@ class Pi0(nnx.Module):
 
     def velocity(self, obs: Observation, x_t: Float[Array, "b k a"], time: Float[Array, "b"]) -> Float[Array, "b k a"]:
         """Predicted velocity d x_t / d t, float32."""
-        prefix, suffix = self.embed_prefix(obs), self.embed_suffix(obs, x_t, time)
+        prefix, (suffix, condition) = self.embed_prefix(obs), self.embed_suffix(obs, x_t, time)
         if not self.frozen_trunk:
-            return self._head(self.PaliGemma.joint(prefix, suffix))
+            return self._head(self.PaliGemma.joint(prefix, suffix, condition))
         encoded = jax.lax.stop_gradient(self.PaliGemma.prefill(prefix))
-        return self._head(self.PaliGemma.decode(encoded, suffix))
+        return self._head(self.PaliGemma.decode(encoded, suffix, condition))
 
     def sample_actions(
         self, obs: Observation, noise: Float[Array, "b k a"], num_steps: int | Int[Array, ""] = 10
@@ -94,8 +121,8 @@ class Pi0(nnx.Module):
 
         def step(_, carry):
             x_t, time = carry
-            suffix = self.embed_suffix(obs, x_t, jnp.broadcast_to(time, x_t.shape[:1]))
-            v = self._head(self.PaliGemma.decode(prefix, suffix))
+            suffix, condition = self.embed_suffix(obs, x_t, jnp.broadcast_to(time, x_t.shape[:1]))
+            v = self._head(self.PaliGemma.decode(prefix, suffix, condition))
             return x_t + dt * v, time + dt
 
         return jax.lax.fori_loop(0, num_steps, step, (noise, jnp.float32(1.0)))[0]

@@ -1,5 +1,6 @@
 """What policy and value model share: images and prompt as a prefix through PaliGemma, a second expert beside it."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -62,14 +63,24 @@ class Trunk(nnx.Module):
         trunk_variant: sizes of the first expert.
         expert_variant: sizes of the second expert.
         remat: what the backward pass computes again (StageConfig.remat).
+        conditioned: the second expert's norms take a condition of its width (pi0.5).
     """
 
     def __init__(
-        self, cfg: ModelConfig, trunk_variant: str, expert_variant: str, rngs: nnx.Rngs, remat: stack.Remat = "none"
+        self,
+        cfg: ModelConfig,
+        trunk_variant: str,
+        expert_variant: str,
+        rngs: nnx.Rngs,
+        remat: stack.Remat = "none",
+        conditioned: bool = False,
     ):
         self.dtype = jnp.dtype(cfg.dtype)
         self.cameras = cfg.cameras
-        configs = gemma.get_config(trunk_variant), gemma.get_config(expert_variant)
+        expert = gemma.get_config(expert_variant)
+        if conditioned:
+            expert = dataclasses.replace(expert, cond_width=expert.width)
+        configs = gemma.get_config(trunk_variant), expert
         self.llm = gemma.Gemma(configs, cfg.vocab_size, self.dtype, rngs, remat, cfg.attention)
         if cfg.cameras:
             size = (cfg.image_size, cfg.image_size)
@@ -102,12 +113,14 @@ class Trunk(nnx.Module):
         x = jnp.concatenate(tokens, axis=1)
         return Tokens(x, jnp.concatenate(valid, axis=1), np.zeros(x.shape[1], bool))
 
-    def joint(self, prefix: Tokens, suffix: Tokens) -> Float[Array, "b t d"]:
+    def joint(
+        self, prefix: Tokens, suffix: Tokens, condition: Float[Array, "b d"] | None = None
+    ) -> Float[Array, "b t d"]:
         """The second expert's outputs for the suffix, prefix and suffix in one pass."""
         valid = jnp.concatenate([prefix.valid, suffix.valid], axis=1)
         mask = attention_mask(valid, np.concatenate([prefix.starts, suffix.starts]))
         xs, positions = [prefix.x, suffix.x], token_positions(valid)
-        (_, out), _ = self.llm(xs, positions, mask, wanted=(False, True), keep_kv=False)
+        (_, out), _ = self.llm(xs, positions, mask, (None, condition), wanted=(False, True), keep_kv=False)
         return out
 
     def prefill(self, prefix: Tokens) -> Prefix:
@@ -117,11 +130,13 @@ class Trunk(nnx.Module):
         assert cache is not None
         return Prefix(cache, prefix.valid)
 
-    def decode(self, prefix: Prefix, suffix: Tokens) -> Float[Array, "b t d"]:
+    def decode(
+        self, prefix: Prefix, suffix: Tokens, condition: Float[Array, "b d"] | None = None
+    ) -> Float[Array, "b t d"]:
         """The second expert's outputs for the suffix, which sees the whole cached prefix; equals `joint`."""
         valid = suffix.valid
         to_prefix = jnp.broadcast_to(prefix.valid[:, None, :], (*valid.shape, prefix.valid.shape[1]))
         mask = jnp.concatenate([to_prefix & valid[:, :, None], attention_mask(valid, suffix.starts)], axis=2)
         positions = jnp.sum(prefix.valid.astype(jnp.int32), axis=1)[:, None] + token_positions(valid)
-        (_, out), _ = self.llm([None, suffix.x], positions, mask, cache=prefix.cache, keep_kv=False)
+        (_, out), _ = self.llm([None, suffix.x], positions, mask, (None, condition), prefix.cache, keep_kv=False)
         return out

@@ -135,7 +135,7 @@ def _misfit(source: str, name: str, theirs: tuple[int, ...], ours: tuple[int, ..
         return f"{text}: it was trained on images of {side}x{side} patches; set model.image_size to {side} patches"
     if name.endswith("input_embedding") and theirs[-1] == ours[-1]:
         return f"{text}: set model.vocab_size {theirs[0]}"
-    if name.startswith(("action_", "state_proj")):
+    if name.startswith(("action_", "state_proj", "time_")):
         return f"{text}: model.action_dim and model.action_expert_variant must be those of the checkpoint"
     return f"{text}: choose the variants (model.paligemma_variant, ...) of the checkpoint"
 

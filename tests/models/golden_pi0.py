@@ -1,4 +1,4 @@
-"""A golden case of the whole pi0, ready to run: the module's parts, its inputs, and its compiled gradient."""
+"""A golden case of the whole pi0 or pi0.5, ready to run: the module's parts, its inputs, and its compiled gradient."""
 
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -57,6 +57,7 @@ def pi0_case(case: Path) -> Pi0Case:
     tower = below(params, "PaliGemma/img/")
     _, horizon, action_dim = a["actions"].shape
     config = ModelConfig(
+        family="pi05" if any(name.startswith("time_mlp") for name in params) else "pi0",
         action_dim=action_dim,
         action_horizon=horizon,
         max_token_len=a["tokens"].shape[1],

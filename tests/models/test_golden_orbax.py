@@ -26,9 +26,15 @@ def placed(opened: weights.Checkpoint, model: dict) -> dict:
     return weights.read(opened, wanted)
 
 
+def arrays_of(case):
+    """orbax_tiny is a checkpoint of pi0_tiny, orbax_pi05_tiny one of pi05_tiny."""
+    name = case.name.removeprefix("orbax_")
+    return case.parent / f"{name if name.startswith('pi0') else f'pi0_{name}'}.npz"
+
+
 def loaded_case(case) -> Pi0Case:
     """The golden case of the same name, with zeros for parameters and then those of the checkpoint."""
-    arrays = case.parent / f"{case.name.replace('orbax', 'pi0', 1)}.npz"
+    arrays = arrays_of(case)
     if not arrays.exists():
         pytest.skip(f"HVD_GOLDEN: {case.name} has no {arrays.name} beside it")
     golden = pi0_case(arrays)
@@ -47,7 +53,7 @@ def test_openpis_checkpoint(case):
     assert set(both) == set(stored)
     for name, x in stored.items():
         assert_array_equal(np.asarray(both[name]), x, name)
-    a = load(case.parent / f"{case.name.replace('orbax', 'pi0', 1)}.npz")
+    a = load(arrays_of(case))
     (mean, (loss, *_)), _ = c.loss_and_grad(c.trainable, jnp.asarray(a["noise"]), jnp.asarray(a["time"]))
     close(loss, a["loss"], case)
     close(mean, a["loss"].mean(), case)

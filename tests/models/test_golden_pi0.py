@@ -1,4 +1,4 @@
-"""The whole pi0 against openpi's arrays: time embedding, tokens, masks, loss, gradients, actions."""
+"""The whole pi0 and pi0.5 against openpi's arrays: time embedding, tokens, masks, loss, gradients, actions."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def test_time_embedding(case):
         close(embed(jnp.asarray(a["pos"]), int(name.removeprefix("out_"))), a[name])
 
 
-@cases("pi0_*tiny.npz")
+@cases("pi0_*tiny.npz", "pi05_*tiny.npz")
 def test_pi0_tokens_and_masks(case):
     a, c = load(case), pi0_case(case)
     need(a, "prefix_tokens", "suffix_tokens")
@@ -31,11 +31,15 @@ def test_pi0_tokens_and_masks(case):
 
     @jax.jit
     def run():
-        prefix, suffix = model.embed_prefix(c.obs), model.embed_suffix(c.obs, x_t, time)
+        prefix, (suffix, condition) = model.embed_prefix(c.obs), model.embed_suffix(c.obs, x_t, time)
         starts.extend([prefix.starts, suffix.starts])
-        return (prefix.x, suffix.x), (prefix.valid, suffix.valid), model.PaliGemma.joint(prefix, suffix)
+        out = model.PaliGemma.joint(prefix, suffix, condition)
+        return (prefix.x, suffix.x), (prefix.valid, suffix.valid), out, condition
 
-    tokens, valid, out = run()
+    tokens, valid, out, condition = run()
+    assert (condition is None) == ("adarms_cond" not in a)
+    if condition is not None:
+        close(condition, a["adarms_cond"], case)
     for i, name in enumerate(("prefix", "suffix")):
         close(tokens[i], a[f"{name}_tokens"], case)
         assert_array_equal(valid[i], a[f"{name}_mask"])
@@ -46,7 +50,7 @@ def test_pi0_tokens_and_masks(case):
     close(out, a["suffix_out"], case)
 
 
-@cases("pi0_*tiny.npz")
+@cases("pi0_*tiny.npz", "pi05_*tiny.npz")
 def test_pi0_loss_and_gradients(case):
     a, c = load(case), pi0_case(case)
     (mean, (loss, x_t, u_t, v_t)), grads = c.loss_and_grad(c.trainable, jnp.asarray(a["noise"]), jnp.asarray(a["time"]))
@@ -66,7 +70,7 @@ def test_pi0_loss_and_gradients(case):
         close(c.loss_and_grad(c.trainable, noise, time)[0][1][0], a["rng_loss"], case)
 
 
-@cases("pi0_*tiny.npz")
+@cases("pi0_*tiny.npz", "pi05_*tiny.npz")
 def test_pi0_samples(case):
     a, c = load(case), pi0_case(case)
     noise = jnp.asarray(a["noise"])

@@ -27,10 +27,8 @@ def openpis(case: Path) -> dict:
 def ours(case: Path) -> dict:
     """name -> (shape, dtype, frozen)."""
     config = openpis(case)["config"]
-    if config.get("pi05"):
-        pytest.skip("HVD_GOLDEN: a tree of pi0.5, which is not built here")
     fields = ("action_dim", "action_horizon", "max_token_len", "dtype", "paligemma_variant", "action_expert_variant")
-    cfg = ModelConfig(**{name: config[name] for name in fields})
+    cfg = ModelConfig(family="pi05" if config.get("pi05") else "pi0", **{name: config[name] for name in fields})
     shapes = nnx.eval_shape(lambda: Pi0(cfg, nnx.Rngs(0)))
     frozen = freeze_filter(cfg)
     return {
