@@ -61,6 +61,8 @@ def _check_model(cfg: Experiment) -> None:
             f"evaluate.execute_steps {cfg.evaluate.execute_steps} is more than the {model.action_horizon} actions "
             "of a chunk (model.action_horizon)"
         )
+    if model.spells_state:
+        _check_spelled_state(cfg)
     dims = [dim for level in model.hierarchical_actions for dim in level]
     if not dims:
         return
@@ -72,6 +74,17 @@ def _check_model(cfg: Experiment) -> None:
     missing = sorted(set(range(robot.action_dim)) - set(dims))
     if missing:
         raise UserError(f"model.hierarchical_actions: robot {robot.name}'s action(s) {missing} are in no level")
+
+
+def _check_spelled_state(cfg: Experiment) -> None:
+    """The state stands in the prompt as bins of [-1, 1)."""
+    if cfg.norm.mode != "quantile":
+        raise UserError(
+            f"norm.mode {cfg.norm.mode}: with {cfg.model.family} the state is spelled in the prompt as bins between -1 "
+            "and 1, which the quantiles map to; set norm.mode quantile (or model.state_in_prompt no)"
+        )
+    if cfg.policy.state_noise and cfg.model.family == "pi05":
+        raise UserError("policy.state_noise: pi05 reads the state from the prompt only, which gets no noise; set it 0")
 
 
 def _check_run(cfg: Experiment) -> None:

@@ -42,15 +42,11 @@ SIM_TASKS = tuple(sorted(path.stem for path in (Path(__file__).parent / "sim/tas
 class ModelConfig:
     """The trunk that both stages share, the policy's and the value model's own experts, and what the values mean."""
 
-    family: Literal["pi0", "pi05"] = option(
-        "pi0", IF_SET, "pi05: the state stands in the prompt, the time steers the expert's norms"
-    )
+    family: Literal["pi0", "pi05"] = option("pi0", IF_SET, "pi05: state in the prompt, time in the expert's norms")
     action_dim: int = option(32, AT_LEAST_1, "robot dims are zero-padded to this; the state too")
     action_horizon: int = option(20, AT_LEAST_1, "K, actions per chunk")
     max_token_len: int = option(48, AT_LEAST_1, "tokens of a prompt; a longer one is cut")
-    state_in_prompt: Literal["auto", "yes", "no"] = option(
-        "auto", IF_SET, "each state dim as one of 256 bins, after the task; auto: with pi05"
-    )
+    state_in_prompt: Literal["auto", "yes", "no"] = option("auto", IF_SET, "one of 256 bins a dim; auto: with pi05")
     vocab_size: int = option(257_152, AT_LEAST_1)
     tokenizer: Literal["paligemma", "words"] = option("paligemma", '"words": hashed, needs no vocabulary file')
     tokenizer_path: str = option("", 'sentencepiece model of "paligemma"')
@@ -73,12 +69,15 @@ class ModelConfig:
         1.0, POSITIVE, IN_TABLE, 'temperature of "exponential"; advantage 0 weighs alpha^2 (see policy.bc_lambda)'
     )
     tau: float = option(0.7, INSIDE, IN_TABLE, 'asymmetry of "expectile" and "quantile"')
-    action_patch: int = option(
-        1, AT_LEAST_1, VALUE_RUN, "value model: consecutive actions of a level per token; divides action_horizon"
-    )
+    action_patch: int = option(1, AT_LEAST_1, VALUE_RUN, "value model: actions of a level per token; divides horizon")
     # FREE: the trunk that a value run ends up with is what is compared (run_dir.identity)
     value_paligemma_variant: str = option("", FREE, 'the value model\'s trunk; "" = paligemma_variant')
     attention: Literal["auto", "xla", "cudnn"] = option("auto", FREE, "auto: measured to be fastest on the platform")
+
+    @property
+    def spells_state(self) -> bool:
+        """Does each sample's prompt hold its state?"""
+        return self.state_in_prompt == "yes" or (self.state_in_prompt == "auto" and self.family == "pi05")
 
 
 @dataclass(frozen=True)
@@ -327,9 +326,8 @@ class Experiment:
         """The same with the folders of simulated data filled in; call it once after overrides."""
         if not self.sim.task:
             return self
-        roots = {"optimal_data": "optimal", "suboptimal_data": "mixed"}
         changed = {}
-        for name, folder in roots.items():
+        for name, folder in (("optimal_data", "optimal"), ("suboptimal_data", "mixed")):
             data: DataConfig = getattr(self, name)
             if data.repo_id and not data.root:
                 changed[name] = dataclasses.replace(data, root=os.path.join(self.exp_dir, "datasets", folder))

@@ -5,6 +5,7 @@ A docstring says the command, what it needs and what it gives; the memory figure
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 from hvd.configs import (
     DataConfig,
@@ -136,13 +137,25 @@ def g1() -> Experiment:
     )
 
 
-PI0_BASE = "gs://openpi-assets/checkpoints/pi0_base/params"  # public, 13 GB in float32
+# public, 13 GB in float32 each
+BASE = {family: f"gs://openpi-assets/checkpoints/{family}_base/params" for family in ("pi0", "pi05")}
 
 
-def _r1(name: str, experiment: str, *, lora: bool = True, fsdp: int = 0, **policy) -> Experiment:
+def _r1(
+    name: str,
+    experiment: str,
+    *,
+    family: Literal["pi0", "pi05"] = "pi0",
+    robot: str = "r1",
+    lora: bool = True,
+    fsdp: int = 0,
+    **policy,
+) -> Experiment:
     """The Galaxea R1 at real size. Configs of one `experiment` share its value run: all but the policy is the same."""
     flat = experiment.endswith("_flat")
     model = ModelConfig(
+        family=family,
+        max_token_len=200 if family == "pi05" else 48,
         paligemma_variant="gemma_2b_lora" if lora else "gemma_2b",
         action_expert_variant="gemma_300m_lora" if lora else "gemma_300m",
         value_paligemma_variant="gemma_2b",
@@ -154,21 +167,23 @@ def _r1(name: str, experiment: str, *, lora: bool = True, fsdp: int = 0, **polic
         exp_name=experiment,
         fsdp_devices=fsdp,
         num_workers=8,
+        robot=robot,
         model=model,
-        optimal_data=DataConfig(repo_id="r1/optimal"),
-        suboptimal_data=DataConfig(repo_id="r1/mixed"),
+        norm=NormConfig("quantile" if family == "pi05" else "z_score"),
+        optimal_data=DataConfig(repo_id=f"{robot}/optimal"),
+        suboptimal_data=DataConfig(repo_id=f"{robot}/mixed"),
         value=ValueConfig(
             num_train_steps=steps + 1,
             batch_size=16,
             lr_schedule=LrSchedule(peak_lr=1e-4, decay_steps=steps, decay_lr=1e-5),  # the value expert starts fresh
-            weight_loader=PI0_BASE,
+            weight_loader=BASE[family],
             freeze_filter="trunk",
             val_interval=5_000,
         ),
         policy=PolicyConfig(
             num_train_steps=steps,
             batch_size=16,
-            weight_loader=PI0_BASE,
+            weight_loader=BASE[family],
             ema_decay=0.0 if lora else 0.99,
             remat="full",
             run_name=name,
@@ -253,6 +268,51 @@ def pi0_r1_lora_imitation() -> Experiment:
     return _r1("pi0_r1_lora_imitation", "r1", fsdp=2, weighting="none", suboptimal_share=0.0)
 
 
+def value_pi05_r1() -> Experiment:
+    """R1, the value stage for pi0.5: as value_r1, on pi05_base's frozen trunk, with the state in the prompt.
+
+    Command: python launch/submit.py --stage value --config value_pi05_r1 --data DATASETS
+    Devices and memory: VALUE05
+    """
+    return _r1("value_pi05_r1", "pi05_r1", family="pi05")
+
+
+def pi05_r1() -> Experiment:
+    """R1, all of pi0.5 (3.4 B) trained from pi05_base, each level weighted by its advantage.
+
+    Command: python launch/submit.py --stage policy --config pi05_r1 --data DATASETS (after value_pi05_r1)
+    Devices and memory: FULL05
+    """
+    return _r1("pi05_r1", "pi05_r1", family="pi05", lora=False)
+
+
+def pi05_r1_lora() -> Experiment:
+    """R1, pi0.5 with LoRA on both experts (467 M trained) from pi05_base.
+
+    Command: python launch/submit.py --stage policy --config pi05_r1_lora --data DATASETS (after value_pi05_r1)
+    Devices and memory: LORA05
+    """
+    return _r1("pi05_r1_lora", "pi05_r1", family="pi05", fsdp=2)
+
+
+def value_pi05_r1pro() -> Experiment:
+    """R1 Pro in the BEHAVIOR challenge's order of actions, the value stage for pi0.5.
+
+    Command: python launch/submit.py --stage value --config value_pi05_r1pro --data DATASETS
+    Devices and memory: as value_pi05_r1.
+    """
+    return _r1("value_pi05_r1pro", "pi05_r1pro", family="pi05", robot="r1_pro_b1k")
+
+
+def pi05_r1pro() -> Experiment:
+    """R1 Pro in the BEHAVIOR challenge's order of actions (23), all of pi0.5 trained from pi05_base.
+
+    Command: python launch/submit.py --stage policy --config pi05_r1pro --data DATASETS (after value_pi05_r1pro)
+    Devices and memory: as pi05_r1.
+    """
+    return _r1("pi05_r1pro", "pi05_r1pro", family="pi05", robot="r1_pro_b1k", lora=False)
+
+
 _ALL = (
     demo,
     g1,
@@ -264,6 +324,11 @@ _ALL = (
     pi0_r1_lora,
     pi0_r1_lora_flat,
     pi0_r1_lora_imitation,
+    value_pi05_r1,
+    pi05_r1,
+    pi05_r1_lora,
+    value_pi05_r1pro,
+    pi05_r1pro,
 )
 CONFIGS: dict[str, Callable[[], Experiment]] = {build.__name__: build for build in _ALL}
 

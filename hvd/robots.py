@@ -112,6 +112,14 @@ def _mobile_two_arms(name: str, joints: int) -> Robot:
     return Robot(name, tuple(n for part in parts for n in part.names), levels, positions, parts)
 
 
+def _b1k() -> Robot:
+    """The R1 Pro in the order of the BEHAVIOR challenge: base, torso, left arm and gripper, right arm and gripper."""
+    arms = (name for side in ("left", "right") for name in (*(f"{side}_arm_{i}" for i in range(7)), f"{side}_gripper"))
+    names = ("base_vx", "base_vy", "base_wz", *(f"torso_{i}" for i in range(4)), *arms)
+    levels = (Level("base", _range(0, 3)), Level("torso", _range(3, 7)), Level("arms", _range(7, 23)))
+    return Robot("r1_pro_b1k", names, levels, _range(3, 23))
+
+
 _G1_ARM = ("shoulder_pitch", "shoulder_roll", "shoulder_yaw", "elbow", "wrist_roll", "wrist_pitch", "wrist_yaw")
 _G1_HAND = ("pinky", "ring", "middle", "index", "thumb_bend", "thumb_rotation")
 
@@ -119,6 +127,7 @@ ROBOTS = MappingProxyType(
     {
         "r1": _mobile_two_arms("r1", 6),
         "r1_pro": _mobile_two_arms("r1_pro", 7),
+        "r1_pro_b1k": _b1k(),
         "g1": Robot(
             "g1",
             tuple(f"{side}_{joint}" for side in ("left", "right") for joint in _G1_ARM)

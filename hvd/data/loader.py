@@ -80,7 +80,7 @@ class Batcher:
                     widths = f"{array.shape[1]} dims, its norm stats {spec.transform.stats[name].dim}"
                     raise UserError(f"{dataset.name}: {name} has {widths}: run `hvd norm-stats` for this data")
         tables = {i: Transitions(d, spec.horizon, spec.gamma) for i, d in datasets.items()}
-        fixed = not spec.transform.state_in_prompt
+        fixed = not spec.transform.model.spells_state
         tokens = {i: spec.transform.tokenizer.encode(list(d.tasks)) for i, d in datasets.items() if fixed}
         self._source = {s.number: s for s in sources}
         self._transitions = {s.number: tables[id(s.dataset)] for s in sources}

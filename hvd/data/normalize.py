@@ -129,9 +129,16 @@ def _terms(stats: NormStats, mode: Mode, std_floor: float, dims: int) -> tuple[n
 def normalize(
     x: Float[np.ndarray, "*n d"], stats: NormStats, mode: Mode = "z_score", std_floor: float = 0.0
 ) -> Float64[np.ndarray, "*n d"]:
-    """z_score: (x - mean) / (std + 1e-6); quantile: q01..q99 to -1..1. x may have fewer dims than the statistics."""
-    shift, scale = _terms(stats, mode, std_floor, x.shape[-1])
-    return (x - shift) / scale
+    """z_score: (x - mean) / (std + 1e-6); quantile: q01..q99 to -1..1. x may have fewer dims than the statistics.
+
+    Quantile in openpi's order of operations: the bins of pi0.5's prompts show the last bit of a number.
+    """
+    dims = x.shape[-1]
+    shift, scale = _terms(stats, mode, std_floor, dims)
+    if mode == "z_score":
+        return (x - shift) / scale
+    width = stats.q99[:dims] - stats.q01[:dims] + EPSILON
+    return ((x - stats.q01[:dims]) / width * 2 - 1) * (width / 2 / scale)
 
 
 def unnormalize(

@@ -95,12 +95,6 @@ class InputTransform:
             "tokenized_prompt_mask": token_mask,
         }
 
-    @property
-    def state_in_prompt(self) -> bool:
-        """Does each sample's prompt hold its state (pi0.5)?"""
-        chosen = self.model.state_in_prompt
-        return chosen == "yes" or (chosen == "auto" and self.model.family == "pi05")
-
     def prompts(
         self, prompts: Sequence[str], state: Float[np.ndarray, "b s"]
     ) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
@@ -108,12 +102,10 @@ class InputTransform:
 
         The bins are those of the float64 numbers: float32 would round some over an edge.
         """
-        if not self.state_in_prompt:
+        if not self.model.spells_state:
             return self.tokenizer.encode(prompts)
-        stats = self.stats["state"]
-        return self.tokenizer.encode(
-            prompts, normalize.normalize(state, stats, self.norm.mode, self.norm.std_floor)
-        )
+        bounded = normalize.normalize(state, self.stats["state"], self.norm.mode, self.norm.std_floor)
+        return self.tokenizer.encode(prompts, bounded)
 
     def _inwards(self, x: np.ndarray, name: str) -> np.ndarray:
         stats = self.stats[name]

@@ -146,8 +146,9 @@ def _say(target: Path, cfg: Experiment, options: Export, params: Any, asset: str
     if options.merge_lora:
         names = [name.removesuffix("_lora") for name in names]
     print(
-        f"openpi: Pi0Config(action_dim={model.action_dim}, action_horizon={model.action_horizon}, "
-        f"max_token_len={model.max_token_len}, paligemma_variant={names[0]!r}, action_expert_variant={names[1]!r}), "
+        f"openpi: Pi0Config(pi05={model.family == 'pi05'}, action_dim={model.action_dim}, "
+        f"action_horizon={model.action_horizon}, max_token_len={model.max_token_len}, "
+        f"paligemma_variant={names[0]!r}, action_expert_variant={names[1]!r}), "
         f"AssetsConfig(asset_id={asset!r}), use_quantile_norm {cfg.norm.mode == 'quantile'}"
         + (", DeltaActions for the position dims" if cfg.norm.delta_actions else ""),
         flush=True,

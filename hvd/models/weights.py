@@ -102,6 +102,12 @@ def _kind(names: Named) -> str:
     return "value model" if "v_head" in heads else "policy" if "action_out_proj" in heads else ""
 
 
+def _family(names: Named) -> str:
+    """pi0's expert takes the time with the actions, pi0.5's in its norms."""
+    heads = {name.partition("/")[0] for name in names}
+    return "pi05" if "time_mlp_in" in heads else "pi0" if "action_time_mlp_in" in heads else ""
+
+
 def match(checkpoint: Checkpoint, model: Named) -> Match:
     """What of a checkpoint the model (name -> anything with a shape) takes.
 
@@ -109,9 +115,16 @@ def match(checkpoint: Checkpoint, model: Named) -> Match:
     PaliGemma is taken, whatever the other sizes are.
 
     Raises:
-        UserError: an array that is to be taken has another shape (it is named), or there is none.
+        UserError: an array that is to be taken has another shape (it is named), or there is none; a policy of the other
+            family.
     """
     stored = checkpoint.arrays
+    families = _family(stored), _family(model)
+    if all(families) and families[0] != families[1]:
+        raise UserError(
+            f"{checkpoint.source}: a checkpoint of {families[0]}, the model is {families[1]}: set model.family "
+            f"{families[0]}, or name a checkpoint of {families[1]}"
+        )
     kinds = _kind(stored), _kind(model)
     common = sorted(stored.keys() & model.keys())
     loaded = [name for name in common if kinds[0] == kinds[1] or not all(kinds) or is_trunk(name)]

@@ -31,6 +31,7 @@ MESHES = {"1x1": (1, 1), "1x8": (8, 8), "2x4": (8, 4), "4x2": (8, 2)}  # data x 
 CASES = {
     "policy": ("policy", "dummy_2", {}),
     "policy-lora": ("policy", "dummy_2_lora", {}),
+    "policy-pi05": ("policy", "dummy_2", {}),
     "value": ("value", "dummy_2", {}),
     "policy-4": ("policy", "dummy_2", {"grad_accum_steps": 4}),
     "value-4": ("value", "dummy_2", {"grad_accum_steps": 4}),
@@ -40,6 +41,7 @@ CASES = {
 def config(case: str) -> Experiment:
     stage, variant, changes = CASES[case]
     model = factory.model(
+        family="pi05" if "pi05" in case else "pi0",
         value_expert_variant="dummy_2",
         paligemma_variant=variant,
         action_expert_variant=variant,

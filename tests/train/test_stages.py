@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvd.data.loader import Loader
 from hvd.errors import Failed, Stopped, UserError
 from hvd.method import policy, value
 from hvd.train import complete, stage_data
@@ -20,21 +19,6 @@ STAGES = {"value": value, "policy": policy}
 
 def folder(cfg, stage: str) -> str:
     return cfg.value_dir if stage == "value" else cfg.policy_dir
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(n, do): before the batch of step n is handed out, `do(batch)` gives the batch to use."""
-
-    def install(number, do):
-        class Watched(Loader):
-            def __next__(self):
-                step, batch = super().__next__()
-                return step, do(batch) if step == number else batch
-
-        monkeypatch.setattr(stage_data, "Loader", Watched)
-
-    return install
 
 
 def signalled(number):
