@@ -100,7 +100,7 @@ def g1() -> Experiment:
         accelerator="cpu",
         robot="g1",
         # 60 actions are 2 s at 30 Hz, as 20 are for the R1 at 10 Hz
-        model=dataclasses.replace(_TINY, cameras=("base_0_rgb",), action_horizon=60),
+        model=dataclasses.replace(_TINY, cameras=("base_0_rgb",), action_horizon=60, max_token_len=16),
         norm=NormConfig(std_floor=0.01, delta_actions=True),
         optimal_data=data,
         suboptimal_data=data,

@@ -204,7 +204,7 @@ def from_plain(kind: Any, data: Any, where: str) -> Any:
         return from_plain(inner[0], data, where)
     if origin is Literal and data in inner:
         return data
-    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
+    if kind is float and (isinstance(data, float) or (type(data) is int and abs(data) < 2**1023)):
         return float(data)
     if origin is None and type(data) is kind:
         return data

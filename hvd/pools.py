@@ -1,5 +1,6 @@
 """Processes that end with the process which started them."""
 
+import contextlib
 import ctypes
 import faulthandler
 import multiprocessing.context
@@ -8,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 
@@ -39,6 +41,32 @@ def spawn_pool(
     The workers ignore stop signals, which reach a whole process group: the parent decides, and they end with it.
     """
     return ProcessPoolExecutor(workers, _Spawn(), _begin, (os.getpid(), begin, arguments))
+
+
+class Isolated(contextlib.AbstractContextManager["Isolated"]):
+    """Calls in a process of their own, started by the first one: a call that kills it costs nothing but itself."""
+
+    def __init__(self):
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __call__[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `function`, of a module, returns or raises. BrokenProcessPool: the process died."""
+        self._pool = self._pool or spawn_pool(1, faulthandler.disable)
+        try:
+            return self._pool.submit(function, *args, **kwargs).result()
+        except BrokenProcessPool:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._pool is not None:
+            for process in (self._pool._processes or {}).values():  # it ignores signals: a call may last long
+                process.kill()
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _begin(parent: int, begin: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:

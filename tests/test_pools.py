@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from hvd.pools import spawn_pool
+from hvd.pools import Isolated, spawn_pool
 
 
 def _die(number: int) -> int:
@@ -22,3 +22,14 @@ def test_a_broken_pool_ends_though_workers_ignore_signals():
         futures = [pool.submit(_die, number) for number in range(3)]
         with pytest.raises(BrokenProcessPool):
             futures[0].result(timeout=60)
+
+
+def test_a_call_that_kills_its_process_costs_itself():
+    with Isolated() as isolated:
+        assert isolated(abs, -1) == 1
+        with pytest.raises(BrokenProcessPool):
+            isolated(os.abort)
+        assert isolated(abs, -2) == 2
+        child = isolated(os.getpid)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)

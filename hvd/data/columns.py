@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -202,6 +204,38 @@ def parse_column(column: str) -> tuple[str, list[int] | None]:
         except ValueError:
             raise UserError(f"column {column!r}: write the dims as [0,1,5] or [0:3]") from None
     return match["name"], dims
+
+
+def dim_names(features: Mapping[str, Any], columns: tuple[str, ...], width: int) -> tuple[str, ...]:
+    """What each of the `width` dims of the joined columns is called: "action[2] elbow", without a name "action[2]".
+
+    Args:
+        features: of info.json; where they do not say how wide the columns are, dims are counted through.
+    """
+    found: list[str] = []
+    for column in columns:
+        name, dims = parse_column(column)
+        feature = features.get(name)
+        about = feature if isinstance(feature, Mapping) else {}
+        shape, said = about.get("shape"), _flat_names(about.get("names"))
+        whole = isinstance(shape, list | tuple) and all(type(n) is int for n in shape)
+        size = math.prod(map(int, shape)) if whole and shape else 0
+        said = said if len(said) == size else ()
+        for dim in range(min(size, width)) if dims is None else dims:
+            found.append(f"{name}[{dim}]" + (f" {said[dim]}" if dim < len(said) else ""))
+    return tuple(found) if len(found) == width else tuple(f"{'+'.join(columns)}[{i}]" for i in range(width))
+
+
+def _flat_names(names: Any) -> tuple[str, ...]:
+    """LeRobot writes names as a list, as a list in a list, or as a mapping to one."""
+    while isinstance(names, Mapping) and len(names) == 1:
+        names = next(iter(names.values()))
+    if isinstance(names, Mapping):
+        names = list(names)
+    while isinstance(names, list | tuple) and len(names) == 1 and isinstance(names[0], list | tuple):
+        names = names[0]
+    flat = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return tuple(names) if flat else ()
 
 
 def _concatenated(table: pa.Table, columns: tuple[str, ...], path: Path) -> np.ndarray:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvd import overrides
+from hvd import documents, overrides
 from hvd.configs import DataConfig
 from hvd.data import hub
 from hvd.data.convert_plan import ConversionPlan, ConvertConfig, make_plan
@@ -28,13 +28,26 @@ from hvd.data.convert_work import SegmentJob, WorkFolder, encode_all, is_work_fo
 from hvd.data.convert_write import write_dataset
 from hvd.data.recordings import is_recording
 from hvd.data.video import get_codec
+from hvd.documents import Count
 from hvd.errors import UserError
 from hvd.fields import check_rules
 from hvd.files import FULL, UNWRITABLE
+from hvd.pools import Isolated
 from hvd.robots import get_robot
 
 RECORD = "hvd_convert.json"  # in the dataset: the request that made it
 _VERSION = 1  # of what this module writes: another one is another request
+
+
+@dataclass(frozen=True)
+class _Record:
+    """RECORD: the request, a hash of what lay in each folder (`_fingerprint`), and what came of it."""
+
+    request: dict[str, Any]
+    sources: dict[str, str | None]
+    counts: tuple[Count, Count, Count]  # episodes, frames, successes
+    skipped: tuple[str, ...]
+    failures: Count
 
 
 @dataclass(frozen=True)
@@ -88,15 +101,17 @@ def convert(config: ConvertConfig) -> ConvertResult:
     result = None if config.overwrite else _done_before(target, work, request)
     if result is None:
         try:
-            record = {"request": request, "sources": {folder: _fingerprint(folder) for folder in request["raw_dirs"]}}
-            result = _write(config, make_plan(config), target, work, record)
+            sources = {folder: _fingerprint(folder) for folder in request["raw_dirs"]}
+            record = _Record(request, sources, (0, 0, 0), (), 0)
+            with Isolated() as isolated:
+                result = _write(config, make_plan(config, isolated), target, work, record, isolated)
         except OSError as error:
             line = _no_room(error, work)
             if line is None:
                 raise
             raise line from error
     if config.push_to_hub:
-        hub.push(result.root, config.repo_id, ignore=(RECORD,))
+        hub.push(result.root, config.repo_id, public=config.public)
     return result
 
 
@@ -138,7 +153,7 @@ def _check(config: ConvertConfig) -> tuple[Path, Path]:
 
 def _request(config: ConvertConfig) -> dict[str, Any]:
     """What decides the dataset's content, as JSON: all fields but those that only say how the work is done."""
-    how = ("skip_bad", "push_to_hub", "workers", "overwrite", "root", "repo_id")
+    how = ("skip_bad", "push_to_hub", "public", "workers", "overwrite", "root", "repo_id")
     request = {key: value for key, value in vars(config).items() if key not in how}
     request |= {"raw_dirs": [os.path.abspath(folder) for folder in config.raw_dirs], "version": _VERSION}
     return json.loads(json.dumps(request))
@@ -161,33 +176,36 @@ def _done_before(target: Path, work: Path, request: Mapping[str, Any]) -> Conver
         return None
     again = "pass --overwrite to convert again, or choose another --root or --repo-id"
     try:
-        record = json.loads((target / RECORD).read_text(encoding="utf-8"))
-        made_by, sources = record["request"], record["sources"]
-        result = _result(target, record, done_before=True)
+        record = documents.read(target / RECORD, _Record)
     except FileNotFoundError:
         raise UserError(f"{target}: a dataset that hvd convert did not make is there; {again}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{target / RECORD}: damaged ({error}); {again}") from None
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from None
+    made_by = record.request
     for key in request:
         if made_by.get(key) != request[key]:
             raise UserError(f"{target}: was converted with {key} {made_by.get(key)}, not {request[key]}; {again}")
-    for folder, known in sources.items():
+    for folder, known in record.sources.items():
         now = _fingerprint(folder)
         if now is not None and now != known:  # recordings that are gone were converted all the same
             raise UserError(f"{target}: the recordings or labels in {folder} have changed since; {again}")
     if work.exists():  # killed between the last two steps of _write
         with WorkFolder(work):
             shutil.rmtree(work)
-    return result
+    return _result(target, record, done_before=True)
 
 
-def _result(target: Path, record: Mapping[str, Any], done_before: bool = False) -> ConvertResult:
-    episodes, frames, successes = record["counts"]
-    return ConvertResult(target, episodes, frames, successes, tuple(record["skipped"]), record["failures"], done_before)
+def _result(target: Path, record: _Record, done_before: bool = False) -> ConvertResult:
+    return ConvertResult(target, *record.counts, record.skipped, record.failures, done_before)
 
 
 def _write(
-    config: ConvertConfig, plan: ConversionPlan, target: Path, work_path: Path, record: dict[str, Any]
+    config: ConvertConfig,
+    plan: ConversionPlan,
+    target: Path,
+    work_path: Path,
+    record: _Record,
+    isolated: Isolated,
 ) -> ConvertResult:
     for camera, (height, width) in zip(config.cameras, plan.image_sizes, strict=True):
         if config.codec == "av1" and (height % 2 or width % 2):
@@ -198,7 +216,7 @@ def _write(
             for e in plan.episodes
             for camera in config.cameras
         ]
-        encoded, bad = encode_all(work, segments, config.workers, config.skip_bad)
+        encoded, bad = encode_all(work, segments, config.workers, config.skip_bad, isolated)
         skipped = [*plan.skipped, *bad.values()]
         episodes = [e for e in plan.episodes if e.ref not in bad]
         if not episodes:
@@ -206,9 +224,9 @@ def _write(
         folder = work.path / "dataset"
         shutil.rmtree(folder, ignore_errors=True)
         frames = write_dataset(folder, config, plan, episodes, encoded)
-        counts = [len(episodes), frames, sum(e.labels.success for e in episodes)]
-        record |= {"counts": counts, "skipped": skipped, "failures": plan.failures}
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        counts = len(episodes), frames, sum(e.labels.success for e in episodes)
+        record = dataclasses.replace(record, counts=counts, skipped=tuple(skipped), failures=plan.failures)
+        (folder / RECORD).write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n", encoding="utf-8")
         if target.is_dir() and any(target.iterdir()):  # --overwrite: the old dataset stays whole until now
             shutil.rmtree(work.path / "replaced", ignore_errors=True)
             os.replace(target, work.path / "replaced")

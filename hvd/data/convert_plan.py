@@ -1,12 +1,14 @@
 """What a conversion is asked for and will write: every recording is looked at before anything is touched on disk."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from hvd import pools
 from hvd.data.labels import Labels, load_labels, sidecar_path
 from hvd.data.recordings import (
     CAMERAS,
@@ -18,7 +20,7 @@ from hvd.data.recordings import (
 )
 from hvd.data.video import CodecName
 from hvd.errors import UserError
-from hvd.fields import NOT_NEGATIVE, option
+from hvd.fields import NOT_NEGATIVE, between, option
 from hvd.robots import get_robot
 
 DEFAULT_FPS = 10  # JoyLo's own rate, for files that do not say theirs
@@ -38,8 +40,9 @@ class ConvertConfig:
     success_only: bool = option(False, "Leave out episodes whose label says that they failed.")
     default_success: bool = option(False, "Recordings without a sidecar count as successes (reward 1 at the end).")
     skip_bad: bool = option(False, "Count, list and leave out broken recordings instead of stopping at the first.")
-    push_to_hub: bool = option(False, "Upload the finished dataset to the Hugging Face Hub.")
-    fps: int = option(0, NOT_NEGATIVE, "Frames per second; 0 = as recorded (10 where the files do not say).")
+    push_to_hub: bool = option(False, "Upload the finished dataset to the Hugging Face Hub, as a private one.")
+    public: bool = option(False, "Upload it as one that anybody may read.")
+    fps: int = option(0, between(0, 1000), "Frames per second; 0 = as recorded (10 where the files do not say).")
     codec: CodecName = option(
         "h264", "h264: fast to write and to read at random; av1: half the size, 8 times slower to write."
     )
@@ -55,13 +58,15 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class PlannedEpisode:
-    """One recording that goes into the dataset. `sidecar` None: the labels come from --default-success."""
+    """One recording that goes into the dataset. `sidecar` None: the labels come from --default-success. `common`: what
+    all episodes share (frames per second, image sizes, environment dims)."""
 
     ref: RecordingRef
     prompt: str
     labels: Labels
     sidecar: Path | None
     num_frames: int
+    common: tuple[int, tuple[tuple[int, int], ...], int]
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,14 @@ class ConversionPlan:
     failures: int
 
 
-def make_plan(config: ConvertConfig) -> ConversionPlan:
-    """Check the recordings and choose the episodes; raises UserError at the first bad one, or with none left."""
-    planner = _Planner(config)
+def make_plan(config: ConvertConfig, isolated: pools.Isolated) -> ConversionPlan:
+    """Check the recordings and choose the episodes; raises UserError at the first bad one, or with none left.
+
+    Args:
+        isolated: reads them: what kills it costs one recording.
+    """
     files = [recording_files(folder) for folder in config.raw_dirs]
+    planner = _Planner(config, isolated)
     with tqdm(total=sum(map(len, files)), desc="check", unit="file", delay=1, leave=False) as bar:
         prompts = config.tasks or ("",) * len(files)
         for folder, prompt, paths in zip(config.raw_dirs, prompts, files, strict=True):
@@ -101,12 +110,12 @@ def make_plan(config: ConvertConfig) -> ConversionPlan:
 
 
 class _Planner:
-    def __init__(self, config: ConvertConfig):
-        self.config = config
+    def __init__(self, config: ConvertConfig, isolated: pools.Isolated):
+        self.config, self.isolated = config, isolated
         self.episodes: list[PlannedEpisode] = []
         self.skipped: list[str] = []
         self.failures = 0
-        self.common: tuple[int, tuple[tuple[int, int], ...], int] | None = None  # rate, sizes, environment dim
+        self.common: tuple[int, tuple[tuple[int, int], ...], int] | None = None
 
     def add_folder(self, folder: str, prompt: str, paths: Sequence[Path], bar: tqdm) -> None:
         wanted = self.config.num_episodes
@@ -117,7 +126,9 @@ class _Planner:
                 if wanted and len(self.episodes) - before == wanted:
                     return
                 try:
-                    episode = self._examine(ref, prompt)
+                    episode = self._apart(str(ref), _examine, self.config, ref, prompt)
+                    if episode is not None:
+                        self._compare(episode)
                 except UserError as error:
                     self._bad(error)
                     continue
@@ -131,43 +142,57 @@ class _Planner:
 
     def _refs(self, path: Path) -> Iterator[RecordingRef]:
         try:
-            yield from episodes_of(path)
+            yield from self._apart(str(path), episodes_of, path)
         except UserError as error:
             self._bad(error)
+
+    def _apart[**P, T](self, what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The call in a process of its own; whatever a damaged file does to it is the user's line about that file."""
+        try:
+            return self.isolated(function, *args, **kwargs)
+        except (UserError, KeyboardInterrupt):
+            raise
+        except BrokenProcessPool:
+            raise UserError(f"{what}: the process that read it died (a damaged file, or out of memory?)") from None
+        except Exception as error:  # what HDF5 and its binding say of damage has many types
+            raise UserError(f"{what}: cannot be read ({type(error).__name__}: {error})") from error
 
     def _bad(self, error: UserError) -> None:
         if not self.config.skip_bad:
             raise error
         self.skipped.append(str(error))
 
-    def _examine(self, ref: RecordingRef, prompt: str) -> PlannedEpisode | None:
-        """The checked episode; None when it is a failure and only successes are wanted."""
-        with self.config.open(ref) as recording:
-            labels, sidecar = self._labels(ref, prompt, recording.num_frames)
-            if self.config.success_only and not labels.success:
-                return None
-            recording.actions(), recording.state()  # read, and so checked
-            environment = recording.environment_state()
-            sizes = tuple(recording.image_size(camera) for camera in self.config.cameras)
-            fps = self.config.fps or _whole_rate(ref, recording.fps)
-            self._compare(ref, (fps, sizes, 0 if environment is None else environment.shape[1]))
-            return PlannedEpisode(ref, prompt or labels.task, labels, sidecar, recording.num_frames)
-
-    def _labels(self, ref: RecordingRef, prompt: str, num_frames: int) -> tuple[Labels, Path | None]:
-        path = sidecar_path(ref.path, ref.demo)
-        if path.exists() or not self.config.default_success:
-            return load_labels(path, num_frames), path
-        if not prompt:
-            raise UserError(f"{path}: label file is missing and with it the prompt; write it, or pass --tasks")
-        return Labels(prompt, success=True), None
-
-    def _compare(self, ref: RecordingRef, common: tuple[int, tuple[tuple[int, int], ...], int]) -> None:
+    def _compare(self, episode: PlannedEpisode) -> None:
         """A dataset has one rate, one size per camera, and an environment state in all episodes or in none."""
+        common = episode.common
         self.common = self.common or common
         names = ("frames per second", "image sizes", "environment dims")
         for name, here, first in zip(names, common, self.common, strict=True):
             if here != first:
-                raise UserError(f"{ref}: {name} {here}, but {first} in {self.episodes[0].ref}")
+                raise UserError(f"{episode.ref}: {name} {here}, but {first} in {self.episodes[0].ref}")
+
+
+def _examine(config: ConvertConfig, ref: RecordingRef, prompt: str) -> PlannedEpisode | None:
+    """The checked episode; None when it is a failure and only successes are wanted."""
+    with config.open(ref) as recording:
+        labels, sidecar = _labels(config, ref, prompt, recording.num_frames)
+        if config.success_only and not labels.success:
+            return None
+        recording.actions(), recording.state()  # read, and so checked
+        environment = recording.environment_state()
+        sizes = tuple(recording.image_size(camera) for camera in config.cameras)
+        fps = config.fps or _whole_rate(ref, recording.fps)
+        common = fps, sizes, 0 if environment is None else environment.shape[1]
+        return PlannedEpisode(ref, prompt or labels.task, labels, sidecar, recording.num_frames, common)
+
+
+def _labels(config: ConvertConfig, ref: RecordingRef, prompt: str, num_frames: int) -> tuple[Labels, Path | None]:
+    path = sidecar_path(ref.path, ref.demo)
+    if path.exists() or not config.default_success:
+        return load_labels(path, num_frames), path
+    if not prompt:
+        raise UserError(f"{path}: label file is missing and with it the prompt; write it, or pass --tasks")
+    return Labels(prompt, success=True), None
 
 
 def _whole_rate(ref: RecordingRef, fps: float | None) -> int:

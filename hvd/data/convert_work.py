@@ -27,9 +27,9 @@ from hvd.data.lerobot_stats import ImageStats, plain
 from hvd.data.lerobot_writer import Segment
 from hvd.data.recordings import RecordingRef, open_recording
 from hvd.data.video import encode_video
-from hvd.errors import Failed, UserError
+from hvd.errors import UserError
 from hvd.files import JsonLines, locked
-from hvd.pools import spawn_pool
+from hvd.pools import Isolated, spawn_pool
 from hvd.robots import get_robot
 
 JOURNAL, LOCK = "journal.jsonl", "lock"
@@ -103,13 +103,14 @@ def is_work_folder(path: Path) -> bool:
 
 
 def encode_all(
-    work: WorkFolder, jobs: Sequence[SegmentJob], workers: int, skip_bad: bool
+    work: WorkFolder, jobs: Sequence[SegmentJob], workers: int, skip_bad: bool, isolated: Isolated
 ) -> tuple[dict[tuple[RecordingRef, str], Segment], dict[RecordingRef, str]]:
     """Encode what is not there yet; returns the segments by (recording, camera), and a line about each recording that
     cannot be read. Without `skip_bad` the first of these is a UserError.
 
     Args:
         workers: processes; 0 = one per core, or fewer for little work.
+        isolated: the process that does all of it where one is enough, or what is left where one of several died.
     """
     names = {job: job.name() for job in jobs}
     todo = [job for job in jobs if work.finished(names[job]) is None]
@@ -117,8 +118,10 @@ def encode_all(
     workers = min(workers or min(num_cores(), frames // FRAMES_PER_WORKER + 1), max(1, len(todo)))
     done, bad = sum(job.num_frames for job in jobs) - frames, {}
     with tqdm(total=done + frames, initial=done, desc=f"encode x{workers}", unit="frame", mininterval=0.5) as bar:
-        run = _run_here if workers == 1 else _run_in_pool
-        with contextlib.closing(run(todo, work.segments, names, workers, bar)) as outcomes:
+        run = _one_by_one(todo, work.segments, names, isolated, bar)
+        if workers > 1:
+            run = _run_in_pool(todo, work.segments, names, workers, isolated, bar)
+        with contextlib.closing(run) as outcomes:
             for job, result in outcomes:
                 if not isinstance(result, str):
                     work.note(result)
@@ -138,35 +141,52 @@ def num_cores() -> int:
 Outcome = tuple[SegmentJob, dict[str, Any] | str]  # a journal entry, or what is wrong with the recording
 
 
-def _run_here(
-    jobs: Sequence[SegmentJob], folder: Path, names: dict[SegmentJob, str], workers: int, bar: tqdm
-) -> Generator[Outcome]:
-    for job in jobs:
-        yield job, encode_segment(job, folder / names[job], bar.update)
-
-
 def _run_in_pool(
-    jobs: Sequence[SegmentJob], folder: Path, names: dict[SegmentJob, str], workers: int, bar: tqdm
+    jobs: Sequence[SegmentJob],
+    folder: Path,
+    names: dict[SegmentJob, str],
+    workers: int,
+    isolated: Isolated,
+    bar: tqdm,
 ) -> Generator[Outcome]:
-    """Processes, not threads: HDF5 decompresses under one lock."""
+    """Processes, not threads: HDF5 decompresses under one lock, and a damaged file may kill who reads it."""
     context = multiprocessing.get_context("spawn")
     frames, stop = context.Value("q", 0), context.Event()
     pool = spawn_pool(workers, _begin_worker, (frames, stop))
-    start = bar.n
+    start, left = bar.n, set(jobs)
     try:
         running = {pool.submit(_encode_in_worker, job, folder / names[job]): job for job in jobs}
         while running:
             finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             bar.update(start + frames.value - bar.n)
             for future in finished:
-                yield running.pop(future), future.result()
+                job = running.pop(future)
+                result = future.result()
+                left.discard(job)
+                yield job, result
     except BrokenProcessPool:
-        raise Failed(
-            "an encoding process died (out of memory?); the same command goes on where it was, --workers N uses fewer"
-        ) from None
+        pool.shutdown(cancel_futures=True)
+        yield from _one_by_one([job for job in jobs if job in left], folder, names, isolated, bar)
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+def _one_by_one(
+    jobs: Sequence[SegmentJob], folder: Path, names: dict[SegmentJob, str], isolated: Isolated, bar: tqdm
+) -> Generator[Outcome]:
+    """So that it shows which recording it is that kills who reads it."""
+    for job in jobs:
+        try:
+            yield job, isolated(encode_segment, job, folder / names[job], _count_nothing)
+        except BrokenProcessPool:
+            died = "the process that encoded it died (a damaged file, or out of memory?)"
+            yield job, f"{job.ref}: camera {job.camera}: {died}"
+        bar.update(job.num_frames)
+
+
+def _count_nothing(n: int) -> None:
+    pass
 
 
 class _Stop(Exception):

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from hvd.configs import DataConfig, KeyMap
-from hvd.data.columns import load_columns
+from hvd.data.columns import dim_names, load_columns
 from hvd.data.digest import digest
 from hvd.data.frames import Camera, Frames
 from hvd.data.layout import Layout, read_layout, read_schema
@@ -45,6 +45,8 @@ class Dataset:
         task_ids: int32 [N] into `tasks`, the prompts.
         cameras: the model's cameras that this dataset has; the others are zero images with mask False.
         digest: sha256 of the dataset's contents.
+        state_dims, action_dims: a name for each dim: "observation.state[3] elbow", or without the last word where
+            info.json has none.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Dataset:
     tasks: tuple[str, ...]
     cameras: tuple[str, ...]
     camera_frames: Mapping[str, Frames]
+    state_dims: tuple[str, ...] = ()
+    action_dims: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, cfg: DataConfig, *, cameras: tuple[str, ...], robot: str = "", horizon: int = 0) -> "Dataset":
@@ -114,6 +118,8 @@ class Dataset:
             tasks=tasks,
             cameras=tuple(frames_keys),
             camera_frames={name: camera.open(columns["time"], episode_of) for name, camera in opened.items()},
+            state_dims=dim_names(layout.features, cfg.keys.state, columns["state"].shape[1]),
+            action_dims=dim_names(layout.features, cfg.keys.actions, width),
         )
 
     @property

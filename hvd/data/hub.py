@@ -20,6 +20,10 @@ configs:
 Robot dataset in LeRobot {version} format, converted from recordings by `hvd convert`.
 """
 
+# A dataset's files, and what is none of it: hidden files (hvd's cache), the record of the request (folders' names)
+_PARTS = ("meta/*", "data/*", "videos/*", "labels/*")
+_NEVER = (".*", "*/.*", "hvd_convert.json")
+
 
 def check(repo_id: str) -> None:
     """Raise UserError now if push() cannot work: no package, no login, no user in the name."""
@@ -30,13 +34,23 @@ def check(repo_id: str) -> None:
         raise UserError("--push-to-hub: not logged in; run `hf auth login` or set HF_TOKEN")
 
 
-def push(root: Path, repo_id: str, ignore: tuple[str, ...] = ()) -> None:
-    """Upload the folder, without the files in `ignore`, and tag it with the format's version as lerobot expects."""
+def push(root: Path, repo_id: str, *, public: bool = False) -> None:
+    """Upload the dataset in the folder and tag it with the format's version as lerobot expects.
+
+    Args:
+        public: of a repository that is made now; one that is there already stays what it is.
+    """
     hub = _package()
     api = hub.HfApi()
     try:
-        api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
-        api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=str(root), ignore_patterns=list(ignore))
+        api.create_repo(repo_id, repo_type="dataset", private=not public, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=str(root),
+            allow_patterns=list(_PARTS),
+            ignore_patterns=list(_NEVER),
+        )
         card = io.BytesIO(_CARD.format(version=VERSION).encode())
         api.upload_file(repo_id=repo_id, repo_type="dataset", path_in_repo="README.md", path_or_fileobj=card)
         api.create_tag(repo_id, tag=VERSION, repo_type="dataset", exist_ok=True)

@@ -15,7 +15,6 @@ errors that name the file and the field.
 
 import itertools
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32
 
+from hvd import documents
 from hvd.errors import UserError
 from hvd.fields import from_plain, to_plain
 from hvd.files import write_atomic
+
+MAX_BYTES = 16 << 20  # of a sidecar
+MAX_REWARD = 1e6
 
 Quality = Literal["expert", "teleop", "rollout"]
 
@@ -99,15 +102,11 @@ def load_labels(path: str | os.PathLike[str], num_frames: int | None = None) -> 
     Raises UserError naming the file and the field.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        data = documents.read(path, object, MAX_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path}: label file is missing; write it, or pass --default-success") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot read the label file: {error}") from error
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
     return parse_labels(data, str(path), num_frames)
 
 
@@ -141,8 +140,8 @@ def _check_span(span: Subtask | Mistake, where: str, num_frames: int | None) -> 
         raise UserError(f"{where}: start {start} and end {end} must satisfy 0 <= start < end (end is exclusive)")
     if num_frames is not None and end > num_frames:
         raise UserError(f"{where}: end {end} lies outside the episode of {num_frames} frames")
-    if isinstance(span, Subtask) and not math.isfinite(span.reward):
-        raise UserError(f"{where}: reward is {span.reward}; give a finite number")
+    if isinstance(span, Subtask) and not abs(span.reward) <= MAX_REWARD:
+        raise UserError(f"{where}: reward is {span.reward}; give a number between -{MAX_REWARD:g} and {MAX_REWARD:g}")
 
 
 def _check_overlap(subtasks: tuple[Subtask, ...], where: str) -> None:

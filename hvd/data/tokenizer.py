@@ -43,8 +43,8 @@ class Tokenizer:
     ) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
         """Token ids int32 [b, max_token_len], padded with 0 on the right, and where they are real.
 
-        Prompts that are too long are cut. With `states` (normalised to [-1, 1]) the prompt takes pi0.5's form, which
-        spells out each state dim as one of 256 bins.
+        Prompts that are too long are cut (`too_long` tells). With `states` (normalised to [-1, 1]) the prompt takes
+        pi0.5's form, which spells out each state dim as one of 256 bins.
         """
         ids = np.zeros((len(prompts), self.length), np.int32)
         mask = np.zeros((len(prompts), self.length), bool)
@@ -53,6 +53,17 @@ class Tokenizer:
             ids[i, : len(row)] = row
             mask[i, : len(row)] = True
         return ids, mask
+
+    def too_long(self, prompts: Sequence[str], states: Float[np.ndarray, "b s"] | None = None) -> dict[str, str]:
+        """The prompts that `encode` cuts, each with a line about it."""
+        rows = [None] * len(prompts) if states is None else states
+        lengths = {prompt: len(self._encode(prompt, row)) for prompt, row in zip(prompts, rows, strict=True)}
+        return {
+            prompt: f"prompt {prompt[:100]!r} has {tokens} tokens and is cut to the first {self.length}: what follows "
+            "them the model never sees (model.max_token_len)"
+            for prompt, tokens in lengths.items()
+            if tokens > self.length
+        }
 
     def _encode(self, prompt: str, state: Float[np.ndarray, "s"] | None) -> list[int]:
         text = prompt.strip().replace("_", " ").replace("\n", " ")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
 from PIL import Image
 
 from hvd.configs import Experiment, ModelConfig, NormConfig
@@ -102,10 +102,19 @@ class InputTransform:
 
         The bins are those of the float64 numbers: float32 would round some over an edge.
         """
+        return self.tokenizer.encode(prompts, self._spelled(state))
+
+    def cut_prompts(self, prompts: Sequence[str], state: Float[np.ndarray, "b s"] | None = None) -> dict[str, str]:
+        """The prompts that the model sees in part, each with a line about it; without `state`, for the longest one."""
+        if state is None:
+            middle = np.zeros((len(prompts), self.stats["state"].dim))  # bin 128: three digits
+            return self.tokenizer.too_long(prompts, middle if self.model.spells_state else None)
+        return self.tokenizer.too_long(prompts, self._spelled(state))
+
+    def _spelled(self, state: Float[np.ndarray, "b s"]) -> Float64[np.ndarray, "b s"] | None:
         if not self.model.spells_state:
-            return self.tokenizer.encode(prompts)
-        bounded = normalize.normalize(state, self.stats["state"], self.norm.mode, self.norm.std_floor)
-        return self.tokenizer.encode(prompts, bounded)
+            return None
+        return normalize.normalize(state, self.stats["state"], self.norm.mode, self.norm.std_floor)
 
     def _inwards(self, x: np.ndarray, name: str) -> np.ndarray:
         stats = self.stats[name]

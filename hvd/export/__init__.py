@@ -89,7 +89,7 @@ def export(cfg: Experiment, options: Export) -> Path:
     if record is None:
         raise UserError(f"{run} has no {runs.CONFIG}: it is not a run directory")
     trained = record.config
-    stats = normalize.load(epath.Path(run) / runs.NORM_STATS)
+    stats, made_of = normalize.load_for(trained, epath.Path(run) / runs.NORM_STATS)
     params = export_params.exported(
         trained,
         stage,
@@ -103,7 +103,9 @@ def export(cfg: Experiment, options: Export) -> Path:
             folder = Path(work) / target.name
             weights.write(folder / "params", params)
             normalize.save(
-                epath.Path(folder / "assets" / asset / runs.NORM_STATS), export_params.openpi_stats(stats, trained.norm)
+                epath.Path(folder / "assets" / asset / runs.NORM_STATS),
+                export_params.openpi_stats(stats, trained.norm),
+                made_of,
             )
             (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
             if target.is_dir():  # empty, or _is_there would have refused

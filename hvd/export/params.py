@@ -57,6 +57,9 @@ def openpi_stats(stats: Mapping[str, normalize.NormStats], norm: NormConfig) -> 
         return dict(stats)
     found = {}
     for name, s in stats.items():
+        if s.q01 is None or s.q99 is None:
+            found[name] = replace(s, std=np.maximum(s.std, norm.std_floor))
+            continue
         half = (s.q99 - s.q01 + normalize.EPSILON) / 2  # hvd.data.normalize: shift q01 + half, scale max(half, floor)
         wide = np.maximum(half, norm.std_floor)
         low = np.where(wide > half, s.q01 + half - wide, s.q01)

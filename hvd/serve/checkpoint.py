@@ -17,7 +17,6 @@ from hvd.data.transforms import InputTransform
 from hvd.errors import UserError
 from hvd.models import precision, weights
 from hvd.models.pi0 import Pi0
-from hvd.robots import get_robot
 from hvd.storage import cache as storage
 from hvd.train import inference, mesh, pretrained, state
 from hvd.train import run_dir as runs
@@ -68,10 +67,4 @@ def stats_for(cfg: Experiment, path: str) -> normalize.Stats:
         return normalize.load_shared(cfg)
     if len(found) > 1:
         raise UserError(f"--checkpoint {path}: {found[0]} and {found[1]} both lie beside it; leave the right one there")
-    stats = normalize.load(epath.Path(found[0]))
-    robot = get_robot(cfg.robot)
-    if stats["actions"].dim != robot.action_dim:
-        raise UserError(
-            f"{found[0]}: norm stats of {stats['actions'].dim} action dims, robot {robot.name} has {robot.action_dim}"
-        )
-    return stats
+    return normalize.load_for(cfg, epath.Path(found[0]))[0]

@@ -1,7 +1,8 @@
 """openpi's websocket protocol: metadata on connect, then one reply per observation; /healthz and /metrics beside it.
 
-A reply is a binary message {"actions": [K,A], "policy_timing": {...}, "server_timing": {...}, "seed": int}; what went
-wrong with a request is a text message of one line, which openpi's client raises, and the connection goes on.
+A reply is a binary message {"actions": [K,A], "policy_timing": {...}, "server_timing": {...}, "seed": int}, with the
+text "prompt_warning" where the model sees a prompt in part; what went wrong with a request is a text message of one
+line, which openpi's client raises, and the connection goes on.
 """
 
 import asyncio
@@ -32,6 +33,8 @@ from hvd.serve.observation import MAX_SEED, Refused, Request, RequestReader
 
 _SMALL = 1 << 16  # bytes of a message that is read on the spot; larger ones hold images, and take a thread
 _GRACE = 0.2  # seconds for requests that were sent before the client could know that the server stops
+
+_CUT_PROMPTS = 100  # lines about prompts that are cut
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class PolicyServer:
         self._busy: set[ServerConnection] = set()
         self._stopping = False
         self._said = 0.0
+        self._cut: set[str] = set()
 
     async def run(self, sock: socket.socket, stop: asyncio.Event, hurry: asyncio.Event, started: Callable) -> None:
         """Serve on the bound socket until `stop`; then answer what is in flight, unless `hurry` is set too."""
@@ -226,6 +230,9 @@ class PolicyServer:
             "policy_timing": {"infer_ms": 1e3 * answer.inference},
             "server_timing": timing,
         }
+        if request.warning:
+            reply["prompt_warning"] = request.warning
+            self._say_cut(connection, request.warning)
         if request.noise is None:
             reply["seed"] = int(request.seeds[0])
         return serve_msgpack.pack(reply)
@@ -241,6 +248,12 @@ class PolicyServer:
         except serve_msgpack.Malformed as error:
             raise Refused(f"not a msgpack message of openpi's form: {error}") from None
         return self._reader.read(decoded, seed)
+
+    def _say_cut(self, connection: ServerConnection, line: str) -> None:
+        """A prompt that is cut in the log: once, and no more than so many of them."""
+        if line not in self._cut and len(self._cut) < _CUT_PROMPTS:
+            self._cut.add(line)
+            print(f"warning: {connection.remote_address[0]}: {line}", file=sys.stderr, flush=True)
 
     def _say(self, connection: ServerConnection, line: str) -> None:
         """A refused request in the log, one a second at most: a robot asks many times a second."""

@@ -46,6 +46,7 @@ class Request:
         state: raw, for delta actions.
         seeds: of each row's noise; unused where `noise` is given.
         batched: the reply has a batch axis too.
+        warning: about a prompt that the model sees in part; "" = there is none.
     """
 
     observation: Observation
@@ -54,6 +55,7 @@ class Request:
     noise: Float32[np.ndarray, "b k a"] | None
     num_flow_steps: int
     batched: bool
+    warning: str = ""
 
     @property
     def rows(self) -> int:
@@ -113,7 +115,8 @@ class RequestReader:
             raise Refused(str(error)) from None
         if not np.isfinite(observation["state"]).all():
             raise Refused("state is so large that its normalised form is not finite: is it in the dataset's units?")
-        return Request(observation, state, seeds, noise, steps, batched)
+        cut = self._transform.cut_prompts(prompts, state)
+        return Request(observation, state, seeds, noise, steps, batched, next(iter(cut.values()), ""))
 
     def _state(self, message: Mapping[str, Any]) -> tuple[Float32[np.ndarray, "b s"], bool]:
         """[b,S], and whether the client sent a batch."""

@@ -88,7 +88,7 @@ def claim(data: StageData, folder: str, devices: Devices, inputs: dict[str, str]
             runs.delete(folder)
         runs.write_config(folder, cfg, stage, inputs)
         records.tell_begun(folder)
-        normalize.save(epath.Path(folder) / runs.NORM_STATS, data.transform.stats)
+        normalize.save(epath.Path(folder) / runs.NORM_STATS, data.transform.stats, data.made_of)
     devices.barrier("claimed")
 
 

@@ -14,8 +14,10 @@ from hvd.configs import Experiment, StageConfig
 from hvd.data import normalize
 from hvd.data.dataset import Dataset, split_episodes
 from hvd.data.loader import Batcher, Loader, SampleSpec, Source, order_of
+from hvd.data.norm_record import MadeOf
 from hvd.data.transforms import InputTransform
 from hvd.errors import UserError
+from hvd.runtime import processes
 from hvd.train import run_dir as runs
 from hvd.train.mesh import Devices
 
@@ -25,7 +27,7 @@ type Weights = Mapping[str, Float32[np.ndarray, "_ l"]]
 @dataclasses.dataclass(frozen=True)
 class StageData:
     """The open datasets of a stage by the names of their sets, their training and held-out rows, and each one's rows of
-    a batch."""
+    a batch; `made_of` says what the norm stats are of."""
 
     cfg: Experiment
     stage: runs.Stage
@@ -35,6 +37,7 @@ class StageData:
     val: dict[str, Int64[np.ndarray, " _"]]
     shares: dict[str, int]
     inputs: dict[str, str]
+    made_of: MadeOf | None = None
 
     @property
     def stage_cfg(self) -> StageConfig:
@@ -125,9 +128,17 @@ def abstract_batch(cfg: Experiment, stage: runs.Stage, devices: Devices) -> dict
 
 
 def open_data(cfg: Experiment, stage: runs.Stage) -> StageData:
-    """Open the datasets of a stage; a UserError for whatever is wrong with them, before anything is written."""
-    stats = normalize.load_shared(cfg)
+    """Open the datasets of a stage; a UserError for whatever is wrong with them, before anything is written.
+
+    Prints what is not wrong but should be known: normalised values out of all bounds, prompts that are cut.
+    """
+    normalize.load_shared(cfg)  # opening a dataset takes longer
     datasets = {name: open_dataset(cfg, name) for name in mixture.names(cfg, stage)}
+    stats, made_of, said = normalize.for_data(cfg, datasets)
+    transform = InputTransform.from_config(cfg, stats)
+    said += _cut_prompts(transform, datasets)
+    if not processes.rank():
+        print("".join(f"{line}\n" for line in said), end="", flush=True)
     train, val = {}, {}
     for name, data in datasets.items():
         train[name], val[name] = split_episodes(data, cfg.evaluate.val_fraction, cfg.seed)
@@ -136,13 +147,20 @@ def open_data(cfg: Experiment, stage: runs.Stage) -> StageData:
     return StageData(
         cfg,
         stage,
-        InputTransform.from_config(cfg, stats),
+        transform,
         datasets,
         train,
         val,
         _split(getattr(cfg, stage).batch_size, parts),
         inputs,
+        made_of,
     )
+
+
+def _cut_prompts(transform: InputTransform, datasets: Mapping[str, Dataset]) -> list[str]:
+    """A line for each task of the offered rows that is longer than the model reads."""
+    prompts = {data.tasks[i]: data.name for data in datasets.values() for i in np.unique(data.task_ids[data.rows()])}
+    return [f"warning: {prompts[prompt]}: {line}" for prompt, line in transform.cut_prompts(list(prompts)).items()]
 
 
 def open_dataset(cfg: Experiment, name: str) -> Dataset:
@@ -155,10 +173,7 @@ def open_dataset(cfg: Experiment, name: str) -> Dataset:
 
 def stats_digest(stats: normalize.Stats) -> str:
     """sha256 of the numbers of norm stats."""
-    content = {
-        key: {f.name: getattr(value, f.name).tolist() for f in dataclasses.fields(value)}
-        for key, value in stats.items()
-    }
+    content = {key: value.lists() for key, value in stats.items()}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,8 +3,11 @@
 import dataclasses
 import io
 import json
+import os
 import sys
 import types
+from fnmatch import fnmatch
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +15,10 @@ import pytest
 
 from hvd import cli
 from hvd.configs import DataConfig, KeyMap
+from hvd.data import convert_plan, convert_work
 from hvd.data.convert import ConvertConfig, convert, parse
+from hvd.data.convert_plan import _examine as examine
+from hvd.data.convert_work import encode_segment
 from hvd.data.dataset import Dataset
 from hvd.data.labels import Labels, load_labels, sidecar_path, write_labels
 from hvd.errors import UserError
@@ -269,6 +275,49 @@ def test_skip_bad(run, raw):
     assert "demo_0002.labels.json: field 'task' is missing" in lines[2]
 
 
+def _dies(config, ref, prompt):
+    if "0001" in str(ref):
+        os.abort()
+    return examine(config, ref, prompt)
+
+
+def _fails(config, ref, prompt):
+    if "0001" in str(ref):
+        raise KeyError("object header")
+    return examine(config, ref, prompt)
+
+
+@pytest.mark.parametrize(("reader", "why"), [(_dies, "the process that read it died"), (_fails, "cannot be read")])
+def test_a_recording_that_kills_or_fails_its_reader(run, raw, tmp_path, monkeypatch, reader, why):
+    joylo.write_folder(raw, (5, 6, 7))
+    monkeypatch.setattr(convert_plan, "_examine", reader)
+    with pytest.raises(UserError, match=rf"demo_0001.hdf5: {why}"):
+        run()
+    assert not (tmp_path / "set").exists()
+    assert [row["length"] for row in episodes(run(skip_bad=True).root)] == [5, 7]
+
+
+def _dies_encoding(job, path, on_frames):
+    if "0001" in str(job.ref) and job.camera == "head":
+        os.abort()
+    return encode_segment(job, path, on_frames)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_recording_that_kills_its_encoder(run, raw, monkeypatch, workers):
+    joylo.write_folder(raw, (5, 6, 7))
+    monkeypatch.setattr(convert_work, "_encode_in_worker", _worker_dies)
+    monkeypatch.setattr(convert_work, "encode_segment", _dies_encoding)
+    with pytest.raises(UserError, match=r"demo_0001.hdf5: camera head: the process that encoded it died"):
+        run(workers=workers)
+    result = run(workers=workers, skip_bad=True)
+    assert [row["length"] for row in episodes(result.root)] == [5, 7] and len(result.skipped) == 1
+
+
+def _worker_dies(job, path):
+    return _dies_encoding(job, path, lambda n: None)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_damage_that_only_decoding_finds(run, raw, tmp_path, workers):
     """Images are read only once, while encoding: then the recording is an error, or skipped, all the same."""
@@ -315,8 +364,12 @@ class FakeHub(types.ModuleType):
             raise self.error
         self.calls.append(("create_repo", repo_id, kw))
 
-    def upload_folder(self, *, folder_path, ignore_patterns, **kw):
-        self.calls.append(("upload_folder", folder_path, ignore_patterns))
+    def upload_folder(self, *, folder_path, allow_patterns, ignore_patterns, **kw):
+        """As huggingface_hub's filter_repo_objects has it."""
+        files = [str(p.relative_to(folder_path)) for p in sorted(Path(folder_path).rglob("*")) if p.is_file()]
+        allowed = [name for name in files if any(fnmatch(name, pattern) for pattern in allow_patterns)]
+        sent = [name for name in allowed if not any(fnmatch(name, pattern) for pattern in ignore_patterns)]
+        self.calls.append(("upload_folder", sent))
 
     def upload_file(self, *, path_or_fileobj, path_in_repo, **kw):
         assert isinstance(path_or_fileobj, io.BytesIO)
@@ -332,9 +385,15 @@ def test_push_to_hub(run, raw, tmp_path, monkeypatch):
     joylo.write_folder(raw, (5,))
     run(push_to_hub=True)
     assert [call[0] for call in hub.calls] == ["create_repo", "upload_folder", "upload_file", "create_tag"]
-    assert hub.calls[1][1:] == (str(tmp_path / "set"), ["hvd_convert.json"])  # it names folders of this machine
+    assert hub.calls[0][2]["private"] is True
     assert hub.calls[3][1:] == ("me/set", "v3.0")
-    assert run(push_to_hub=True).done_before and len(hub.calls) == 8
+    made = hub.calls[1][1]
+    assert made and {name.split("/")[0] for name in made} == {"meta", "data", "videos", "labels"}
+    Dataset.open(DataConfig(root=str(tmp_path / "set")), cameras=())  # leaves a cache in the folder
+    (tmp_path / "set/meta/.notes").write_text("mine")
+    (tmp_path / "set/secret.txt").write_text("mine")
+    assert run(push_to_hub=True, public=True).done_before and len(hub.calls) == 8
+    assert hub.calls[5][1] == made and hub.calls[4][2]["private"] is False
 
 
 @pytest.mark.parametrize(

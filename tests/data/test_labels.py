@@ -88,7 +88,8 @@ BAD = {
     "start as a float": (_subtask(start=4.0), "subtasks[1]: start: 4.0 is not a whole number"),
     "start as a bool": (_subtask(start=True), "subtasks[1]: start: True is not a whole number"),
     "reward as text": (_subtask(reward="1"), "subtasks[1]: reward: '1' is not a number"),
-    "reward not finite": (_subtask(reward=float("nan")), "subtasks[1]: reward is nan"),
+    "reward without bound": (_subtask(reward=-1e308), "subtasks[1]: reward is -1e+308; give a number between"),
+    "reward of 400 digits": (_subtask(reward=10**400), "subtasks[1]: reward: 1000"),
     "quality": (_changed(quality="good"), "quality: 'good' is not one of expert, teleop, rollout"),
     "subtasks no list": (_changed(subtasks={}), "subtasks: {} is not a list of Subtasks"),
     "subtask no object": (_changed(subtasks=[3]), "subtasks[0]: 3 is not a group of fields"),
@@ -117,9 +118,17 @@ def test_bad_sidecar(tmp_path, case):
 
 
 def test_sidecar_that_is_no_json(tmp_path):
-    (tmp_path / "demo.labels.json").write_text('{"task": ')
-    with pytest.raises(UserError, match=r"demo.labels.json: not valid JSON: "):
-        load_labels(tmp_path / "demo.labels.json")
+    for text, why in (
+        ('{"task": ', "truncated"),
+        ('{"task": x}', "malformed"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"task": "x", "success": true, "subtasks": [{"reward": NaN}]}', "malformed"),
+        ("[" + "1," * 9_000_000 + "1]", "more than 16777216 bytes"),
+    ):
+        (tmp_path / "demo.labels.json").write_text(text)
+        with pytest.raises(UserError, match=rf"demo.labels.json.*{why}") as error:
+            load_labels(tmp_path / "demo.labels.json")
+        assert len(str(error.value)) < 1000
 
 
 def test_missing_sidecar(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,14 +10,15 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd.configs import DataConfig, Experiment, ModelConfig, NormConfig
+from hvd.configs import DataConfig, Experiment, KeyMap, ModelConfig, NormConfig
 from hvd.data import normalize
 from hvd.data.dataset import Dataset
 from hvd.data.normalize import NormStats, RunningStats
+from hvd.data.running_stats import BINS
 from hvd.data.transitions import Transitions
 from hvd.errors import UserError
 from hvd.robots import get_robot
-from tests.data.factory import make_dataset
+from tests.data.factory import make_dataset, write_dataset
 from tests.folders import golden_files
 
 FIELDS = ("mean", "std", "q01", "q99")
@@ -99,7 +101,7 @@ def test_statistics_in_any_batches(seed, n, batches):
     stats = running.result()
     np.testing.assert_allclose(stats.mean, data.mean(0), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(stats.std, data.std(0), rtol=1e-6, atol=1e-9)
-    width = np.ptp(data, axis=0) / normalize.BINS
+    width = np.ptp(data, axis=0) / BINS
     for q, got in ((0.01, stats.q01), (0.99, stats.q99)):
         exact = np.quantile(data, q, axis=0, method="inverted_cdf")
         assert np.all(np.abs(got - exact) <= 1.001 * width + 1e-9)
@@ -206,16 +208,32 @@ def test_load_shared_errors(tmp_path):
         normalize.load_shared(cfg)
 
 
+ONE = {"mean": [0], "std": [1], "q01": [-1], "q99": [1]}
+
+
+def numbers(state=ONE, actions=ONE, **more) -> str:
+    return json.dumps({"norm_stats": {"state": state, "actions": actions}, **more})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not a norm_stats.json"),
-        ("[]", "not a norm_stats.json"),
-        ("{}", "'norm_stats' is missing"),
-        ('{"norm_stats": {"state": {}}}', "'mean' is missing"),
-        ('{"norm_stats": {"state": {"mean": [1], "std": [1], "q01": [0], "q99": [1, 2]}}}', "lists of one length"),
-        ('{"norm_stats": {"state": {"mean": [NaN], "std": [1], "q01": [0], "q99": [1]}}}', "NaN or infinite"),
-        ('{"norm_stats": {"state": {"mean": ["a"], "std": [1], "q01": [0], "q99": [1]}}}', "not a norm_stats.json"),
+        ("", "truncated"),
+        ("[]", "Expected `object`, got `array`"),
+        ("{}", "missing required field `norm_stats`"),
+        ('{"x": ' + "[" * 100_000, "nested too deeply"),
+        (numbers(state={}), r"missing required field `mean` - at `\$.norm_stats.state`"),
+        (numbers(state={"mean": [1], "std": [1], "q01": [0], "q99": [1, 2]}), "state: .*lists of one length"),
+        (numbers(state={"mean": [float("nan")], "std": [1]}), "invalid character"),
+        (numbers(state={"mean": ["a"], "std": [1]}), r"got `str` - at `\$.norm_stats.state.mean"),
+        (numbers(actions={"mean": [0, 0], "std": [1, -1]}), r">= 0.0 - at `\$.norm_stats.actions.std"),
+        (numbers(actions={"mean": [1e38], "std": [1]}), r"norm_stats.actions.mean"),
+        (numbers(actions={"mean": [0], "std": [1e300]}), r"norm_stats.actions.std"),
+        (
+            numbers(actions={"mean": [0, 0], "std": [1, 1], "q01": [0, 2], "q99": [1, 1]}),
+            r"actions: q01\[1\] is above q99\[1\]",
+        ),
+        (numbers(made_of={"dataset": 3}), "made_of.dataset"),
     ],
 )
 def test_bad_stats_file(tmp_path, text, message):
@@ -224,6 +242,128 @@ def test_bad_stats_file(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as caught:
         normalize.load(path)
     assert "norm_stats.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("quantiles", [{}, {"q01": None, "q99": None}, {"q99": [1.0] * 21}])
+def test_quantiles_are_needed_by_their_own_mode_alone(tmp_path, quantiles):
+    recipe = make_dataset(tmp_path / "optimal", cameras=())
+    cfg = experiment(tmp_path, recipe)
+    path = normalize.path_for(cfg, "optimal")
+    path.parent.mkdir(parents=True)
+    block = {"mean": [0.0] * 21, "std": [2.0] * 21, **quantiles}
+    path.write_text(json.dumps({"norm_stats": {"state": block, "actions": block}}))
+    stats = normalize.load_shared(cfg)["actions"]
+    np.testing.assert_allclose(normalize.normalize(np.full((1, 21), 4.0), stats), 2.0, atol=1e-5)
+    normalize.save(path, {"state": stats, "actions": stats})
+    assert normalize.load_shared(cfg)["actions"].q01 is None
+    with pytest.raises(UserError, match=r"norm_stats.json: state has no q01 and q99, which norm.mode quantile needs"):
+        normalize.load_shared(dataclasses.replace(cfg, norm=NormConfig(mode="quantile")))
+
+
+def changed(cfg: Experiment, **fields) -> Experiment:
+    return dataclasses.replace(cfg, **fields)
+
+
+def test_statistics_are_refused_where_they_do_not_belong(tmp_path):
+    recipe = make_dataset(tmp_path / "optimal", state_dim=21, cameras=())
+    data = dataclasses.replace(recipe.config, keys=KeyMap(images={}, state=("observation.state[0:3]", "action")))
+    cfg = changed(experiment(tmp_path, recipe, norm=NormConfig(delta_actions=True)), optimal_data=data)
+    normalize.main(cfg)
+
+    def use(cfg: Experiment):
+        return normalize.for_data(cfg, {"optimal": Dataset.open(cfg.optimal_data, cameras=(), horizon=5)})
+
+    _, made_of, said = use(cfg)
+    assert made_of is not None and (made_of.frames, made_of.horizon, made_of.robot, said) == (28, 5, "r1", [])
+    assert made_of.state_dims[2:4] == ("observation.state[2]", "action[0]")
+
+    def keys(*state: str) -> Experiment:
+        return changed(cfg, optimal_data=dataclasses.replace(data, keys=KeyMap(images={}, state=state)))
+
+    assert use(keys("observation.state[0,1,2]", "action"))[1] == made_of
+    for other, line in (
+        (changed(cfg, norm=NormConfig()), "norm.delta_actions"),
+        (changed(cfg, model=dataclasses.replace(cfg.model, action_horizon=4)), "model.action_horizon 5 there, 4 here"),
+        (keys("action", "observation.state[0:3]"), "keys.state"),
+        (keys("observation.state[0,2,1]", "action"), "keys.state"),
+        (keys("observation.state", "action"), "keys.state"),
+        (changed(cfg, robot="r1_pro"), "another robot"),
+        (changed(cfg, optimal_data=dataclasses.replace(data, max_episodes=2)), "number of frames 28 there, 19 here"),
+    ):
+        with pytest.raises(UserError, match=line) as caught:
+            use(other)
+        assert "norm_stats.json: " in str(caught.value) and "run `hvd norm-stats" in str(caught.value)
+
+    recipe.actions[3, 2] += 1.0
+    shutil.rmtree(recipe.root)
+    write_dataset(recipe)
+    with pytest.raises(UserError, match="digest of the dataset"):
+        use(cfg)
+
+
+def test_absolute_statistics_serve_any_horizon(tmp_path):
+    cfg = experiment(tmp_path, make_dataset(tmp_path / "optimal", cameras=()))
+    normalize.main(cfg)
+    normalize.load_shared(changed(cfg, model=dataclasses.replace(cfg.model, action_horizon=4)))
+
+
+def test_a_file_that_does_not_say_what_it_is_of_is_used_and_said(tmp_path, capsys):
+    recipe = make_dataset(tmp_path / "optimal", cameras=())
+    cfg = experiment(tmp_path, recipe)
+    normalize.main(cfg)
+    path = normalize.path_for(cfg, "optimal")
+    text = json.loads(path.read_text())
+    assert text.pop("made_of")["dataset"] == "optimal"
+    path.write_text(json.dumps(text))
+    _, made_of, said = normalize.for_data(cfg, {"optimal": Dataset.open(recipe.config, cameras=())})
+    assert made_of is None and len(said) == 1 and "does not say what these norm stats are of" in said[0]
+    normalize.main(cfg)
+    assert "the same statistics, with a new record" in capsys.readouterr().out
+
+
+def test_dims_of_the_same_names_in_another_order(tmp_path):
+    """info.json names the dims; two ways to name them are no contradiction, the same names in another order are."""
+    names = [f"joint_{i}" for i in range(4)]
+    recipes = [make_dataset(tmp_path / name, cameras=()) for name in ("optimal", "mixed")]
+    cfg = experiment(tmp_path, *recipes)
+
+    def name(recipe, names):
+        info = json.loads((recipe.root / "meta/info.json").read_text())
+        info["features"]["observation.state"]["names"] = names
+        (recipe.root / "meta/info.json").write_text(json.dumps(info))
+
+    name(recipes[0], {"motors": names})
+    name(recipes[1], ["a", "b", "c", "d"])
+    normalize.main(cfg)
+    name(recipes[1], [[*names[:2], names[3], names[2]]])
+    with pytest.raises(
+        UserError, match=r"mixed and optimal have the same state dims in another order \(dim\[2\] joint_2"
+    ):
+        normalize.main(cfg)
+
+
+@pytest.mark.parametrize(("mode", "name"), [("z_score", "state"), ("z_score", "actions"), ("quantile", "state")])
+def test_values_that_explode_in_another_dataset_are_named(tmp_path, capsys, mode, name):
+    recipes = [make_dataset(tmp_path / name, cameras=(), lengths=(30, 30)) for name in ("optimal", "mixed")]
+    values = getattr(recipes[0], name)
+    values[:, 3] = 0.5
+    if mode == "quantile":  # it moves in one frame of the optimal set, too
+        values[7, 3] = 0.6
+    for recipe in recipes:
+        shutil.rmtree(recipe.root)
+        write_dataset(recipe)
+    cfg = experiment(tmp_path, *recipes, norm=NormConfig(mode=mode))
+    normalize.main(cfg)
+    column = {"state": "observation.state", "actions": "action"}[name]
+    line = f"warning: mixed: {name.removesuffix('s')} dim 3 ({column}[3]) reaches "
+    assert line in capsys.readouterr().out
+    opened = {
+        role: Dataset.open(r.config, cameras=()) for role, r in zip(("optimal", "suboptimal"), recipes, strict=True)
+    }
+    said = normalize.for_data(cfg, opened)[2]
+    assert any(text.startswith(line) for text in said) and all("norm.std_floor" in text for text in said)
+    floored = dataclasses.replace(cfg, norm=NormConfig(mode=mode, std_floor=0.5))
+    assert normalize.for_data(floored, opened)[2] == []
 
 
 def test_g1_statistics(g1_data, tmp_path):

@@ -189,6 +189,138 @@ def test_bad_recording(tmp_path, case):
     assert "\n" not in str(error.value)
 
 
+def _swap(key, make):
+    """Remove an array, and let make(file, key, what it held) put something else there."""
+
+    def spoil(file):
+        held = file[key][...]
+        del file[key]
+        make(file, key, held)
+
+    return spoil
+
+
+def _external(file, key, held):
+    path = file.filename + ".raw"
+    with open(path, "wb") as other:
+        other.write(held.tobytes())
+    file.create_dataset(key, held.shape, held.dtype, external=[(path, 0, held.nbytes)])
+
+
+def _other_file(file, held):
+    path = file.filename + ".other"
+    with h5py.File(path, "w") as other:
+        other["x"] = held
+    return path
+
+
+def _external_link(file, key, held):
+    file[key] = h5py.ExternalLink(_other_file(file, held), "/x")
+
+
+def _through_a_soft_link(file, key, held):
+    file["elsewhere"] = h5py.ExternalLink(_other_file(file, held), "/")
+    file[key] = h5py.SoftLink("/elsewhere/x")
+
+
+def _virtual(file, key, held):
+    layout = h5py.VirtualLayout(held.shape, held.dtype)
+    layout[...] = h5py.VirtualSource(_other_file(file, held), "x", held.shape)
+    file.create_virtual_dataset(key, layout)
+
+
+def _of_itself(file, key, held):
+    layout = h5py.VirtualLayout(held.shape, held.dtype)
+    layout[...] = h5py.VirtualSource(".", key, held.shape)
+    file.create_virtual_dataset(key, layout)
+
+
+def _half_written(file, key, held):
+    data = file.create_dataset(key, held.shape, held.dtype, chunks=(1, *held.shape[1:]))
+    data[: len(held) // 2] = held[: len(held) // 2]
+
+
+def _never_written(file, key, held):
+    file.create_dataset(key, held.shape, held.dtype)
+
+
+ELSEWHERE = {
+    "external storage": (_external, "is in external storage"),
+    "external link": (_external_link, "is a link out of the file"),
+    "soft link to an external one": (_through_a_soft_link, "is a link out of the file"),
+    "virtual": (_virtual, "is a virtual dataset"),
+    "virtual, of itself": (_of_itself, "is a virtual dataset"),
+    "half written": (_half_written, "was declared but not all of it was written"),
+    "never written": (_never_written, "was declared but not all of it was written"),
+}
+
+
+@pytest.mark.parametrize("key", ["action/left_arm", "obs/odom/base_velocity", "obs/rgb/head/img"])
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_what_is_not_in_the_file_is_refused(tmp_path, case, key):
+    make, line = ELSEWHERE[case]
+    path = tmp_path / "demo.hdf5"
+    joylo.write_recording(path)
+    with h5py.File(path, "r+") as file:
+        _swap(key, make)(file)
+    with pytest.raises(UserError, match=line) as error:
+        read(RecordingRef(path, "joylo"))
+    assert str(error.value).startswith(f"{path}: {key}")
+
+
+def test_links_inside_the_file_are_followed(tmp_path):
+    path = tmp_path / "demo.hdf5"
+    truth = joylo.write_recording(path)
+    with h5py.File(path, "r+") as file:
+        file.move("obs/rgb", "pictures")
+        file["obs/rgb"] = h5py.SoftLink("/pictures")
+        file.move("action/torso", "action/body")
+        file["action/torso"] = h5py.SoftLink("body")
+    check(RecordingRef(path, "joylo"), truth)
+    with h5py.File(path, "r+") as file:
+        del file["action/torso"]
+        file["action/torso"] = h5py.SoftLink("torso")
+    with pytest.raises(UserError, match="action/torso"):
+        read(RecordingRef(path, "joylo"))
+
+
+def _declared(shape, dtype="f4", chunks=None):
+    def make(file, key, held):
+        file.create_dataset(key, shape, dtype, chunks=chunks)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "line"),
+    [
+        ("action/left_arm", (10**9, 6), "has 1000000000 frames; 1 to"),
+        ("obs/joint_state/left_arm/joint_position", (12, 2**27), "at most"),
+        ("obs/rgb/head/img", (12, 30_000, 30_000, 3), "at most 33554432 pixels"),
+        ("obs/rgb/head/img", (12, 0, 4, 3), "at most 33554432 pixels"),
+    ],
+)
+def test_sizes_are_bounded_before_memory_is_taken(tmp_path, monkeypatch, key, shape, line):
+    path = tmp_path / "demo.hdf5"
+    joylo.write_recording(path)
+    monkeypatch.setattr(joylo_format, "_is_written", lambda data: True)
+    with h5py.File(path, "r+") as file:
+        chunks = tuple(min(n, 64) for n in shape) if all(shape) else None
+        _swap(key, _declared(shape, "u1" if "img" in key else "f4", chunks))(file)
+    with pytest.raises(UserError, match=line):
+        read(RecordingRef(path, "joylo"))
+
+
+@pytest.mark.parametrize("rate", [0, -10, 1e9, np.nan, np.inf, "10", [10, 10]])
+def test_rates_out_of_bounds(tmp_path, rate):
+    path = tmp_path / "demo.hdf5"
+    joylo.write_recording(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["recording_freq"] = rate
+    with pytest.raises(UserError, match=r"attribute recording_freq is .*; a positive number is needed, 1000 at most"):
+        read(RecordingRef(path, "joylo"))
+
+
 def test_a_missing_camera_names_those_that_are_there(tmp_path):
     joylo.write_recording(tmp_path / "demo.hdf5")
     with open_recording(RecordingRef(tmp_path / "demo.hdf5", "joylo"), R1) as recording:

@@ -10,6 +10,7 @@ from numpy.testing import assert_array_equal
 from hvd.configs import ModelConfig
 from hvd.data.tokenizer import BOS, PAD, UNK, Tokenizer
 from hvd.errors import UserError
+from hvd.experiments import get_config
 from tests.storage.servers import google_put, google_server, proxy_before
 
 
@@ -25,6 +26,17 @@ def test_words():
     assert_array_equal(ids[:, 0], BOS)
     assert np.all(ids[~mask] == PAD) and np.all(ids[:, 1:][mask[:, 1:]] > UNK)
     assert len(set(ids[3])) == 8
+
+
+def test_a_prompt_that_is_cut_is_told():
+    tokenizer = Tokenizer(config())
+    long = "put the cup on the shelf by the door"
+    assert list(tokenizer.too_long(["put the cup away", long])) == [long]
+    assert "has 10 tokens and is cut to the first 8" in tokenizer.too_long([long])[long]
+
+
+def test_g1_reads_its_own_task():
+    assert not Tokenizer(get_config("g1").model).too_long(["Pick up the yellow bottle on the table."])
 
 
 def test_ids_never_change():

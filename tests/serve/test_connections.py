@@ -170,6 +170,18 @@ def test_the_chunk_broker_hands_out_one_action_after_another(run):
     assert [r["actions"][0] for r in first] == [0, 0, 2]
 
 
+def test_a_prompt_that_is_cut_is_answered_and_said(run, capfd):
+    from openpi_client.action_chunk_broker import ActionChunkBroker
+
+    client = run().client()
+    assert "prompt_warning" not in client.infer(GOOD)
+    long = {**GOOD, "prompt": "carry the tote to the left\x1b[31m"}
+    for reply in (client.infer(long), client.infer(long), ActionChunkBroker(client, action_horizon=2).infer(long)):
+        assert "is cut to the first 4" in reply["prompt_warning"] and "max_token_len" in reply["prompt_warning"]
+    said = capfd.readouterr().err
+    assert said.count("is cut to the first 4") == 1 and "\x1b" not in said
+
+
 @pytest.mark.parametrize(
     "message, why",
     [

@@ -172,3 +172,12 @@ def test_batch_too_small_for_the_datasets(fresh):
     with pytest.raises(UserError, match="batch_size 1 is too small for 2 datasets"):
         value.main(cfg)
     assert not Path(cfg.runs_dir).exists()
+
+
+def test_a_task_that_is_cut_is_said_once_before_training(trained, capsys):
+    cfg = dataclasses.replace(trained, model=dataclasses.replace(trained.model, max_token_len=3))
+    stage_data.open_data(cfg, "value")
+    said = capsys.readouterr().out
+    assert said.count("prompt 'carry the tote' has 4 tokens and is cut to the first 3") == 1
+    stage_data.open_data(trained, "value")
+    assert "tokens" not in capsys.readouterr().out

@@ -4,12 +4,17 @@
 Below the episode's root lie the keys that the robot names for its parts (hvd.robots), `obs/odom/*` and
 `obs/rgb/<camera>/img`. Gripper values are strokes, 0 (closed) to 100 (open), kept as they are. Simulated recordings may
 also hold `obs/sim/environment_state` [T, E].
+
+A recording's bytes are its own: what HDF5 would read from another file (external storage, external links, virtual
+datasets), and what was declared but never written and would read as zeros, is refused.
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -21,14 +26,22 @@ from hvd.robots import ODOMETRY, ROBOTS, Robot
 
 ENVIRONMENT_STATE = "obs/sim/environment_state"
 BLOCK_BYTES = 8 * 2**20  # images of one read; a few blocks at most are alive at a time
+MAX_FRAMES = 2**24  # a fortnight at 10 Hz
+MAX_NUMBERS = 2**27  # of one column
+MAX_PIXELS = 2**25  # of an image: 8K
+MAX_CHUNK = 2**30  # bytes that HDF5 unpacks at once
+MAX_RATE = 1000  # frames per second
+_HOPS = 16  # soft links on the way to a key
+_DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError)  # what h5py says of a damaged file
 
 
 def episodes(path: Path) -> tuple[int | None, ...]:
     """(None,) for a raw file, the sorted numbers of its `demo_<i>` groups for a merged one, () for anything else."""
     with _open(path) as file:
-        if "action" in file or "obs" in file:
+        names = set(file.keys())  # `in` would follow a link
+        if names & {"action", "obs"}:
             return (None,)
-        return tuple(sorted(int(name[5:]) for name in file.keys() if re.fullmatch(r"demo_\d+", name)))
+        return tuple(sorted(int(name[5:]) for name in names if re.fullmatch(r"demo_\d{1,9}", name)))
 
 
 class JoyLo:
@@ -48,13 +61,14 @@ class JoyLo:
             raise UserError(f"robot {robot.name}: no JoyLo recording has its {robot.action_names[0]!r}; use {known}")
         self._file = _open(ref.path)
         try:
-            root = self._file if ref.demo is None else self._file.get(f"demo_{ref.demo}")
+            root = self._file if ref.demo is None else self._find(self._file, f"demo_{ref.demo}")
             if not isinstance(root, h5py.Group):
                 raise UserError(f"{ref}: no such group in the file")
             self._root = root
             self.num_frames = len(self._dataset(robot.parts[0].action))
-            if self.num_frames == 0:
-                raise UserError(f"{ref}: {robot.parts[0].action} has no frames")
+            if not 0 < self.num_frames <= MAX_FRAMES:
+                count = self.num_frames or "no"
+                raise UserError(f"{ref}: {robot.parts[0].action} has {count} frames; 1 to {MAX_FRAMES} are taken")
             self.fps = self._rate()
         except BaseException:
             self._file.close()
@@ -87,7 +101,7 @@ class JoyLo:
 
     def environment_state(self) -> Float32[np.ndarray, "t e"] | None:
         """The simulator's `obs/sim/environment_state`; None where there is none (all real recordings)."""
-        if ENVIRONMENT_STATE not in self._root:
+        if self._find(self._root, ENVIRONMENT_STATE) is None:
             return None
         data = self._dataset(ENVIRONMENT_STATE)
         return self._column(ENVIRONMENT_STATE, data.shape[1] if data.ndim == 2 else 1)
@@ -106,7 +120,7 @@ class JoyLo:
         for start in range(0, self.num_frames, step):
             try:
                 block = data[start : start + step]
-            except OSError as error:
+            except _DAMAGE as error:
                 raise UserError(f"{self.ref}: cannot read {key} at frame {start}: {_reason(error)}") from error
             yield block
 
@@ -114,13 +128,15 @@ class JoyLo:
         for attrs in (self._root.attrs, self._file.attrs):
             if "recording_freq" in attrs:
                 value = np.asarray(attrs["recording_freq"])
-                if value.size != 1 or value.dtype.kind not in "fiu" or not 0 < float(value.item()) < np.inf:
-                    raise UserError(f"{self.ref}: attribute recording_freq is {value}; a positive number is needed")
+                if value.size != 1 or value.dtype.kind not in "fiu" or not 0 < float(value.item()) <= MAX_RATE:
+                    said = str(value)[:80]
+                    needed = f"a positive number is needed, {MAX_RATE} at most"
+                    raise UserError(f"{self.ref}: attribute recording_freq is {said}; {needed}")
                 return float(value.item())
         return None
 
     def _base_velocity(self) -> Float32[np.ndarray, "t 3"]:
-        if f"{ODOMETRY}/base_velocity" in self._root:
+        if self._find(self._root, f"{ODOMETRY}/base_velocity") is not None:
             return self._column(f"{ODOMETRY}/base_velocity", 3)
         linear = self._column(f"{ODOMETRY}/linear_velocity", 3)
         angular = self._column(f"{ODOMETRY}/angular_velocity", 3)
@@ -132,14 +148,18 @@ class JoyLo:
 
     def _images(self, camera: str) -> h5py.Dataset:
         key = _image_key(camera)
-        if key not in self._root:
-            group = self._root.get("obs/rgb")
+        if self._find(self._root, key) is None:
+            group = self._find(self._root, "obs/rgb")
             there = list(group) if isinstance(group, h5py.Group) else []
             raise UserError(f"{self.ref}: camera {camera!r} is missing (key {key}){nearest(camera, there)}")
         data = self._dataset(key)
         if data.ndim != 4 or data.shape[3] != 3 or data.dtype != np.uint8:
             raise UserError(f"{self.ref}: {key} is {data.dtype} {list(data.shape)}; uint8 [T, H, W, 3] is needed")
         self._check_length(key, data)
+        pixels, chunk = data.shape[1] * data.shape[2], math.prod(data.chunks or ())
+        if not 0 < pixels <= MAX_PIXELS or chunk > MAX_CHUNK:
+            said = f"{list(data.shape)} in chunks of {list(data.chunks or ())}"
+            raise UserError(f"{self.ref}: {key} is {said}; at most {MAX_PIXELS} pixels and {MAX_CHUNK} bytes a chunk")
         return data
 
     def _column(self, key: str, width: int, cut: bool = False) -> Float32[np.ndarray, "t w"]:
@@ -154,9 +174,11 @@ class JoyLo:
                 f"{self.ref}: {key} has shape {list(data.shape)}, robot {self.robot.name} needs "
                 f"[{self.num_frames}, {width}]; is --robot right?"
             )
+        if (data.size or 0) > MAX_NUMBERS or math.prod(data.chunks or ()) > MAX_NUMBERS:
+            raise UserError(f"{self.ref}: {key} has {data.size} numbers; at most {MAX_NUMBERS} are taken")
         try:
             values = data[...]
-        except OSError as error:
+        except _DAMAGE as error:
             raise UserError(f"{self.ref}: cannot read {key}: {_reason(error)}") from error
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is reported below
             values = values.reshape(self.num_frames, columns)[:, :width].astype(np.float32)
@@ -166,20 +188,55 @@ class JoyLo:
         return values
 
     def _dataset(self, key: str) -> h5py.Dataset:
-        try:
-            data = self._root.get(key)
-        except (OSError, RuntimeError) as error:  # a damaged object header
-            raise UserError(f"{self.ref}: cannot read {key}: {_reason(error)}") from error
+        data = self._find(self._root, key)
         if data is None:
             raise UserError(f"{self.ref}: key {key} is missing")
         if not isinstance(data, h5py.Dataset) or data.ndim == 0:
             raise UserError(f"{self.ref}: {key} is not an array")
+        if data.is_virtual or data.external:
+            kind = "a virtual dataset" if data.is_virtual else "in external storage"
+            raise UserError(f"{self.ref}: {key} is {kind}, its data lie in another file; copy them into this one")
+        if data.size and not _is_written(data):
+            raise UserError(f"{self.ref}: {key} {list(data.shape)} was declared but not all of it was written")
         return data
+
+    def _find(self, group: h5py.Group, key: str) -> h5py.Group | h5py.Dataset | None:
+        """What lies at `key` below `group`, None if nothing does. No link is followed out of the file."""
+        found: Any = group
+        parts, hops = key.split("/"), _HOPS
+        try:
+            while parts:
+                name = parts.pop(0)
+                if name in ("", "."):
+                    continue
+                link = found.get(name, getlink=True) if isinstance(found, h5py.Group) else None
+                if link is None:
+                    return None
+                if isinstance(link, h5py.SoftLink) and hops:
+                    found = self._file if link.path.startswith("/") else found
+                    parts, hops = link.path.split("/") + parts, hops - 1
+                elif isinstance(link, h5py.HardLink):
+                    found = found[name]
+                else:
+                    raise UserError(
+                        f"{self.ref}: {key}: {name!r} is a link out of the file; copy what it means into it"
+                    )
+        except _DAMAGE as error:
+            raise UserError(f"{self.ref}: cannot read {key}: {_reason(error)}") from error
+        return found
 
     def _check_length(self, key: str, data: h5py.Dataset) -> None:
         if len(data) != self.num_frames:
             first = self.robot.parts[0].action
             raise UserError(f"{self.ref}: {key} has {len(data)} frames but {first} has {self.num_frames}")
+
+
+def _is_written(data: h5py.Dataset) -> bool:
+    """Whether the file has bytes for all of the array; HDF5 fills in zeros else."""
+    if data.chunks is None:
+        return data.id.get_storage_size() >= data.size * data.dtype.itemsize
+    wanted = math.prod(-(-size // chunk) for size, chunk in zip(data.shape, data.chunks, strict=True))
+    return data.id.get_num_chunks() >= wanted
 
 
 def _image_key(camera: str) -> str:
