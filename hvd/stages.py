@@ -10,7 +10,7 @@ from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.method import value_run
 
-STAGES = ("all", "value", "policy")
+STAGES = ("all", "value", "policy", "evaluate")
 
 # Imitation by the same code: which data and which weights a baseline has. Results are compared by these names.
 BASELINES: dict[str, tuple[str, ...]] = {
@@ -47,7 +47,7 @@ def parts(cfg: Experiment, stage: str, *, overwrite: bool = False, together: boo
 
     Args:
         overwrite: the trainings delete their run directories and start again.
-        together: the baselines are trained beside the policy; else they are the first steps of the evaluation.
+        together: the baselines of "all" are trained beside the policy; else they are the first steps of the evaluation.
     """
     if stage not in STAGES:
         raise UserError(f"--stage {stage!r} is not one of {', '.join(STAGES)}")
@@ -67,10 +67,11 @@ def parts(cfg: Experiment, stage: str, *, overwrite: bool = False, together: boo
     # a policy that takes another experiment's value run is prepared, and trains none of its own
     own_value = stage == "value" or not cfg.policy.value_run
     value = [(Step("train-value", "train-value", again, spread=True),)] if own_value else []
+    later = [] if together and stage == "all" else [(one,) for one in baselines]
     every = {
         "value": [(Step("prepare", "prepare"),), *value],
         "policy": [*advantages, (policy, *baselines) if together else (policy,)],
-        "evaluate": [*([] if together else [(one,) for one in baselines]), *evaluations, (Step("report", "report"),)],
+        "evaluate": [*later, *evaluations, (Step("report", "report"),)],
     }
     return every if stage == "all" else {stage: every[stage]}
 

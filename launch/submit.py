@@ -1,4 +1,4 @@
-"""One command for both stages: python launch/submit.py --stage all|value|policy [--config NAME] [--field value]..."""
+"""One command for all stages: python launch/submit.py --stage all|value|policy|evaluate [--config NAME] ..."""
 
 import sys
 from pathlib import Path

@@ -10,6 +10,31 @@
 # unset). Set after, before the first step: hvd (how hvd is called, an array).
 set -o pipefail
 
+# --- what the shell or the job that submitted this one has left in the environment and Slurm's programs would obey
+unset "${!SQUEUE_@}" "${!SINFO_@}" "${!SCONTROL_@}" SLURM_TIME_FORMAT SLURM_CLUSTERS
+unset SLURM_EXPORT_ENV SLURM_TIMELIMIT SLURM_WORKING_DIR SLURM_REMOTE_CWD SLURM_SRUN_MULTI # options of srun
+unset SLURM_STDINMODE SLURM_STDOUTMODE SLURM_STDERRMODE SLURM_STEP_GRES SLURM_DEPENDENCY SLURM_IMMEDIATE
+unset HVD_COORDINATOR HVD_NUM_PROCESSES HVD_PROCESS_ID HVD_COORDINATOR_PORT HVD_EXPECT_GPUS HVD_SCHEDULER HVD_JOB_ID
+unset HVD_LIVE_JOBS HVD_LIVE_JOBS_FILE
+case ${SLURM_CPU_BIND:-} in *mask* | *map*) unset "${!SLURM_CPU_BIND@}" ;; esac # of a step elsewhere
+case ${SLURM_MEM_PER_NODE:+1}${SLURM_MEM_PER_CPU:+1}${SLURM_MEM_PER_GPU:+1} in
+  11*) unset SLURM_MEM_PER_NODE SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU ;; # one is this job's, and a step has all of it
+esac
+self=$SLURM_JOB_ID # as scontrol takes it: the number of an array's last job means the whole array
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  case $(scontrol show job -o "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" 2>/dev/null) in
+    "JobId=$SLURM_JOB_ID "*) self=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID ;;
+  esac
+fi
+if [ -n "${SLURM_RESTART_COUNT:-}${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then
+  shown=$(scontrol show job -o "$self" 2>/dev/null)
+  case $shown in *" Restarts=0 "*) unset SLURM_RESTART_COUNT ;; esac
+  case $shown in
+    *gpu*) ;;
+    *TRES=*) unset "${!SLURM_GPUS@}" SLURM_JOB_GPUS SLURM_GRES SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU ;;
+  esac
+fi
+
 # --- the job's records, for `hvd jobs` and for its own next attempt
 job=$PWD/slurm/jobs/$SLURM_JOB_ID attempt=${SLURM_RESTART_COUNT:-0}
 mkdir -p "$job"
@@ -36,7 +61,7 @@ echo "hvd: job $SLURM_JOB_ID, attempt $attempt on $SLURM_JOB_NODELIST: ${options
 export HVD_JOB_DIR=$job HVD_GRACE_SECONDS=$grace PYTHONUNBUFFERED=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over by itself
 if [ -n "${container:-}" ]; then # there is no squeue in a container
-  HVD_LIVE_JOBS=$(squeue -h -o %A | tr '\n' ' ') && export HVD_LIVE_JOBS
+  squeue -h -o %A >"$job/live" && export HVD_LIVE_JOBS_FILE=$job/live
 fi
 if [ -n "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then
   export HVD_EXPECT_GPUS=1 # without a GPU the steps refuse to run: jax would train on the CPU and not say so
@@ -49,6 +74,7 @@ if [ -n "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then
     fi
   done
 else
+  unset CUDA_VISIBLE_DEVICES
   export JAX_PLATFORMS=cpu
 fi
 
@@ -57,7 +83,7 @@ ask() { (trap '' TERM && exec "$@" 2>/dev/null); } # also when Slurm's SIGTERM c
 job_now() { # the job as Slurm has it; its controller may not answer for a moment
   local line try
   for try in 1 2 3 4; do
-    line=$(ask scontrol show job -o "$SLURM_JOB_ID") && [ -n "$line" ] && break
+    line=$(ask scontrol show job -o "$self") && [ -n "$line" ] && break
     [ "$try" = 4 ] || sleep 3
   done
   echo "$line"
@@ -83,7 +109,7 @@ again() { # CAUSE TEXT: back into the queue under the same id
   trap '' TERM # Slurm sends it at the requeue that is asked for here; that is not the cause
   echo "$1 $2" >"$job/cause"
   echo "hvd: job $SLURM_JOB_ID goes back into the queue: $1, $2"
-  if ask scontrol requeue "$SLURM_JOB_ID"; then exit 143; fi
+  if ask scontrol requeue "$self"; then exit 143; fi
   end 143 "$1, $2; Slurm does not requeue it: submit it again to go on"
 }
 infrastructure() { # CAUSE TEXT: the same, node_failures times
@@ -128,7 +154,7 @@ step() { # one|all NAME ARGUMENT...: `hvd NAME` on the first task or on all of t
   shift
   rm -rf "$job/exit"
   echo "hvd: $(now) $1 on $tasks task(s)"
-  srun --kill-on-bad-exit=1 --mpi=none "${where[@]}" "${hvd[@]}" "$1" "${options[@]}" "${@:2}" &
+  srun --export=ALL --kill-on-bad-exit=1 --mpi=none "${where[@]}" "${hvd[@]}" "$1" "${options[@]}" "${@:2}" &
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do wait "$pid"; code=$?; done # a trap interrupts wait
   wait "$pid" 2>/dev/null; last=$?

@@ -12,7 +12,7 @@ from hvd.errors import EXIT_COMPLETE, EXIT_USER, UserError
 from hvd.plan import devices as plan_devices
 
 COMMAND = (sys.executable, "-m", "hvd.cli", "plan")
-_STAGES = {"all": "both", "value": "value", "policy": "policy"}
+_STAGES = {"all": "both", "value": "value", "policy": "policy", "evaluate": "policy"}
 
 
 def check(stage: str, options: Sequence[str], devices: str, nodes: int) -> None:

@@ -1,4 +1,4 @@
-"""One command for both stages: python launch/submit.py --stage all|value|policy [--config NAME] [--field value]...
+"""One command for all stages: python launch/submit.py --stage all|value|policy|evaluate [--config NAME] [--field X]...
 
 Checks what can be checked, then hands the stage to a cluster (hvd.clusters): this machine, Slurm, Kubernetes. A rerun
 goes on where the last one stopped. Exit codes: 0 complete (or queued), 2 the user's mistake, 143 stopped after saving,
@@ -32,7 +32,7 @@ from hvd.train.inputs import check_datasets, check_weights, check_writable
 class Submit:
     """What the launcher itself is told; other options say which experiment, or are fields of its config."""
 
-    stage: Literal["all", "value", "policy"] = option("all", "value and policy need what comes before them")
+    stage: Literal["all", "value", "policy", "evaluate"] = option("all", "each needs what comes before it")
     nodes: int = option(1, AT_LEAST_1, "nodes of a job; on this machine processes that share its cores or GPUs")
     cluster: str = option("auto", f"{', '.join(base.names())}; auto is Slurm where it answers, else this machine")
     dry_run: bool = option(False, "print the commands, or the batch scripts, and run nothing")
@@ -107,13 +107,28 @@ def submit(argv: list[str]) -> int:
 def parse(argv: Sequence[str]) -> tuple[Submit, list[str], list[overrides.Flag]]:
     """The launcher's own options, the experiment's, and the settings of clusters (--slurm.NAME, ...)."""
     prefixes = tuple(f"{name}." for name in base.names())
-    flags = overrides.split_flags(argv)
+    flags = overrides.split_flags(_with_dashes(argv))
     settings = [flag for flag in flags if flag.field.startswith(prefixes)]
     options, rest = overrides.take(Submit(), overrides.joined([flag for flag in flags if flag not in settings]))
     choice, fields = overrides.take(overrides.Choice(), rest)
     if not choice.config_file:
         choice = dataclasses.replace(choice, config=choice.config or "demo")
     return options, [*choice.as_flags(), *fields], settings
+
+
+def _with_dashes(argv: Sequence[str]) -> list[str]:
+    """`--slurm.extra --x=y`, an option of sbatch as a value, as `--slurm.extra=--x=y`; all that are given count."""
+    words, extra = [], []
+    rest = iter(argv)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name != "--slurm.extra":
+            words.append(word)
+        elif (found := value if equals else next(rest, "")).startswith("-"):
+            extra.append(found)
+        else:
+            words += [name, found] if found else [name]
+    return [*words, "--slurm.extra", *([json.dumps(extra)])] if extra else words
 
 
 def check(planned: Planned, *, files: bool, later: bool, queued: bool) -> None:
@@ -129,13 +144,18 @@ def check(planned: Planned, *, files: bool, later: bool, queued: bool) -> None:
     if not files:
         return
     check_datasets(cfg)
-    check_weights(cfg, ("value", "policy") if request.stage == "all" else (request.stage,))
+    trained = {"all": ("value", "policy"), "evaluate": ("policy",) if cfg.evaluate.baselines else ()}
+    check_weights(cfg, trained.get(request.stage, (request.stage,)))
     check_writable(cfg.exp_dir)
     check_writable(cfg.assets_dir)
     # --after is a value job that is not complete yet: the job itself asks again
     given = request.stage == "all" and cfg.policy.value_run
     if (request.stage == "policy" or given) and needs_value(cfg) and not later and not request.after:
         value_run.check(cfg, digests=queued)  # a step that starts now reads every byte itself
+    if request.stage == "evaluate" and not later and not request.after:
+        from hvd.train.complete import check_complete
+
+        check_complete(cfg.policy_dir, stage="policy", cfg=cfg, digests=queued)
     if given:
         print(f"value stage: left out, the policy takes {cfg.policy.value_run} (policy.value_run)", flush=True)
 

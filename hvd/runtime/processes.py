@@ -37,12 +37,13 @@ def group(env: Mapping[str, str] = os.environ) -> Group | None:
     """The run's processes, or None for a process by itself.
 
     HVD_COORDINATOR (host:port), HVD_NUM_PROCESSES and HVD_PROCESS_ID must all be set, or none; they win over Slurm's.
+    In a step of Slurm HVD_COORDINATOR alone (host, or host:port) is another name for the host of process 0.
 
     Raises:
         UserError: they are incomplete or make no sense.
     """
     given = [name for name in ENVIRONMENT if env.get(name)]
-    if not given:
+    if not given or (given == ["HVD_COORDINATOR"] and "SLURM_STEP_NUM_TASKS" in env):
         return _slurm(env)
     missing = [name for name in ENVIRONMENT if name not in given]
     if missing:
@@ -60,9 +61,7 @@ def group(env: Mapping[str, str] = os.environ) -> Group | None:
 
 def several(env: Mapping[str, str] = os.environ) -> bool:
     """Has the run more than one process? Never raises: a signal handler asks."""
-    return env.get("HVD_NUM_PROCESSES", "1") != "1" or (
-        not env.get("HVD_COORDINATOR") and env.get("SLURM_STEP_NUM_TASKS", "1") != "1"
-    )
+    return (env.get("HVD_NUM_PROCESSES") or env.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
 
 
 def rank(env: Mapping[str, str] = os.environ) -> int:
@@ -81,8 +80,9 @@ def _slurm(env: Mapping[str, str]) -> Group | None:
     step, restarts = (int(env.get(name, "0")) for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     number = int(env["SLURM_JOB_ID"]) * 31 + step + 7919 * restarts
     port = int(env.get("HVD_COORDINATOR_PORT", "0")) or _PORTS[number % len(_PORTS)]
+    host = env.get("HVD_COORDINATOR") or first_host(env["SLURM_STEP_NODELIST"])
     return Group(
-        f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}",
+        host if re.search(r":\d+$", host) else f"{host}:{port}",
         count,
         int(env["SLURM_PROCID"]),
         _share(env.get("CUDA_VISIBLE_DEVICES", ""), tasks_here(env), int(env.get("SLURM_LOCALID", "0"))),

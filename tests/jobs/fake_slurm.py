@@ -129,7 +129,7 @@ def squeue(jobs: dict, args: list[str], strict: bool) -> int:
     for number, job in jobs.items():
         if job["state"] in ENDED and "-t" not in args:
             continue
-        line = args[args.index("-o") + 1].replace("%i", number)
+        line = args[args.index("-o") + 1].replace("%A", number)
         for letter, field in letters.items():
             line = line.replace(letter, job[field])
         print(line)

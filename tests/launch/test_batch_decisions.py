@@ -48,11 +48,13 @@ def attempt(tmp_path, monkeypatch):
     path = tmp_path / "value.sbatch"
     path.write_text(script.render(JOB))
 
-    def run(said: str, code: int, *, job: str = RUNNING, restarts: int = 0, **files: str):
+    def run(said: str, code: int, *, job: str = RUNNING, restarts: int = 0, inherited=None, **files: str):
+        job = job.replace("Restarts=0", f"Restarts={restarts}")
         for name, text in {"said": said, "code": str(code), "job": job, **files}.items():
             (tmp_path / name.replace("_", "-")).write_text(text)
         env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
+            **(inherited or {}),
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "FOLDER": str(tmp_path),
             "SLURM_JOB_ID": "7",
@@ -220,3 +222,67 @@ def test_settings_of_gpus_are_for_jobs_that_have_some_and_the_user_s_own_come_fi
     attempt("0 0", 0)
     seen = (tmp_path / "srun").read_text().splitlines()
     assert seen == [",mine,--old,cpu,"] * 2 + ["1,mine,--new=1 --old,,1"] * 2
+
+
+ENVIRONMENT = '#!/bin/bash\necho "$*" >>"$FOLDER/srun"; env >"$FOLDER/environment"\n'
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of the last step."""
+    lines = (folder.parents[2] / "environment").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def test_steps_get_what_the_batch_script_sets_and_nothing_of_another_job(attempt, tmp_path):
+    (tmp_path / "bin" / "srun").write_text(ENVIRONMENT)
+    inherited = {
+        "SLURM_EXPORT_ENV": "NONE",
+        "SLURM_TIMELIMIT": "1",
+        "SLURM_MEM_PER_CPU": "100",
+        "SLURM_MEM_PER_NODE": "6144",
+        "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+        "SLURM_STDOUTMODE": "/elsewhere",
+        "SLURM_JOB_GPUS": "0,1",
+        "SLURM_GPUS_PER_NODE": "2",
+        "CUDA_VISIBLE_DEVICES": "0,1",
+        "HVD_EXPECT_GPUS": "1",
+        "HVD_COORDINATOR": "other:1",
+        "SQUEUE_USERS": "nobody",
+    }
+    code, printed, folder = attempt("0 0", 0, job=f"{RUNNING} TRES=cpu=4,mem=6G", inherited=inherited)
+    assert code == 0, printed
+    found = environment(folder)
+    assert not inherited.keys() & found.keys()
+    assert found["HVD_JOB_DIR"] == str(folder) and found["JAX_PLATFORMS"] == "cpu"
+    assert "--export=ALL" in (tmp_path / "srun").read_text()
+
+
+def test_what_is_this_job_s_own_stays(attempt, tmp_path):
+    (tmp_path / "bin" / "srun").write_text(ENVIRONMENT)
+    own = {"SLURM_MEM_PER_NODE": "6144", "SLURM_CPU_BIND": "none", "SLURM_JOB_GPUS": "0", "CUDA_VISIBLE_DEVICES": "0"}
+    _, _, folder = attempt("0 0", 0, job=f"{RUNNING} TRES=cpu=4 TresPerNode=gres:gpu:1", inherited=own)
+    found = environment(folder)
+    assert own.items() <= found.items() and found["HVD_EXPECT_GPUS"] == "1"
+
+
+def test_the_restarts_of_the_job_that_submitted_this_one_are_not_its_own(attempt):
+    code, _, folder = attempt("0 0", 0, inherited={"SLURM_RESTART_COUNT": "2"})
+    assert code == 0 and (folder / "restarts").read_text() == ""
+
+
+def test_a_job_of_an_array_goes_back_by_its_own_name(attempt, tmp_path):
+    array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
+    attempt("143 143", 143, job=f"JobId=7 ArrayJobId=5 ArrayTaskId=3 {RUNNING}", inherited=array)
+    attempt("143 143", 143, job=f"JobId=6 ArrayJobId=5 ArrayTaskId=3 {RUNNING}", inherited=array)  # left by another
+    assert (tmp_path / "requeued").read_text().split() == ["5_3", "7"]
+
+
+def test_the_jobs_of_a_large_site_are_no_variable(attempt, tmp_path):
+    (tmp_path / "bin" / "srun").write_text(ENVIRONMENT)
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\nseq 10000000 10060000\n")
+    text = (tmp_path / "value.sbatch").read_text().replace("\n. ", "\ncontainer=pyxis\n. ")
+    (tmp_path / "value.sbatch").write_text(text)
+    code, printed, folder = attempt("0 0", 0)
+    assert code == 0, printed
+    listed = environment(folder)["HVD_LIVE_JOBS_FILE"]
+    assert Path(listed).parent == folder and "10060000" in Path(listed).read_text().split()

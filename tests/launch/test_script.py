@@ -11,6 +11,7 @@ from hvd import gpu_environment
 from hvd.clusters.slurm import script
 from hvd.clusters.slurm.script import BatchJob
 from hvd.clusters.slurm.site import Site
+from hvd.errors import UserError
 from hvd.stages import Step
 from tests.launch.golden_scripts import CASES, ROOT, render
 
@@ -47,6 +48,9 @@ def test_the_batch_program_and_the_shipped_scripts_pass_shellcheck():
         (CPU, {"requeue": False}, {"no-requeue": None}),
         (CPU, {"requeue": True}, {"requeue": None, "open-mode": "append"}),
         (CPU, {"grace": 90}, {"signal": "USR1@90"}),
+        (GPU, {"gpus_as": "gres", "gres_type": "h100"}, {"gres": "gpu:h100:8"}),
+        (GPU, {"mem_per_cpu": "4G"}, {"mem-per-cpu": "4G"}),
+        (CPU, {"constraint": "(a|b)&c", "clusters": "big"}, {"constraint": "(a|b)&c", "clusters": "big"}),
         (CPU, {}, {"job-name": "hvd-value", "output": "slurm/jobs/%j.log"}),
     ],
 )
@@ -98,3 +102,67 @@ def test_xla_knows_the_flags_of_the_table():
     code = f"import os; os.environ['XLA_FLAGS'] = {flags!r}; import jax; jax.devices()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "job, changes, gone, written",
+    [
+        (GPU, {"gpus_as": "gres"}, "gpus-per-node", "--gres=gpu:8"),
+        (GPU, {"extra": ("--gres=gpu:a100:8,tmp:1",)}, "gpus-per-node", "--gres=gpu:a100:8,tmp:1"),
+        (GPU, {"extra": ("--gres=tmp:1",)}, "", "--gpus-per-node=8"),
+        (GPU, {"extra": ("--gpus-per-task=2",)}, "gpus-per-node", "--gpus-per-task=2"),
+        (CPU, {"extra": ("--mem-per-cpu=1G",)}, "mem", "--mem-per-cpu=1G"),
+        (CPU, {"mem": ""}, "mem", "--nodes=1"),
+        (GPU, {"mem_per_gpu": ""}, "mem", "--nodes=2"),
+        (GPU, {"mem_per_cpu": "4G"}, "mem", "--mem-per-cpu=4G"),
+        (CPU, {"extra": ("-C", "--time=5")}, "constraint", "--time=5"),
+        (CPU, {"extra": ("--array=1-5%1",)}, "", "--array=1-5%1"),
+    ],
+)
+def test_one_option_of_a_kind_is_written(job, changes, gone, written):
+    job = dataclasses.replace(job, site=dataclasses.replace(Site(), **changes))
+    lines = [line.removeprefix("#SBATCH ") for line in script.render(job).splitlines() if line.startswith("#SBATCH ")]
+    assert written in lines and written.removeprefix("--") in job.describe().split()
+    assert not gone or not [line for line in lines if line.startswith(f"--{gone}=")]
+    assert len({line.partition("=")[0] for line in lines}) == len(lines)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--gres=gpu:a100:4", "is 4 GPUs of a node, the value job is for 8"),
+        ("--gres=gpu", "is 1 GPUs of a node"),
+        ("--gpus-per-node=a100:2", "is 2 GPUs of a node"),
+        ("--array=1-5", "one run; --array=1-5%1"),
+    ],
+)
+def test_an_option_that_contradicts_the_plan_is_refused(option, message):
+    with pytest.raises(UserError) as error:
+        script.render(dataclasses.replace(GPU, site=dataclasses.replace(Site(), extra=(option,))))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "image, want",
+    [
+        ("hvd.sqsh", "./hvd.sqsh"),
+        ("images/hvd.sqsh", "./images/hvd.sqsh"),
+        ("/data/hvd.sqsh", "/data/hvd.sqsh"),
+        ("registry.example/robots/hvd:1", "registry.example#robots/hvd:1"),
+        ("localhost:5000/hvd", "localhost:5000#hvd"),
+        ("docker://registry.example/hvd", "docker://registry.example#hvd"),
+        ("registry.example#robots/hvd:1", "registry.example#robots/hvd:1"),
+        ("robots/hvd:1", "robots/hvd:1"),  # Docker Hub's
+        ("debian", "debian"),
+    ],
+)
+def test_an_image_in_the_words_of_pyxis(image, want):
+    assert f"--container-image={want} " in calls(CPU, container="pyxis", image=image)
+
+
+def test_a_percent_sign_in_the_folder_s_name_is_not_slurm_s(tmp_path, monkeypatch):
+    folder = tmp_path / "my %j runs"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    want = str(folder).replace("%", "%%")
+    assert f'#SBATCH --output="{want}/slurm/jobs/%j.log"\n' in script.render(CPU)

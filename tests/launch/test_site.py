@@ -85,6 +85,11 @@ def test_mistakes_in_a_file_name_the_file(folders, text, message):
         ({"gpu": "h10"}, "unknown device 'h10'"),
         ({"partition": "a\n#SBATCH --uid=0"}, "holds a character"),
         ({"extra": ("--wrap=$(id)",)}, "holds a character"),
+        ({"extra": ("--comment=my project",)}, "holds a character"),
+        ({"extra": ("mail-type=FAIL",)}, "slurm.extra: 'mail-type=FAIL' is no option"),
+        ({"constraint": "a b"}, "slurm.constraint: 'a b' holds a character"),
+        ({"image": "a|b"}, "slurm.image: 'a|b' holds a character"),
+        ({"mem_per_cpu": "many"}, "slurm.mem_per_cpu 'many' is not a size"),
         ({"setup": ("a\nb",)}, "more than one line"),
     ],
 )
@@ -100,3 +105,16 @@ def test_settings_that_no_cluster_could_mean(changes, message):
 )
 def test_times(time, want):
     assert site.seconds(time) == want
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"constraint": "(a100|h100)&ib*2"},
+        {"constraint": "[rack1|rack2]"},
+        {"mem": "", "mem_per_gpu": ""},
+        {"extra": ("--comment='my project'", '--constraint="a&b"', "--array=1-5%1", "--switches=1@1:00:00")},
+    ],
+)
+def test_settings_that_sites_need(changes):
+    site.check(dataclasses.replace(Site(), **changes))

@@ -16,6 +16,8 @@ from hvd.launch import submit
 SBATCH = """#!{python}
 import os, pathlib, sys
 folder = pathlib.Path({folder!r})
+surrounding = sorted(name for name in os.environ if name.startswith(("SBATCH_", "SLURM_")))
+(folder / "environment").write_text(" ".join(surrounding))
 with open(folder / "calls", "a") as file:
     file.write(" ".join(a for a in sys.argv[1:] if not a.endswith(".sh")) + "\\n")
 if "--test-only" in sys.argv:
@@ -31,7 +33,11 @@ count = len(list(folder.glob("script-*")))
 if refuse.exists() and count >= int(refuse.read_text()):
     sys.exit("sbatch: error: Batch job submission failed: Job violates accounting/QOS policy")
 (folder / f"script-{{count}}").write_text(pathlib.Path(sys.argv[-1]).read_text())
-print(f"Submitted batch job {{100 + count}}")
+answer = folder / "answer"
+print(answer.read_text() if answer.exists() else f"Submitted batch job {{100 + count}}")
+(folder / "command").write_text(os.path.abspath(sys.argv[-1]))
+if (folder / "lost").exists():
+    sys.exit("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
 """
 
 
@@ -45,6 +51,8 @@ def cluster(tmp_path, monkeypatch):
         "sbatch": SBATCH.format(python=sys.executable, folder=str(notes)),
         "scontrol": "#!/bin/sh\n[ $1 = ping ]\n",
         "srun": "#!/bin/sh\n",
+        "squeue": f'#!/bin/sh\n[ ! -e {notes}/silent ] && echo "55 /else/where.sh" && echo "56 $(cat {notes}/command)"\n',
+        "sinfo": f"#!/bin/sh\ncat {notes}/nodes 2>/dev/null || echo idle\n",
         "scancel": f"#!/bin/sh\necho scancel $* >> {notes}/calls\n",
     }
     for name, text in programs.items():
@@ -164,3 +172,111 @@ def test_what_slurm_has_accepted_is_taken_back_when_it_cannot_be_recorded(cluste
     printed = capsys.readouterr().err
     assert "cancelled again: job 100" in printed and "failed: slurm/jobs/100: No space left on device" in printed
     assert calls(cluster)[-1] == "scancel 100"
+
+
+# ------------------------------------------------------------------------------- what surrounds the launcher and sbatch
+
+
+def test_variables_of_a_site_that_would_win_over_what_is_asked_for_are_set_aside_and_named(
+    cluster, capsys, monkeypatch
+):
+    given = {"SBATCH_QOS": "low", "SBATCH_TIMELIMIT": "3", "SBATCH_MEM_PER_CPU": "9M", "SBATCH_NO_REQUEUE": "1"}
+    given |= {"SBATCH_ARRAY_INX": "1-9", "SBATCH_GRES": "gpu:2", "SBATCH_WAIT": "1"}
+    for name, value in {**given, "SBATCH_ACCOUNT": "team", "SBATCH_DEBUG": "1", "SLURM_CONF": "/c"}.items():
+        monkeypatch.setenv(name, value)
+    assert submit.main(["--stage", "value", "--slurm.qos", "high"]) == 0
+    assert (cluster / "environment").read_text() == "SBATCH_ACCOUNT SBATCH_DEBUG SLURM_CONF"
+    printed = capsys.readouterr().out
+    aside, kept = (line for line in printed.splitlines() if line.startswith("of this environment"))
+    assert all(f"{name}={value}" in aside for name, value in given.items()) and "set aside" in aside
+    assert "SBATCH_ACCOUNT=team: kept" in kept
+    assert submit.main(["--stage", "value"]) == 0, "nothing is said of a quality of service: the site's own stays"
+    assert "SBATCH_QOS" in (cluster / "environment").read_text()
+
+
+def test_a_job_from_inside_of_a_job_inherits_nothing_of_it(cluster, monkeypatch):
+    names = ("JOB_ID", "MEM_PER_CPU", "GPUS_ON_NODE", "RESTART_COUNT", "STEP_GPUS", "CPU_BIND")
+    for name in (*names, "CONF", "JWT"):
+        monkeypatch.setenv(f"SLURM_{name}", "1")
+    assert submit.main(["--stage", "value", "--cluster", "slurm"]) == 0
+    assert (cluster / "environment").read_text() == "SLURM_CONF SLURM_JWT"
+
+
+@pytest.mark.parametrize(
+    "answer, number",
+    [
+        ("4711", "4711"),
+        ("4711;big", "4711"),
+        ("Submitted batch job 4711 on cluster big", "4711"),
+        ("Welcome, job 3 of yours has ended\n--> jobname OK\nSubmitted batch job 4711\n", "4711"),
+        ("Your last job 3 failed.\n4711;big\n", "4711"),
+        ("thank you", "56"),  # the queue has a job that runs this very script
+        ("Your last job 3 failed.", "56"),
+    ],
+)
+def test_every_form_of_sbatchs_answer(cluster, capsys, answer, number):
+    (cluster / "answer").write_text(answer)
+    assert submit.main(["--stage", "value"]) == 0
+    assert f"value: job {number}; log slurm/jobs/{number}.log" in capsys.readouterr().out
+    assert json.loads(Path(f"slurm/jobs/{number}/job.json").read_text())["id"] == number
+
+
+def test_a_job_whose_id_nobody_tells_is_named(cluster, capsys):
+    for name, text in {"answer": "thank you", "silent": ""}.items():
+        (cluster / name).write_text(text)
+    assert submit.main(["--stage", "value"]) == 1
+    line = capsys.readouterr().err
+    assert "sbatch's answer 'thank you' has no job id" in line and (cluster / "command").read_text() in line
+
+
+def test_a_job_that_was_taken_before_the_answer_was_lost_is_taken_back(cluster, capsys):
+    (cluster / "lost").touch()
+    assert submit.main(["--stage", "value"]) == 2
+    assert calls(cluster)[-1] == "scancel 56" and "cancelled again: job 56" in capsys.readouterr().err
+
+
+def test_of_several_clusters_the_one_that_has_the_job_is_told_to_cancel_it(cluster):
+    (cluster / "answer").write_text("Submitted batch job 7 on cluster big")
+    (cluster / "refuse").write_text("1")
+    assert submit.main(["--stage", "all", "--slurm.clusters", "small,big"]) == 2
+    assert calls(cluster)[-1] == "scancel -M big 7"
+
+
+NODES = "#!/bin/bash allocation failure: Requested node configuration is not available"
+
+
+@pytest.mark.parametrize(
+    "refusal, nodes, code",
+    [
+        (NODES, "idle mixed", 2),
+        (NODES, "idle drained", 0),
+        (NODES, "down*", 0),
+        ("#!/bin/bash allocation failure: Requested nodes are busy", "idle", 0),
+        ("#!/bin/bash allocation failure: Invalid partition name specified", "drained", 2),
+    ],
+)
+def test_a_job_that_only_waits_for_nodes_is_queued(cluster, capsys, refusal, nodes, code):
+    (cluster / "refuse-test").write_text(refusal)
+    (cluster / "nodes").write_text(nodes)
+    assert submit.main(["--stage", "value"]) == code
+    assert ("value: not now" in capsys.readouterr().out) == (code == 0) == bool(list(cluster.glob("script-*")))
+    assert submit.main(["--stage", "value", "--slurm.no-test"]) == 0, "sbatch itself has the last word"
+
+
+def test_the_evaluation_by_itself(cluster, capsys):
+    assert submit.main(["--stage", "evaluate"]) == 2 and "no policy run" in capsys.readouterr().err
+    asked = ["--stage", "evaluate", "--after", "7", "--exp-name", "mine", "--accelerator", "gpu", "--no-plan"]
+    command = ["--slurm.command", "hvd", "--slurm.tasks-per-node", "4", "--policy.batch_size", "64"]
+    assert submit.main([*asked, *command]) == 0
+    assert "#SBATCH --gpus-per-node=8" in (cluster / "script-0").read_text(), "its baselines are trained on all"
+    assert submit.main([*asked, *command, "--evaluate.no-baselines"]) == 0
+    lines = (cluster / "script-1").read_text().splitlines()
+    assert {"#SBATCH --gpus-per-node=1", "#SBATCH --ntasks-per-node=1", "#SBATCH --cpus-per-task=12"} <= {*lines}
+    assert json.loads(Path("slurm/jobs/101/job.json").read_text())["exp_dir"] == "runs/mine"
+
+
+def test_options_of_sbatch_are_given_with_their_dashes(cluster):
+    given = ["--slurm.extra", "--mail-type=FAIL", "--slurm.extra=--nice=5", "--slurm.qos", "q"]
+    assert submit.main(["--stage", "value", *given]) == 0
+    lines = (cluster / "script-0").read_text().splitlines()
+    assert {"#SBATCH --mail-type=FAIL", "#SBATCH --nice=5", "#SBATCH --qos=q"} <= {*lines}

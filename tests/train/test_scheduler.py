@@ -52,6 +52,9 @@ PORT = 12_288 + (1000 * 31 + 2) % 20_480
         ({"SLURM_STEP_NODELIST": "a-[7,9]-ib,b1"}, Group(f"a-7-ib:{PORT}", 4, 3)),
         ({"SLURM_STEP_NUM_TASKS": "1"}, None),
         ({"HVD_COORDINATOR_PORT": "2000"}, Group("gpu003:2000", 4, 3)),
+        ({"HVD_COORDINATOR": "ib-gpu003"}, Group(f"ib-gpu003:{PORT}", 4, 3)),
+        ({"HVD_COORDINATOR": "ib-gpu003:77"}, Group("ib-gpu003:77", 4, 3)),
+        ({"HVD_COORDINATOR": "ib-gpu003", "SLURM_STEP_NUM_TASKS": "1"}, None),
         ({"HVD_COORDINATOR": "h:1", "HVD_NUM_PROCESSES": "2", "HVD_PROCESS_ID": "0"}, Group("h:1", 2, 0)),
     ],
 )
@@ -210,10 +213,14 @@ def test_a_job_is_asked_of_its_scheduler_and_not_of_the_clock(tmp_path, monkeypa
 def test_in_a_container_the_batch_script_has_asked(tmp_path, monkeypatch, other):
     hold(tmp_path, dataclasses.replace(other[0], job="77", host="gpu7"))
     monkeypatch.setattr(owner, "job_alive", cli._job_alive)
-    monkeypatch.setenv("HVD_LIVE_JOBS", "1 77 8")
+    listed = tmp_path / "live"
+    monkeypatch.setenv("HVD_LIVE_JOBS_FILE", str(listed))
+    with pytest.raises(Lost):
+        owner.claim(tmp_path)
+    listed.write_text("1\n77\n8\n")
     with pytest.raises(UserError, match="job 77"):
         owner.claim(tmp_path)
-    monkeypatch.setenv("HVD_LIVE_JOBS", "1 777 8")
+    listed.write_text("1\n777\n8\n")
     owner.claim(tmp_path)
 
 

@@ -28,6 +28,8 @@ class Kubernetes:
 
     def plan(self, request: Request) -> Planned:
         asked = manifests.settings(self._flags)
+        if request.stage == "evaluate":
+            raise UserError("--stage evaluate is no Job: run hvd evaluate and hvd report where the volume is mounted")
         if request.after and (request.stage != "policy" or not is_name(request.after)):
             raise UserError(f"--after {request.after!r}: it names the value Job that --stage policy waits for")
         docs = manifests.render(request, asked)

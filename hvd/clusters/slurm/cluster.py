@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from hvd import stages
 from hvd.clusters import base
 from hvd.clusters.base import JobState, Planned, Request, Submitted, Unreachable
-from hvd.clusters.slurm import handover, log, queue, records, script, site
+from hvd.clusters.slurm import handover, log, options, queue, records, script, site
 from hvd.clusters.slurm.queue import Queued, Status
 from hvd.clusters.slurm.script import BatchJob
 from hvd.errors import UserError
@@ -100,8 +101,14 @@ class Slurm:
         return _state(record, status, None)
 
     def alive(self, job: str) -> bool | None:
-        listed = os.environ.get("HVD_LIVE_JOBS")  # slurm/job.sh asks before a container, which has no squeue
-        return job in listed.split() if listed is not None else queue.alive(job)
+        # slurm/job.sh asks before a container, which has no squeue; all jobs of a site are too many for a variable
+        if listed := os.environ.get("HVD_LIVE_JOBS_FILE"):
+            try:
+                return job in Path(listed).read_text().split()
+            except OSError:
+                return None
+        given = os.environ.get("HVD_LIVE_JOBS")
+        return job in given.split() if given is not None else queue.alive(job)
 
     def _read(self, job: str, queued: Queued | None) -> records.JobRecord:
         """What the folder says, else what Slurm's queue does: a job of plain sbatch has no folder before it starts."""
@@ -182,9 +189,14 @@ def batch_jobs(request: Request, settings: site.Site, gpus: int) -> list[BatchJo
     jobs: list[BatchJob] = []
     for name, groups in stages.parts(cfg, request.stage, overwrite=request.overwrite).items():
         steps = [step for group in groups for step in group]
-        nodes = 1 if name == "evaluate" else request.nodes
+        nodes, site_, devices = request.nodes, settings, gpus
+        if name == "evaluate":
+            nodes = 1
+            own = settings.exclusive or any(options.kind(option) == "gpus" for option in settings.extra)
+            if gpus and not own and not any(step.spread for step in steps):  # no training: a step takes one GPU
+                site_, devices = dataclasses.replace(settings, tasks_per_node=1), 1
         after = jobs[-1].stage if jobs else ""
-        jobs.append(BatchJob(name, steps, request.options, nodes, gpus, settings, run_dirs[name], after))
+        jobs.append(BatchJob(name, steps, request.options, nodes, devices, site_, run_dirs[name], after, cfg.exp_dir))
     return jobs
 
 

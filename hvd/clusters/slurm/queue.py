@@ -100,16 +100,22 @@ def alive(job: str) -> bool | None:
 
 def queue() -> list[Queued]:
     """This user's jobs that have not ended, oldest first. Raises Unreachable."""
-    done = _ask(["squeue", "-h", "-u", str(os.getuid()), "-o", "%i|%T|%r|%E|%Z|%j"])
-    if done.returncode:
-        raise Unreachable(f"Slurm cannot be asked: {_complaint(done)}")
-    rows = [line.split("|", 5) for line in done.stdout.splitlines()]
+    answer = ask(["squeue", "-h", "-u", str(os.getuid()), "-o", "%A|%T|%r|%E|%Z|%j"])
+    rows = [line.split("|", 5) for line in answer.splitlines()]
     jobs = [
         Queued(job, _word(state), _none(reason), name, dependencies(after), folder)
         for job, state, reason, after, folder, name in (row for row in rows if len(row) == 6)
         if job.isdigit() and _word(state) not in ENDED
     ]
     return sorted(jobs, key=lambda job: int(job.id))
+
+
+def ask(command: Sequence[str]) -> str:
+    """What one of Slurm's programs prints. Raises Unreachable where it fails."""
+    done = _ask(command)
+    if done.returncode:
+        raise Unreachable(f"Slurm cannot be asked: {_complaint(done)}")
+    return done.stdout
 
 
 def dependencies(text: str) -> tuple[str, ...]:
@@ -133,7 +139,7 @@ def cancel(ids: Sequence[str]) -> None:
 
 def _squeue(ids: Sequence[str], tries: int = 3) -> dict[str, Status]:
     """Those of the jobs that slurmctld knows; exit codes and restarts are not in it."""
-    command = ["squeue", "-h", "-t", "all", "-o", "%i|%T|%N|%r"]
+    command = ["squeue", "-h", "-t", "all", "-o", "%A|%T|%N|%r"]  # not %i: "7_2" in an array
     done = _ask([*command, "-j", ",".join(ids)], tries)
     if done.returncode and _UNKNOWN_JOB in done.stderr:
         # Some versions let one forgotten id spoil the answer for all of them.
@@ -245,7 +251,7 @@ def _answer(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     # The user's SQUEUE_USERS, SQUEUE_STATES, SCANCEL_INTERACTIVE, SLURM_TIME_FORMAT, ... would change the answers.
-    drop = re.compile(r"(SQUEUE|SACCT|SCANCEL|SCONTROL)_|SLURM_(TIME_FORMAT|BITSTR_LEN|DEBUG_FLAGS)$")
+    drop = re.compile(r"(SQUEUE|SACCT|SCANCEL|SCONTROL|SINFO)_|SLURM_(TIME_FORMAT|BITSTR_LEN|DEBUG_FLAGS)$")
     environment = {name: value for name, value in os.environ.items() if not drop.match(name)}
     try:
         return subprocess.run(

@@ -4,6 +4,7 @@ slurm/value.sbatch and slurm/awr.sbatch are what this renders by default.
 """
 
 import dataclasses
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvd import gpu_environment
+from hvd.clusters.slurm import options
 from hvd.clusters.slurm.site import JOBS_DIR, Site
+from hvd.errors import UserError
 from hvd.stages import Step
 
 PLAIN = ".venv/bin/python -m hvd.cli"
@@ -27,6 +30,7 @@ class BatchJob:
         options: tell its steps the config.
         gpus: of a node; 0 = a job on CPUs.
         after: the stage that it waits for; "" = none.
+        exp_dir: of the experiment; `run_dir` is one of its folders, "" for a job that is about several.
     """
 
     stage: str
@@ -37,6 +41,7 @@ class BatchJob:
     site: Site
     run_dir: str = ""
     after: str = ""
+    exp_dir: str = ""
 
     @property
     def devices(self) -> tuple[int, int]:
@@ -46,7 +51,7 @@ class BatchJob:
 
     def describe(self) -> str:
         """What is asked for in one line."""
-        words = [name if value is None else f"{name}={value}" for name, value in directives(self).items()]
+        words = [line.removeprefix("--") for line in option_lines(self)]
         kept = [word for word in words if not word.startswith(("job-name", "open-mode", "output"))]
         if self.site.container != "none":
             kept.append(f"{self.site.container}={self.site.image}")
@@ -54,7 +59,10 @@ class BatchJob:
 
 
 def directives(job: BatchJob) -> dict[str, str | None]:
-    """Options of sbatch, in the order in which they are written; None = an option without a value."""
+    """Options of sbatch, in the order in which they are written; None = an option without a value.
+
+    What `site.extra` says in its own words is left out.
+    """
     site, gpus, tasks = job.site, job.gpus, job.site.tasks_per_node
     asked: dict[str, str | None] = {
         "job-name": f"hvd-{job.stage}",
@@ -62,14 +70,15 @@ def directives(job: BatchJob) -> dict[str, str | None]:
         "ntasks-per-node": str(tasks),
     }
     if gpus:
-        asked["gpus-per-node"] = f"{site.gres_type}:{gpus}" if site.gres_type else str(gpus)
-        asked["cpus-per-task"] = str(max(1, site.cpus_per_gpu * gpus // tasks))
-        asked["mem"] = _times(site.mem_per_gpu, gpus)
-    else:
-        asked["cpus-per-task"] = str(max(1, site.cpus // tasks))
-        asked["mem"] = site.mem
+        count = f"{site.gres_type}:{gpus}" if site.gres_type else str(gpus)
+        asked |= {"gres": f"gpu:{count}"} if site.gpus_as == "gres" else {"gpus-per-node": count}
+    asked["cpus-per-task"] = str(max(1, (site.cpus_per_gpu * gpus if gpus else site.cpus) // tasks))
+    if site.mem_per_cpu:
+        asked["mem-per-cpu"] = site.mem_per_cpu
+    elif memory := _times(site.mem_per_gpu, gpus) if gpus else site.mem:
+        asked["mem"] = memory
     asked["time"] = site.time
-    for name in ("partition", "account", "qos", "constraint", "reservation", "exclude"):
+    for name in ("partition", "account", "qos", "constraint", "reservation", "exclude", "clusters"):
         if value := getattr(site, name):
             asked[name] = value
     if site.exclusive:
@@ -78,13 +87,40 @@ def directives(job: BatchJob) -> dict[str, str | None]:
         asked["signal"] = f"USR1@{site.grace}"  # to the steps, not to the script
     asked["requeue" if site.requeue else "no-requeue"] = None
     asked["open-mode"] = "append"
-    asked["output"] = f"{JOBS_DIR}/%j.log"
-    return asked
+    asked["output"] = _output()
+    said = {options.kind(option) for option in site.extra}
+    return {name: value for name, value in asked.items() if options.kind(_option(name, value)) not in said}
+
+
+def option_lines(job: BatchJob) -> list[str]:
+    """All options as they are written. UserError where `extra` asks for other GPUs than the job is planned for."""
+    for option in job.site.extra:
+        gpus = options.gpus_of_a_node(option)
+        if gpus is not None and gpus != job.gpus:
+            raise UserError(
+                f"slurm.extra {option} is {gpus} GPUs of a node, the {job.stage} job is for {job.gpus} "
+                '(slurm.gpus_per_node; gpus_as = "gres" writes --gres for each job)'
+            )
+        if options.kind(option) == "array" and not option.endswith("%1"):
+            raise UserError(
+                f"slurm.extra {option}: all jobs of an array work on one run; --array=1-5%1 has one follow the other"
+            )
+    return [_option(name, value) for name, value in directives(job).items()] + list(job.site.extra)
+
+
+def _option(name: str, value: str | None) -> str:
+    return f"--{name}" if value is None else f"--{name}={value}"
+
+
+def _output() -> str:
+    """The log. sbatch makes the path absolute, and Slurm replaces % in all of it."""
+    here = str(Path.cwd())
+    return f'"{here.replace("%", "%%")}/{JOBS_DIR}/%j.log"' if "%" in here else f"{JOBS_DIR}/%j.log"
 
 
 def _times(size: str, factor: int) -> str:
     unit = size.lstrip("0123456789")
-    return f"{int(size.removesuffix(unit)) * factor}{unit}"
+    return size and f"{int(size.removesuffix(unit)) * factor}{unit}"
 
 
 def render(job: BatchJob) -> str:
@@ -92,8 +128,7 @@ def render(job: BatchJob) -> str:
     site = job.site
     program = job_sh()
     lines = ["#!/bin/bash"]
-    lines += [f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in directives(job).items()]
-    lines += [f"#SBATCH {option}" for option in site.extra]
+    lines += [f"#SBATCH {option}" for option in option_lines(job)]
     lines += [
         f"# hvd: {NAMES[job.stage]}. `python launch/submit.py --cluster slurm --dry-run` prints such scripts.",
         "",
@@ -139,7 +174,7 @@ def _command(site: Site) -> str:
     """How hvd is called, after srun's own options."""
     if site.container == "pyxis":
         mounts = ",".join(["$PWD:$PWD", *site.mounts])
-        flags = f'--container-image={site.image} --container-mounts="{mounts}" --container-workdir="$PWD"'
+        flags = f'--container-image={pyxis_image(site.image)} --container-mounts="{mounts}" --container-workdir="$PWD"'
         return f"{flags} --no-container-mount-home {site.command or 'hvd'}"
     if site.container == "apptainer":
         binds = " ".join(f"--bind {mount}" for mount in site.mounts)
@@ -147,3 +182,16 @@ def _command(site: Site) -> str:
         flags = f'{nv} --pwd "$PWD" --bind "$PWD" {binds + " " if binds else ""}'
         return f"apptainer exec {flags}{site.image} {site.command or 'hvd'}"
     return site.command or PLAIN
+
+
+def pyxis_image(image: str) -> str:
+    """The image in pyxis' words. It takes a file for one that begins with . or /, all else for a name of Docker Hub,
+    and a registry ends with # (before enroot 4 a / did not do)."""
+    if image.endswith((".sqsh", ".squashfs")) and "#" not in image:
+        return image if image.startswith((".", "/")) else f"./{image}"
+    scheme = "docker://" if image.startswith("docker://") else ""
+    host, slash, rest = image.removeprefix(scheme).partition("/")
+    is_registry = (
+        slash and "#" not in image and not image.startswith(("/", ".")) and re.search(r"[.:]|^localhost$", host)
+    )
+    return f"{scheme}{host}#{rest}" if is_registry else image

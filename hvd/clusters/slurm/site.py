@@ -17,6 +17,11 @@ from hvd.fields import AT_LEAST_1, NOT_NEGATIVE, check_rules, from_plain, option
 SITE_FILE = Path("slurm") / "site.toml"  # of the working directory, which is the checkout
 JOBS_DIR = Path("slurm") / "jobs"
 
+# A #SBATCH line is no shell text: & | ( ) [ ] of constraints are themselves. An option may quote what has spaces.
+_DIRECTIVE = re.compile(r"[^\s'\"`$;<>\\#]*")
+_OPTION = re.compile(r"-[^\s'\"`$;<>\\#]*(\"[^\"`$\\\n]*\"|'[^'`$\\\n]*')?")
+_SHELL_WORD = re.compile(r"[^\s'\"`$;&|<>()\\]*")
+
 
 @dataclass(frozen=True)
 class Site:
@@ -28,15 +33,18 @@ class Site:
     constraint: str = ""
     reservation: str = ""
     exclude: str = ""
+    clusters: str = ""
     time: str = "1-00:00:00"
     exclusive: bool = False
     requeue: bool = True
     gpus_per_node: int = option(8, NOT_NEGATIVE)
+    gpus_as: Literal["gpus-per-node", "gres"] = "gpus-per-node"
     gres_type: str = ""
     gpu: str = ""
     tasks_per_node: int = option(1, AT_LEAST_1)
     cpus_per_gpu: int = option(12, AT_LEAST_1)
     mem_per_gpu: str = "100G"
+    mem_per_cpu: str = ""
     cpus: int = option(2, AT_LEAST_1)
     mem: str = "6G"
     grace: int = option(300, NOT_NEGATIVE)
@@ -47,6 +55,7 @@ class Site:
     command: str = ""
     setup: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    test: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,8 @@ def read(path: Path, site: Site) -> Site:
 def check(site: Site) -> None:
     """Raise UserError for a setting that no cluster could mean."""
     check_rules(site, "slurm.{}".format)
-    for name in ("mem", "mem_per_gpu"):
-        if not re.fullmatch(r"\d+[KMGT]?", getattr(site, name)):
+    for name in ("mem", "mem_per_gpu", "mem_per_cpu"):
+        if not re.fullmatch(r"(\d+[KMGT]?)?", getattr(site, name)):
             raise UserError(f"slurm.{name} {getattr(site, name)!r} is not a size such as 64G")
     if site.gpus_per_node and site.gpus_per_node % site.tasks_per_node:
         raise UserError(
@@ -106,13 +115,21 @@ def check(site: Site) -> None:
         raise UserError(f"slurm.container {site.container} needs slurm.image")
     if site.gpu:
         get_accelerator(site.gpu)
-    words = [getattr(site, f.name) for f in dataclasses.fields(site) if f.type is str and f.name != "command"]
-    for text in [*words, *site.extra, *site.mounts]:
-        if "\n" in text or re.search(r"[\s'\"`$;&|<>()\\]", text):
-            raise UserError(f"slurm settings: {text!r} holds a character that a batch script does not take")
+    for name in (f.name for f in dataclasses.fields(site) if f.type is str and f.name not in ("command", "image")):
+        _check_words(name, [getattr(site, name)], _DIRECTIVE)
+    _check_words("extra", site.extra, _OPTION)
+    _check_words("image", [site.image], _SHELL_WORD)
+    _check_words("mounts", site.mounts, _SHELL_WORD)
     for text in (site.command, *site.setup):
         if "\n" in text:
             raise UserError(f"slurm settings: {text!r} is more than one line")
+
+
+def _check_words(name: str, words: Sequence[str], takes: re.Pattern[str]) -> None:
+    for text in words:
+        if not takes.fullmatch(text):
+            rule = "is no option (--name=value), or " if takes is _OPTION else ""
+            raise UserError(f"slurm.{name}: {text!r} {rule}holds a character that a batch script does not take")
 
 
 def seconds(time: str) -> int | None:
