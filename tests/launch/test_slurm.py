@@ -51,7 +51,7 @@ def cluster(tmp_path, monkeypatch):
         "sbatch": SBATCH.format(python=sys.executable, folder=str(notes)),
         "scontrol": "#!/bin/sh\n[ $1 = ping ]\n",
         "srun": "#!/bin/sh\n",
-        "squeue": f'#!/bin/sh\n[ ! -e {notes}/silent ] && echo "55 /else/where.sh" && echo "56 $(cat {notes}/command)"\n',
+        "squeue": f'#!/bin/sh\n[ ! -e {notes}/silent ] && echo "55 /a/b.sh" && echo "56 $(cat {notes}/command)"\n',
         "sinfo": f"#!/bin/sh\ncat {notes}/nodes 2>/dev/null || echo idle\n",
         "scancel": f"#!/bin/sh\necho scancel $* >> {notes}/calls\n",
     }
@@ -264,7 +264,7 @@ def test_a_job_that_only_waits_for_nodes_is_queued(cluster, capsys, refusal, nod
 
 
 def test_the_evaluation_by_itself(cluster, capsys):
-    assert submit.main(["--stage", "evaluate"]) == 2 and "no policy run" in capsys.readouterr().err
+    assert submit.main(["--stage", "evaluate"]) == 2 and "no run at runs/demo/policy" in capsys.readouterr().err
     asked = ["--stage", "evaluate", "--after", "7", "--exp-name", "mine", "--accelerator", "gpu", "--no-plan"]
     command = ["--slurm.command", "hvd", "--slurm.tasks-per-node", "4", "--policy.batch_size", "64"]
     assert submit.main([*asked, *command]) == 0
