@@ -54,13 +54,13 @@ def attempt(tmp_path, monkeypatch):
             (tmp_path / name.replace("_", "-")).write_text(text)
         env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
-            **(inherited or {}),
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "FOLDER": str(tmp_path),
             "SLURM_JOB_ID": "7",
             "SLURM_NTASKS": "2",
             "SLURM_JOB_NODELIST": "n[1-2]",
             "SLURM_RESTART_COUNT": str(restarts),
+            **(inherited or {}),
         }
         done = subprocess.run(["bash", str(path)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout + done.stderr, tmp_path / "slurm" / "jobs" / "7"
