@@ -107,8 +107,7 @@ class Slurm:
                 return job in Path(listed).read_text().split()
             except OSError:
                 return None
-        given = os.environ.get("HVD_LIVE_JOBS")
-        return job in given.split() if given is not None else queue.alive(job)
+        return queue.alive(job)
 
     def _read(self, job: str, queued: Queued | None) -> records.JobRecord:
         """What the folder says, else what Slurm's queue does: a job of plain sbatch has no folder before it starts."""
