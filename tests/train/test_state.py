@@ -109,9 +109,11 @@ def test_frozen_parameters_are_narrow_and_have_nothing_else(tmp_path, dtype):
     assert jax.tree.map(lambda x: x.dtype, fresh) == jax.tree.map(lambda x: x.dtype, like)
 
 
-def test_parameters_cast_at_use_change_nothing_when_narrow(tmp_path):
+@pytest.mark.parametrize("family", ["pi0", "pi05"])
+def test_parameters_cast_at_use_change_nothing_when_narrow(tmp_path, family):
     """A bfloat16 model gives the same numbers from the narrow parameters of inference."""
-    model = factory.model(dtype="bfloat16", action_expert_variant="dummy_lora", cameras=("base_0_rgb",))
+    expert = "dummy_lora"
+    model = factory.model(family=family, dtype="bfloat16", action_expert_variant=expert, cameras=("base_0_rgb",))
     model = dataclasses.replace(model, siglip_variant="tiny", image_size=28)
     graphs = [Graph(lambda rngs: Pi0(model, rngs), dtype_of=of) for of in (None, precision.inference("bfloat16"))]
     wide = jax.tree.map(lambda x: x + 0.01, graphs[0].init(jax.random.key(0)))  # nothing is zero
