@@ -272,7 +272,7 @@ def value_pi05_r1() -> Experiment:
     """R1, the value stage for pi0.5: as value_r1, on pi05_base's frozen trunk, with the state in the prompt.
 
     Command: python launch/submit.py --stage value --config value_pi05_r1 --data DATASETS
-    Devices and memory: VALUE05
+    Devices and memory: 14.7 GiB on one GPU, 8.9 on each of two, 2.6 on each of eight (`hvd plan`).
     """
     return _r1("value_pi05_r1", "pi05_r1", family="pi05")
 
@@ -281,7 +281,7 @@ def pi05_r1() -> Experiment:
     """R1, all of pi0.5 (3.4 B) trained from pi05_base, each level weighted by its advantage.
 
     Command: python launch/submit.py --stage policy --config pi05_r1 --data DATASETS (after value_pi05_r1)
-    Devices and memory: FULL05
+    Devices and memory: 64 GiB on one GPU, 36 on each of two, 9.1 on each of eight (`hvd plan`): 1 x 80 GB to 8 x 24 GB.
     """
     return _r1("pi05_r1", "pi05_r1", family="pi05", lora=False)
 
@@ -290,7 +290,7 @@ def pi05_r1_lora() -> Experiment:
     """R1, pi0.5 with LoRA on both experts (467 M trained) from pi05_base.
 
     Command: python launch/submit.py --stage policy --config pi05_r1_lora --data DATASETS (after value_pi05_r1)
-    Devices and memory: LORA05
+    Devices and memory: 10.2 GiB on each of two GPUs of 24 GB (`hvd plan`).
     """
     return _r1("pi05_r1_lora", "pi05_r1", family="pi05", fsdp=2)
 
