@@ -11,17 +11,19 @@ import faulthandler
 import importlib
 import inspect
 import os
+import re
 import signal
 import sys
 import tempfile
 import traceback
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from hvd import overrides
 from hvd.checks import check_config
+from hvd.configs import Experiment
 from hvd.errors import (
     EXIT_COMPLETE,
     EXIT_FAILED,
@@ -35,7 +37,7 @@ from hvd.errors import (
     nearest,
 )
 from hvd.experiments import CONFIGS
-from hvd.files import full_disk
+from hvd.files import UNWRITABLE, full_disk
 from hvd.runtime import preemption, processes, records
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -49,26 +51,44 @@ class Step:
     Attributes:
         trains: `main(cfg, overwrite=...)` keeps a run directory.
         own_flags: `main(argv)` has options beside those of an experiment, or none of them.
+        writes: config -> a folder that it writes to in any case, and the option that names another.
     """
 
     module: str
     help: str
     trains: bool = False
     own_flags: bool = False
+    writes: Callable[[Experiment], tuple[str, str]] | None = None
+
+
+def _experiment(cfg: Experiment) -> tuple[str, str]:
+    return cfg.exp_dir, "--runs_dir"
+
+
+def _assets(cfg: Experiment) -> tuple[str, str]:
+    return cfg.assets_dir, "--assets_dir"
 
 
 STEPS: Mapping[str, Step] = types.MappingProxyType(
     {
-        "simulate": Step("hvd.sim.record", "record the simulated R1's optimal and mixed demonstrations"),
+        "simulate": Step(
+            "hvd.sim.record", "record the simulated R1's optimal and mixed demonstrations", writes=_experiment
+        ),
         "convert": Step("hvd.data.convert", "recordings (JoyLo HDF5) -> LeRobot v3.0 dataset", own_flags=True),
         "plan": Step("hvd.plan.command", "does a run fit its devices? without the devices", own_flags=True),
-        "norm-stats": Step("hvd.data.normalize", "normalisation statistics of the optimal set"),
-        "prepare": Step("hvd.prepare", "all that a stage needs before it trains: the steps above, where they apply"),
+        "norm-stats": Step("hvd.data.normalize", "normalisation statistics of the optimal set", writes=_assets),
+        "prepare": Step(
+            "hvd.prepare", "all that a stage needs before it trains: the steps above, where they apply", writes=_assets
+        ),
         "train-value": Step("hvd.method.value", "value stage: V and the levels' Q", trains=True),
         "advantages": Step("hvd.method.advantages", "V, Q, A and weights of every frame the policy will visit"),
         "train-policy": Step("hvd.method.policy", "policy stage: weighted flow matching, or imitation", trains=True),
-        "evaluate": Step("hvd.evaluate.command", "rollouts in the simulator, or action errors on held-out episodes"),
-        "report": Step("hvd.report.command", "report.html of the experiment"),
+        "evaluate": Step(
+            "hvd.evaluate.command",
+            "rollouts in the simulator, or action errors on held-out episodes",
+            writes=_experiment,
+        ),
+        "report": Step("hvd.report.command", "report.html of the experiment", writes=_experiment),
         "serve": Step("hvd.serve.command", "a trained policy behind openpi's websocket protocol", own_flags=True),
         "export": Step("hvd.export", "a complete run as a checkpoint of openpi", own_flags=True),
         "jobs": Step("hvd.jobs.command", "submitted jobs: list, logs, cancel, wait", own_flags=True),
@@ -168,6 +188,9 @@ def told(error: BaseException) -> End | None:
     full = no_space(error)
     if full is not None:
         return End(EXIT_USER, f"error: {full}", disk_full=True)
+    unusable = _unusable(error)
+    if unusable is not None:
+        return End(EXIT_USER, f"error: {unusable}")
     lost = processes.lost_companion(error)
     return None if lost is None else End(EXIT_LOST, f"lost: {lost}; {again}")
 
@@ -194,6 +217,10 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--overwrite: {name} keeps no run directory; it is for train-value and train-policy")
     cfg = overrides.experiment(rest)
     check_config(cfg)
+    if step.writes:
+        from hvd.train.inputs import check_writable
+
+        check_writable(*step.writes(cfg))
     from hvd.runtime import owner  # etils.epath: a tenth of a second that help pages do not wait for
 
     owner.job_alive = _job_alive
@@ -248,6 +275,32 @@ def no_space(error: BaseException | None) -> str | None:
         return None
     where = named or f"one of {os.getcwd()}, its runs folder or {tempfile.gettempdir()}"
     return f"no space left on the disk of {where}; free some or set --runs_dir; the same command then goes on"
+
+
+def _unusable(error: BaseException) -> str | None:
+    """One line about a file that this user may not touch, or a platform that jax has not got; else None."""
+    if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename:
+        return f"{error.filename}: {error.strerror}; look at the owner and the rights of the file and its folder"
+    if isinstance(error, RuntimeError | ValueError | AssertionError) and _NO_PLATFORM.search(
+        f"{error} {_place(error)}"
+    ):
+        why = str(error).strip().partition("\n")[0][:200] or "it has no such devices"
+        told = [f"{name}={os.environ[name]}" for name in _PLATFORMS if name in os.environ]
+        return f"jax cannot use the platform that it was told ({why}); set {', '.join(told) or _PLATFORMS[0]} otherwise"
+    return None
+
+
+def _place(error: BaseException) -> str:
+    """The file and line in which an error was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}: {frames[-1].line}" if frames else ""
+
+
+_PLATFORMS = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "CUDA_VISIBLE_DEVICES")
+# What jax says about JAX_PLATFORMS=tpu or cuda where there is none, and about a variable of its own that it cannot read
+_NO_PLATFORM = re.compile(
+    r"Unable to initialize backend|Unknown backend|for environment 'JAX_|xla_bridge.*assert _default_backend is not"
+)
 
 
 def _die_with_launcher() -> None:

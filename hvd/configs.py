@@ -128,7 +128,7 @@ class DataConfig:
         if self.root:
             return Path(self.root)
         home = os.environ.get("HF_LEROBOT_HOME") or Path("~/.cache/huggingface/lerobot").expanduser()
-        return Path(home) / self.repo_id
+        return Path(home).expanduser() / self.repo_id
 
 
 @dataclass(frozen=True)

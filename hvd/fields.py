@@ -6,11 +6,14 @@ says the rule that the number keeps, marks (what the field belongs to) and the h
 a mark is part of what makes a run what it is, and of what `hvd plan` measures.
 """
 
+import contextlib
 import dataclasses
 import enum
 import functools
 import json
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +30,8 @@ class Rule:
     text: str
     names: Callable[[], Iterable[str]] = tuple
 
+
+LARGEST = 2**31 - 1  # whole number of a field: arrays and libraries have 32 bits for it
 
 AT_LEAST_1 = Rule(lambda x: x >= 1, "must be at least 1")
 NOT_NEGATIVE = Rule(lambda x: x >= 0, "must not be negative")
@@ -132,6 +137,8 @@ def check_rules(config: Any, spelled: Callable[[str], str] = str) -> None:
         value, rule = leaf.of(config), leaf.rule
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{spelled(leaf.name)} {value} is not a finite number")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UserError(f"{spelled(leaf.name)} {value} is out of range: {LARGEST} at most")
         if rule is not None and not rule.holds(value):
             known = nearest(str(value), rule.names()) if rule.names is not tuple else ""
             raise UserError(f"{spelled(leaf.name)} {value!r} {rule.text}{known}")
@@ -207,8 +214,15 @@ def from_plain(kind: Any, data: Any, where: str) -> Any:
     if kind is float and (isinstance(data, float) or (type(data) is int and abs(data) < 2**1023)):
         return float(data)
     if origin is None and type(data) is kind:
-        return data
+        return _home(str(data)) if kind is str else data
     raise _wrong(kind, data, where)
+
+
+def _home(text: str) -> str:
+    """A path below a home folder, "~/data" or "~user/data", in full: shells leave it as it is in `--root=~/data`."""
+    with contextlib.suppress(RuntimeError, KeyError):
+        return os.path.expanduser(text) if re.match(r"~[\w.-]*(/|$)", text) else text
+    return text
 
 
 def _dataclass(kind: Any, data: Any, where: str) -> Any:

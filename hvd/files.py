@@ -60,7 +60,7 @@ def replacing(target: Path) -> Iterator[Path]:
     stays: it holds the same. A block that makes nothing leaves `target` as it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(_temporary_name(target.name))
+    temporary = temporary_path(target)
     try:
         yield temporary
         if temporary.is_file():
@@ -72,14 +72,38 @@ def replacing(target: Path) -> Iterator[Path]:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def temporary_path(target: Path) -> Path:
+    """A name beside `target` that nobody can guess; make what is there with "x", which follows no link."""
+    return target.with_name(_temporary_name(target.name))
 
 
 def _temporary_name(name: str) -> str:
     return f".{name}.{secrets.token_hex(8)}.tmp"
+
+
+def remove_left_over(folder: os.PathLike | str, name: str = "") -> None:
+    """Remove what killed processes have left of files or folders that were to be written into a local folder.
+
+    Only where nobody else writes now: under a lock, or by the owner of a run.
+
+    Args:
+        name: what was to be written; "" = anything.
+    """
+    if not is_local(folder) or not Path(folder).is_dir():
+        return
+    for path in Path(folder).iterdir():
+        if re.fullmatch(rf"\.{re.escape(name) if name else '.+'}\.[0-9a-f]{{16}}\.tmp", path.name):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

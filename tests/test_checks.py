@@ -140,6 +140,17 @@ def test_the_public_tokenizer_offline(tmp_path, monkeypatch):
         inputs.check_datasets(parse("--model.tokenizer paligemma"))
 
 
+@pytest.mark.parametrize("flag", ["--value.num_train_steps", "--policy.batch_size", "--seed", "--num_workers"])
+def test_a_whole_number_that_no_array_holds_is_named(flag):
+    with pytest.raises(UserError, match=f"{flag[2:]} 9999999999 is out of range"):
+        checks.check_config(parse(f"{flag} 9999999999"))
+
+
+def test_a_folder_that_the_system_makes_nothing_in_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"/proc/nowhere/demo cannot be written .*; set --runs_dir"):
+        inputs.check_writable("/proc/nowhere/demo")
+
+
 def test_a_runs_dir_that_is_a_file_is_named(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(UserError, match="is no folder; set --runs_dir"):

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,8 @@ def caused(outer: Exception, inner: Exception) -> Exception:
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 2, "error: no space left on the disk of /data/x"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "/home/x"), 2, "error: no space left on the disk of /home/x"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: no space left on the disk of one of "),
+        (OSError(errno.EACCES, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied; look at the owner"),
+        (OSError(errno.EROFS, "Read-only file system", "/x/y"), 2, "error: /x/y: Read-only file system; look at"),
         (
             caused(RuntimeError("save failed"), ValueError("Error writing '/runs/a/b': No space left on device")),
             2,
@@ -105,9 +108,35 @@ def test_exit_codes(step, capsys, error, code, line):
 
 
 def test_a_bug_is_a_traceback(step):
-    step(raiser(OSError(errno.EACCES, "Permission denied", "/x")))
-    with pytest.raises(PermissionError):
+    step(raiser(OSError(errno.EIO, "Input/output error", "/x")))
+    with pytest.raises(OSError, match="Input/output error"):
         cli.main(["fake", "--config", "demo"])
+
+
+@pytest.mark.parametrize("name", ["simulate", "norm-stats", "prepare", "evaluate", "report"])
+def test_a_folder_that_cannot_be_written_is_said_before_the_step_begins(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: pytest.fail("the step was begun"))
+    folders = ["--runs_dir", str(tmp_path / "file" / "a"), "--assets_dir", str(tmp_path / "file" / "b")]
+    assert cli.main([name, "--config", "demo", *folders]) == 2
+    assert re.fullmatch(r"error: .*file.* (--runs_dir|--assets_dir).*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [{"JAX_PLATFORMS": "tpu"}, {"JAX_PLATFORMS": "cuda"}, {"JAX_PLATFORMS": "gpuu"}, {"JAX_ENABLE_X64": "maybe"}],
+)
+def test_a_platform_that_is_not_there_is_one_line(variable):
+    program = (
+        "import sys, types; from hvd import cli; fake = types.ModuleType('fake'); sys.modules['fake'] = fake\n"
+        "def main(cfg):\n import jax; jax.devices()\n"
+        "fake.main = main; cli.STEPS = {'fake': cli.Step('fake', '')}; cli.command()"
+    )
+    command = [sys.executable, "-c", program, "fake", "--config", "demo"]
+    done = subprocess.run(command, env=os.environ | variable, capture_output=True, text=True, check=False)
+    (name, value), *_ = variable.items()
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: jax cannot use"), done.stderr
+    assert "Traceback" not in done.stderr and name in done.stderr and value in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])

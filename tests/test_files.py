@@ -44,6 +44,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    half = [".a.0123456789abcdef.tmp", ".a.b.fedcba9876543210.tmp"]
+    others = ["a", ".a.tmp", ".a.0123456789abcdeg.tmp", "a.0123456789abcdef.tmp", ".notes"]
+    for name in half + others:
+        (tmp_path / name).write_text("")
+    (tmp_path / ".c.0123456789abcdef.tmp").mkdir()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / ".d.0123456789abcdef.tmp").symlink_to(tmp_path / "kept")
+    files.remove_left_over(tmp_path, "a")
+    assert {path.name for path in tmp_path.iterdir()} >= {half[1], *others} and not (tmp_path / half[0]).exists()
+    files.remove_left_over(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "kept"}
+    files.remove_left_over(tmp_path / "nothing")
+    files.remove_left_over("gs://bucket/folder")
+
+
 def _hold(path: Path, held, release) -> None:
     with files.locked(path):
         held.set()

@@ -16,6 +16,17 @@ def parse(text: str, config: str = "demo") -> Experiment:
     return overrides.experiment(["--config", config, *text.split()])
 
 
+def test_a_home_folder_is_written_out(monkeypatch, tmp_path):
+    """The shell does it for `--data ~/x`, and not for `--data=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = "--runs_dir=~/runs --optimal_data.root ~/a --value.weight_loader ~"
+    cfg = parse(words)
+    assert (cfg.runs_dir, cfg.optimal_data.root, cfg.value.weight_loader) == (
+        f"{tmp_path}/runs", f"{tmp_path}/a", str(tmp_path),
+    )  # fmt: skip
+    assert parse("--exp_name a~b").exp_name == "a~b" and parse("--exp_name ~~").exp_name == "~~"
+
+
 @pytest.mark.parametrize(
     "text, field, value",
     [

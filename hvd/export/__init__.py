@@ -10,13 +10,12 @@ asset id: `create_trained_policy(config, FOLDER)`.
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hvd import overrides
+from hvd import files, overrides
 from hvd.checks import check_config
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, UserError
@@ -68,6 +67,7 @@ def export(cfg: Experiment, options: Export) -> Path:
     from hvd.models import weights
     from hvd.train import complete
     from hvd.train import run_dir as runs
+    from hvd.train.inputs import check_writable
 
     stage, run = options.stage, getattr(cfg, f"{options.stage}_dir")
     target = Path(options.to).expanduser().absolute()
@@ -85,6 +85,7 @@ def export(cfg: Experiment, options: Export) -> Path:
     if _is_there(target, mark):
         print(f"{target}: this export is there already, nothing to do", flush=True)
         return target
+    check_writable(os.fspath(target), "--to")
     record = runs.read(run)
     if record is None:
         raise UserError(f"{run} has no {runs.CONFIG}: it is not a run directory")
@@ -98,19 +99,13 @@ def export(cfg: Experiment, options: Export) -> Path:
         merge_lora=options.merge_lora,
     )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
-            folder = Path(work) / target.name
-            weights.write(folder / "params", params)
-            normalize.save(
-                epath.Path(folder / "assets" / asset / runs.NORM_STATS),
-                export_params.openpi_stats(stats, trained.norm),
-                made_of,
-            )
-            (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
-            if target.is_dir():  # empty, or _is_there would have refused
-                target.rmdir()
-            os.rename(folder, target)
+        with files.locked(target.with_name(f".{target.name}.lock")):
+            files.remove_left_over(target.parent, target.name)
+            with files.replacing(target) as folder:
+                weights.write(folder / "params", params)
+                beside = epath.Path(folder / "assets" / asset / runs.NORM_STATS)
+                normalize.save(beside, export_params.openpi_stats(stats, trained.norm), made_of)
+                (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--to {target}: cannot be written ({error.strerror})") from error
     _say(target, trained, options, params, asset)

@@ -5,9 +5,13 @@ checkpoint, the datasets and the rows; A and omega follow from them and the poli
 weighting runs no network. A table whose key is the present one is used as it is.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,17 +19,19 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int64
 
-from hvd import mixture
+from hvd import files, mixture
 from hvd.configs import Experiment
 from hvd.data import normalize
 from hvd.data.dataset import Dataset, split_episodes
-from hvd.errors import UserError
+from hvd.errors import Lost, UserError
 from hvd.fields import Mark, leaves, to_plain
 from hvd.method import objectives, table, value_run, weights
 from hvd.method.table import Advantages
 from hvd.runtime import preemption, watchdog
 from hvd.train import mesh, stage_data, value_pass
+from hvd.train import run_dir as runs
 from hvd.train.complete import Complete
+from hvd.train.inputs import check_writable
 from hvd.train.mesh import Devices
 from hvd.train.value_pass import Values
 
@@ -38,12 +44,47 @@ def main(cfg: Experiment) -> None:
             return
         value = value_run.check(cfg)
         devices = mesh.start(cfg)
-        ensure(cfg, devices, value, {name: stage_data.open_dataset(cfg, name) for name in mixture.weighted(cfg)})
+        ensured(cfg, devices, value, {name: stage_data.open_dataset(cfg, name) for name in mixture.weighted(cfg)})
 
 
-def ensure(cfg: Experiment, devices: Devices, value: Complete, datasets: Mapping[str, Dataset]) -> None:
-    """Compute what is missing of the table of `datasets` and write it. All processes call it together."""
-    if value.inputs["norm_stats"] != stage_data.stats_digest(normalize.load_shared(cfg)):
+def ensured(cfg: Experiment, devices: Devices, value: Complete, datasets: Mapping[str, Dataset]) -> Advantages:
+    """The table of `datasets` under the policy's weighting, made first where it is missing. All processes together.
+
+    Runs of one experiment share its folder: none writes it while another one makes or reads its own.
+
+    Raises:
+        Lost: another run has written its own all the same (storage without locks).
+    """
+    folder = epath.Path(cfg.advantages_dir)
+    with _locked(folder) if devices.is_main else contextlib.nullcontext():
+        meta = ensure(cfg, devices, value, datasets)
+        found, there = Advantages.read(folder), table.read_meta(folder) or {}
+        devices.barrier("advantages read")
+    if any(there.get(name) != content for name, content in meta.items()):
+        raise Lost(f"{folder}: another run of this experiment has written its own advantages meanwhile")
+    return found
+
+
+def _locked(folder: epath.Path) -> contextlib.AbstractContextManager:
+    """One process at a time makes or reads the table; what killed ones have left half written is removed."""
+    if not files.is_local(folder) or (folder.exists() and not os.access(folder, os.W_OK)):
+        return contextlib.nullcontext()
+    said = False
+
+    def wait() -> None:
+        nonlocal said
+        if not said:
+            print(f"{folder}: waiting for another run of this experiment, which makes its advantages", flush=True)
+        said = True
+        preemption.check("while another run made its advantages")
+        time.sleep(0.2)
+
+    return files.locked(Path(folder) / ".lock", wait)
+
+
+def ensure(cfg: Experiment, devices: Devices, value: Complete, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
+    """Compute what is missing of the table of `datasets` and write it; its meta.json. Under the lock of `ensured`."""
+    if value.inputs["norm_stats"] != runs.stats_digest(normalize.load_shared(cfg)):
         raise UserError(f"the norm stats changed since {cfg.value_run_dir} was trained: train the value run again")
     folder = epath.Path(cfg.advantages_dir)
     rows = {name: data.rows() for name, data in datasets.items()}
@@ -54,9 +95,13 @@ def ensure(cfg: Experiment, devices: Devices, value: Complete, datasets: Mapping
     if devices.from_main(np.asarray(all(known.get(name) == content for name, content in meta.items()))):
         if devices.is_main:
             print(f"{folder}: up to date, {known['rows']} frames", flush=True)
-        return
+        return meta
+    check_writable(cfg.advantages_dir)
+    shards = value_pass.Shards(folder / "shards" / key[:16])
+    if devices.is_main:
+        for killed in (folder, folder / "shards" / key[:16]):
+            files.remove_left_over(killed)
     with preemption.deferred(), watchdog.watch(cfg.hang_timeout):
-        shards = value_pass.Shards(folder / "shards" / key[:16])
         values = value_pass.evaluate(cfg, devices, datasets, rows, shards)
     if devices.is_main:
         held_out = {n: split_episodes(d, cfg.evaluate.val_fraction, cfg.seed)[1] for n, d in datasets.items()}
@@ -64,6 +109,7 @@ def ensure(cfg: Experiment, devices: Devices, value: Complete, datasets: Mapping
         Advantages.joined(made).write(folder, meta)
         _print_summary(folder)
     devices.barrier("advantages")
+    return meta
 
 
 def weigh(

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from hvd import mixture
 from hvd.configs import Experiment
 from hvd.method import advantages, extraction, flow, value_run
-from hvd.method.table import Advantages
 from hvd.models import precision
 from hvd.models.augment import augment, draw
 from hvd.models.pi0 import Pi0, freeze_filter
@@ -100,9 +99,9 @@ def main(cfg: Experiment, overwrite: bool = False) -> None:
         def choose_rows(data: StageData, devices: Devices) -> tuple[StageData, Weights]:
             """The rows and weights that the extractor makes of the value run's table."""
             datasets = {name: data.datasets[name] for name in mixture.weighted(cfg)}
-            advantages.ensure(cfg, devices, value, datasets)
+            made = advantages.ensured(cfg, devices, value, datasets)
             frames = {name: dataset.num_frames for name, dataset in datasets.items()}
-            extracted = extraction.extract(cfg, Advantages.read(cfg.advantages_dir), frames)
+            extracted = extraction.extract(cfg, made, frames)
             keep = {name: e.keep for name, e in extracted.items() if e.keep is not None}
             return data.only(keep), {name: e.weights for name, e in extracted.items()}
 

@@ -1,7 +1,8 @@
-"""A sign of life on the run's storage, for owners whose scheduler cannot be asked from a node: pods of Kubernetes.
+"""A sign of life on the run's storage, for owners whom no scheduler knows, or none that can be asked from a node.
 
-A trainer's pod has no right to ask the cluster's API. So the owner counts up in a small file, and a process that finds
-another owner watches whether the number moves: no clocks are compared, no file times are read.
+A trainer's pod has no right to ask the cluster's API; a container sees no processes outside of it. So the owner counts
+up in a small file, and a process that finds another owner watches whether the number moves: no clocks are compared, no
+file times are read.
 """
 
 import contextlib

@@ -1,9 +1,10 @@
 """One job at a time works on a run directory: owner.json says which.
 
-No file locks (NFS may not have them), no time-outs, no file times: the file is put there by linking, which fails if
-there is one already (where there are no links, by exclusive creation). Whether the owner still lives is asked of its
-scheduler by `job_alive`, which the command line hands in, or of this machine's process table. A pod of Kubernetes
-cannot ask its scheduler: such an owner shows a sign of life (hvd.runtime.heartbeat).
+No file locks (NFS may not have them), no file times: the file is put there by linking, which fails if there is one
+already (where there are no links, by exclusive creation). Whether the owner still lives is asked of its scheduler by
+`job_alive`, which the command line hands in, or of the process table that both share. An owner without a scheduler that
+could be asked (a process in a container or on another machine, a pod of Kubernetes) shows a sign of life
+(hvd.runtime.heartbeat).
 """
 
 import errno
@@ -19,7 +20,7 @@ from typing import Any
 from etils import epath
 
 from hvd.errors import Lost, UserError
-from hvd.files import is_local, write_atomic
+from hvd.files import is_local, temporary_path, write_atomic
 from hvd.runtime import heartbeat
 from hvd.runtime.heartbeat import OWNER
 
@@ -48,6 +49,12 @@ class Owner:
     user: str
     pod: str = ""  # uid of a Kubernetes pod
     scheduler: str = "slurm"  # of the job, a name of hvd.clusters; files of older versions are Slurm's or have a pod
+    beats: bool = False  # it shows a sign of life; processes of older versions do not
+
+    @property
+    def sign(self) -> str:
+        """Whose sign of life it is."""
+        return self.pod or f"{self.machine} {self.pid} {self.started}"
 
     @property
     def name(self) -> str:
@@ -73,6 +80,7 @@ def myself(env: Mapping[str, str] = os.environ) -> Owner:
         user=env.get("USER", ""),
         pod=pod,
         scheduler=KUBERNETES if pod else env.get("HVD_SCHEDULER", "slurm"),
+        beats=bool(pod) or not job,
     )
 
 
@@ -81,29 +89,30 @@ def claim(run_dir: os.PathLike | str) -> None:
 
     Raises:
         UserError: another job works on it.
-        Lost: whether the other job still lives cannot be asked.
+        Lost: whether the other job still lives cannot be known.
     """
     path, me = epath.Path(run_dir) / OWNER, myself()
     if is_local(path):
         _claim_local(path, me, run_dir)
     else:
         _claim_remote(path, me)
-    if me.pod and os.fspath(run_dir) not in _beats:
-        _beats[os.fspath(run_dir)] = heartbeat.Heartbeat(run_dir, me.pod)
+    if me.beats and os.fspath(run_dir) not in _beats:
+        _beats[os.fspath(run_dir)] = heartbeat.Heartbeat(run_dir, me.sign)
 
 
 def _claim_local(path: epath.Path, me: Owner, run_dir: os.PathLike | str) -> None:
     target = Path(os.fspath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    mine = target.with_name(f".{OWNER}.{me.host}.{me.pid}.tmp")
-    mine.write_text(json.dumps(asdict(me)) + "\n")
+    mine = temporary_path(target)
+    with mine.open("x") as file:
+        file.write(json.dumps(asdict(me)) + "\n")
     try:
         while not _linked(mine, target):
             owner = _read(target)
             if owner is None:
                 continue  # released this very moment
             _refuse_if_alive(owner, me, run_dir)
-            _put_away(target, owner, mine)
+            _put_away(target, owner)
     finally:
         mine.unlink(missing_ok=True)
 
@@ -116,6 +125,13 @@ def release(run_dir: os.PathLike | str) -> None:
     owner = _read(path)
     if owner is not None and _same(owner, myself()):
         path.unlink(missing_ok=True)
+
+
+def check(run_dir: os.PathLike | str) -> None:
+    """Raise Lost where another job has taken the folder: this one stood still for so long that it was held for dead."""
+    owner = _read(epath.Path(run_dir) / OWNER)
+    if owner is not None and not _same(owner, myself()):
+        raise Lost(f"{run_dir} was taken over by {owner.name} while this process stood still")
 
 
 def _claim_remote(path: epath.Path, me: Owner) -> None:
@@ -148,9 +164,9 @@ def _created(source: Path, target: Path) -> bool:
     return True
 
 
-def _put_away(target: Path, judged: Owner, mine: Path) -> None:
+def _put_away(target: Path, judged: Owner) -> None:
     """Remove the claim that was judged dead. If it is another one by now, it is put back."""
-    aside = mine.with_suffix(".old")
+    aside = temporary_path(target)
     try:
         target.rename(aside)
     except FileNotFoundError:
@@ -187,14 +203,17 @@ def _refuse_if_alive(owner: Owner, me: Owner, run_dir: os.PathLike | str) -> Non
         alive = _job_alive(owner, me)
     elif owner.machine == me.machine:
         alive = _started(owner.pid) == owner.started
+    elif owner.beats:
+        print(f"{run_dir}: watching whether {owner.name} still works on it, for a minute at most", flush=True)
+        alive = heartbeat.lives(run_dir, owner.sign)
+    elif owner.host == me.host and owner.machine.partition(" ")[0] != me.machine.partition(" ")[0]:
+        alive = False  # the machine was started anew
     else:
-        alive = True  # a process of another machine: it cannot be seen from here
+        gone = f"if it is gone for good, delete {Path(run_dir) / OWNER}"
+        raise Lost(f"{owner.name} was at work on {run_dir}, and from here nobody can see whether it still is; {gone}")
     if alive:
         by = f" of {owner.user}" if owner.user and owner.user != me.user else ""
-        advice = "" if owner.job else f"; if it is gone for good, delete {Path(run_dir) / OWNER}"
-        raise UserError(
-            f"{run_dir} is being worked on by {owner.name}{by}: wait for it, or choose another --exp_name{advice}"
-        )
+        raise UserError(f"{run_dir} is being worked on by {owner.name}{by}: wait for it, or choose another --exp_name")
 
 
 def _pod_alive(owner: Owner, me: Owner, run_dir: os.PathLike | str) -> bool:

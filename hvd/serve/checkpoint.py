@@ -18,7 +18,7 @@ from hvd.errors import UserError
 from hvd.models import precision, weights
 from hvd.models.pi0 import Pi0
 from hvd.storage import cache as storage
-from hvd.train import inference, mesh, pretrained, state
+from hvd.train import compilation, inference, mesh, pretrained, state
 from hvd.train import run_dir as runs
 from hvd.train.state import Graph
 
@@ -43,7 +43,7 @@ def load_checkpoint(cfg: Experiment, path: str) -> inference.Policy:
             "first: choose the variants of the checkpoint (model.paligemma_variant, model.action_expert_variant)"
         )
     print("\n".join(weights.report(opened, found, model)), flush=True)
-    mesh.use_compilation_cache(cfg.runs_dir)
+    compilation.use_cache()
     devices = mesh.make_devices(1, jax.local_devices()[:1])
     wanted = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.parameter(x.shape, x.dtype))

@@ -4,8 +4,14 @@
     params       {'params': tree}, openpi's form; the averaged parameters if there are any
     train_state  step, optimiser state, target; the raw parameters where `params` is an average
     loop         small JSON: what the step loop had not written out yet
+    manifest.json  length and sha256 of every file (hvd.train.manifest); compared before a run goes on from it
+    kept         an earlier keep_period kept it for ever: it stays under another one
+
+A checkpoint that is not whole is never gone on from: it is renamed <steps done>.broken, and the newest whole one is
+taken. On gs:// there is no manifest: the store has checksums of its own.
 """
 
+import itertools
 import logging
 import os
 import sys
@@ -19,11 +25,13 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from hvd import files
 from hvd.errors import UserError
-from hvd.train import host_memory
+from hvd.train import host_memory, manifest
 from hvd.train import run_dir as runs
 from hvd.train.state import Graph, TrainState, join
 
 _ITEMS = ("params", "train_state", "loop")
+_NEEDED = ("params/_METADATA", "train_state/_METADATA", "loop/metadata")  # of a checkpoint without a manifest
+_KEPT = "kept"
 
 
 class _RaisedAnyway(logging.Filter):
@@ -55,13 +63,15 @@ class Checkpoints:
     Args:
         run_dir: the run's folder.
         graph: splits the parameters when restoring.
-        keep_period: checkpoints at its multiples are kept; of all others only the newest. 0 = only the newest.
+        keep_period: checkpoints at its multiples are kept; of all others only the newest. 0 = only the newest. What
+            `keep_older` has marked stays in any case.
     """
 
     def __init__(self, run_dir: os.PathLike | str, graph: Graph, keep_period: int):
         self.folder = _folder(run_dir)
-        self._graph = graph
-        keep: list[Any] = [policies.LatestN(1)]
+        self._graph, self._saving = graph, 0
+        marked = [step for step in _steps(self.folder) if (self.folder / str(step) / _KEPT).exists()]
+        keep: list[Any] = [policies.LatestN(1), policies.CustomSteps(marked)]
         if keep_period > 0:
             keep.append(policies.EveryNSteps(keep_period))
         options = ocp.CheckpointManagerOptions(
@@ -69,12 +79,73 @@ class Checkpoints:
             save_decision_policy=policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            # by the process that makes a checkpoint whole, in the thread that does it, before it has its name
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=_ITEMS)
 
     def latest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
+        """Step of the newest checkpoint that was saved to its end."""
         return self._manager.latest_step()
+
+    def newest_whole(self) -> int:
+        """Step of the newest checkpoint that is as it was saved; 0 where there is none at all. By one process.
+
+        Newer ones that are damaged are named and renamed.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole; nothing is renamed then.
+        """
+        broken: list[tuple[int, UserError]] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            problem = self._damage(step)
+            if problem is None:
+                break
+            broken.append((step, problem))
+        else:
+            if broken:
+                raise UserError(f"{broken[0][1]}; no other checkpoint is whole: bring one back, or --overwrite the run")
+            return 0
+        for other, problem in broken:
+            path = self.folder / str(other)
+            numbers = itertools.count(2)
+            aside = self.folder / f"{other}.broken"
+            while aside.exists():
+                aside = self.folder / f"{other}.broken{next(numbers)}"
+            path.rename(aside)
+            print(
+                f"warning: checkpoint {other}: {problem}; left aside as {aside.name}, going on from {step}", flush=True
+            )
+        return step
+
+    def look_again(self) -> None:
+        """Another process has renamed checkpoints; by every process."""
+        self._manager.reload()
+
+    def _damage(self, step: int) -> UserError | None:
+        """What is wrong with a checkpoint on a local disk, by its manifest where it has one."""
+        path = self.folder / str(step)
+        if not files.is_local(path):
+            return None
+        try:
+            saved = manifest.read(path)
+            if saved is None:
+                missing = [name for name in _NEEDED if not (path / name).exists()]
+                return UserError(f"{path / missing[0]} is missing") if missing else None
+            manifest.check_present(path, saved)
+            manifest.check_digests(path, saved, manifest.NAME)
+        except UserError as error:
+            return error
+        except OSError as error:
+            return UserError(f"{error.filename or path}: {error.strerror}")
+        return None
+
+    def _write_manifest(self) -> None:
+        if not files.is_local(self.folder):
+            return
+        for path in self.folder.iterdir():
+            if path.name.startswith(f"{self._saving}.orbax-checkpoint-tmp"):
+                manifest.write(path)
 
     def save(self, step: int, state: TrainState, loop: dict[str, Any]) -> None:
         """Start a save and return when the arrays have been copied out; the writing goes on in the background.
@@ -83,6 +154,7 @@ class Checkpoints:
         """
         items = _items(state)
         self.wait()  # two saves would hold two copies of the state
+        self._saving = step
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -100,18 +172,25 @@ class Checkpoints:
         host_memory.give_back()
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """(state, loop) of a step, placed as `like` (shapes with shardings of the current mesh) says."""
+        """(state, loop) of a step, placed as `like` (shapes with shardings of the current mesh) says.
+
+        Raises:
+            UserError: it is a checkpoint of another model, or, without a manifest, cannot be read.
+        """
         items = _items(like)
-        for name, tree in items.items():
-            _check_same(self.folder / str(step) / name, tree)
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=_restore_args(items["params"]),
-                train_state=_restore_args(items["train_state"]),
-                loop=ocp.args.JsonRestore(),
-            ),
-        )
+        try:
+            found = self._restored(step, items)
+        except (UserError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            path = self.folder / str(step)
+            if (path / manifest.NAME).exists():
+                raise
+            why = str(error).strip().partition("\n")[0][:200]
+            raise UserError(
+                f"checkpoint {path} cannot be read ({type(error).__name__}: {why}): move it away, and the run goes on "
+                "from the one before it; or --overwrite the run"
+            ) from error
         trained, frozen = self._graph.split(found["params"]["params"])
         rest = found["train_state"]
         state = TrainState(
@@ -124,8 +203,38 @@ class Checkpoints:
         )
         return state, found["loop"]
 
+    def _restored(self, step: int, items: dict[str, Any]) -> Any:
+        for name, tree in items.items():
+            _check_same(self.folder / str(step) / name, tree)
+        return self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=_restore_args(items["params"]),
+                train_state=_restore_args(items["train_state"]),
+                loop=ocp.args.JsonRestore(),
+            ),
+        )
+
     def close(self) -> None:
         self._manager.close()
+
+
+def keep_older(run_dir: os.PathLike | str, before: int, now: int) -> None:
+    """Mark what keep_period `before` has kept for ever and `now` would delete: it stays until the user deletes it."""
+    folder = _folder(run_dir)
+    steps = [step for step in _steps(folder) if before and step % before == 0 and (not now or step % now)]
+    for step in steps:
+        (folder / str(step) / _KEPT).touch()
+    if steps:
+        print(
+            f"keep_period was {before} and is {now}: the checkpoints {', '.join(map(str, steps))} in {folder} stay; "
+            "delete them yourself if they are not needed",
+            flush=True,
+        )
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
 def restore_params(run_dir: os.PathLike | str, step: int, like: Any) -> Any:

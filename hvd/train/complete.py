@@ -1,27 +1,29 @@
 """complete.json: the proof that a training run is complete, and the one function that every launcher asks.
 
-It is written last and atomically, and lists every file of the final checkpoint with its length and sha256, so that a
-run that was cut short, or whose checkpoint lost a file or a byte afterwards, is never taken for a whole one.
+It is written last and atomically, and lists every file of the final checkpoint, config.yaml and norm_stats.json with
+their lengths and sha256, so that a run that was cut short, or in which a file or a byte is another one since, is never
+taken for a whole one.
 Imports no jax: login nodes, gates and `hvd verify` call it.
 """
 
-import concurrent.futures
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 
+import msgspec
 from etils import epath
 
+from hvd import documents
 from hvd.configs import Experiment
 from hvd.errors import UserError
-from hvd.files import is_local, write_atomic
+from hvd.files import write_atomic
+from hvd.train import manifest
 from hvd.train import run_dir as runs
 
-_CHUNK = 4 << 20
 _FORMAT = 1
+_SETTINGS = (runs.CONFIG, runs.NORM_STATS)  # what says how the parameters are to be used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,10 @@ class Complete:
         digest: sha256 over the manifest: names the parameters that later stages depend on.
         files: path relative to the run folder -> (bytes, sha256).
         inputs: digests of what the run was trained on (datasets, the value run).
+        settings: config.yaml and norm_stats.json, as `files`; {} in a run of an older version.
     """
 
-    stage: str
+    stage: runs.Stage
     step: int
     config_hash: str
     version: str
@@ -43,65 +46,78 @@ class Complete:
     digest: str
     files: dict[str, tuple[int, str]]
     inputs: dict[str, str]
+    settings: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         return sum(size for size, _ in self.files.values())
 
 
+class _Form(msgspec.Struct):
+    stage: runs.Stage
+    step: documents.Count
+    config_hash: str
+    version: str
+    digest: str
+    files: dict[str, manifest.File]
+    inputs: dict[str, str]
+    finite: bool | None = None
+    settings: dict[str, manifest.File] = {}
+
+
 def write_complete(
     run_dir: os.PathLike | str,
     *,
-    stage: str,
+    stage: runs.Stage,
     step: int,
     config_hash: str,
     inputs: Mapping[str, str],
     finite: bool,
 ) -> Complete:
-    """Hash the checkpoint of `step` and write complete.json; by one process, once the checkpoint is on disk."""
+    """complete.json for the checkpoint of `step`; by one process, once the checkpoint is on disk.
+
+    The digests are those that were made when it was saved: what has changed since is found by `check_complete`.
+    """
     root = epath.Path(run_dir)
     folder = root / runs.CHECKPOINTS / str(step)
-    names = sorted(os.path.relpath(os.fspath(p), os.fspath(root)) for p in _walk(folder))
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        files = dict(zip(names, pool.map(lambda name: _hash(root / name), names), strict=True))
+    saved = dict(manifest.read(folder) or {})
+    saved |= manifest.hashed(folder, manifest.names(folder) - saved.keys())
+    files = {f"{runs.CHECKPOINTS}/{step}/{name}": saved[name] for name in sorted(saved)}
+    settings = manifest.hashed(root, _SETTINGS)
+    found = Complete(
+        stage, step, config_hash, runs.code_version(), finite, manifest.digest(files), files, dict(inputs), settings
+    )
     record = {
         "format": _FORMAT,
         "stage": stage,
         "step": step,
         "finite": finite,
         "config_hash": config_hash,
-        "version": runs.code_version(),
+        "version": found.version,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inputs": dict(inputs),
-        "digest": _digest(files),
-        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()},
+        "digest": found.digest,
+        "settings": manifest.to_plain(settings),
+        "files": manifest.to_plain(files),
     }
     write_atomic(root / runs.COMPLETE, json.dumps(record, indent=1))
-    return Complete(stage, step, config_hash, record["version"], finite, record["digest"], files, dict(inputs))
+    return found
 
 
 def read_complete(run_dir: os.PathLike | str) -> Complete:
     """complete.json as it stands, nothing checked against the disk; UserError when it is missing or not readable."""
     path = epath.Path(run_dir) / runs.COMPLETE
-    if not path.exists():
-        raise UserError(f"{run_dir} is not complete: {_why_incomplete(epath.Path(run_dir))}")
     try:
-        data = json.loads(path.read_text())
-        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in data["files"].items()}
-        found = Complete(
-            stage=data["stage"],
-            step=int(data["step"]),
-            config_hash=data["config_hash"],
-            version=data["version"],
-            finite=data["finite"] is True,
-            digest=data["digest"],
-            files=files,
-            inputs=dict(data["inputs"]),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): train the run again") from error
-    if not files or _digest(files) != found.digest:
+        data = documents.decode(documents.read_bytes(path), _Form, f"{path} is damaged")
+    except FileNotFoundError:
+        raise UserError(f"{run_dir} is not complete: {_why_incomplete(epath.Path(run_dir))}") from None
+    fields = {f.name: getattr(data, f.name) for f in dataclasses.fields(Complete)}
+    files, settings = (manifest.from_plain(part, f"{path} is damaged") for part in (data.files, data.settings))
+    found = Complete(**fields | {"finite": data.finite is True, "files": files, "settings": settings})
+    if not files or manifest.digest(files) != found.digest:
         raise UserError(f"{path} is damaged: its list of files does not have the digest that it states")
+    if settings and settings.keys() != set(_SETTINGS):
+        raise UserError(f"{path} is damaged: its settings are not {' and '.join(_SETTINGS)}")
     return found
 
 
@@ -119,8 +135,9 @@ def check_complete(
         stage: the stage that it must be of.
         cfg: with `stage`: the config it must have been trained with; its number of steps is then expected.
         step: the expected number of steps, when there is no `cfg`.
-        digests: also read every file of the checkpoint and compare its sha256 (otherwise presence and length only);
-            once a process, as long as complete.json and the files' lengths and times stay what they were.
+        digests: also read every file of the checkpoint and compare its sha256 (otherwise presence and length only;
+            config.yaml and norm_stats.json are always read); once a process, as long as complete.json and the files'
+            lengths and times stay what they were.
     """
     root = epath.Path(run_dir)
     if not root.exists():
@@ -137,13 +154,10 @@ def check_complete(
         raise UserError(f"{root} is complete at step {found.step}, but the config asks for {step} steps")
     if not any(name.startswith(f"{runs.CHECKPOINTS}/{found.step}/params/") for name in found.files):
         raise UserError(f"{root / runs.COMPLETE} is damaged: it lists no parameters of step {found.step}")
-    seen = found.digest, tuple(_check_present(root / name, size) for name, (size, _) in found.files.items())
+    _check_settings(root, found)
+    seen = found.digest, manifest.check_present(root, found.files)
     if digests and _verified.get(os.fspath(root)) != seen:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            hashes = pool.map(lambda name: _hash(root / name), found.files)
-            for (name, (_, expected)), (_, digest) in zip(found.files.items(), hashes, strict=True):
-                if digest != expected:
-                    raise UserError(f"{root / name} is corrupted: its sha256 is not the one in {runs.COMPLETE}")
+        manifest.check_digests(root, found.files, runs.COMPLETE)
         _verified[os.fspath(root)] = seen
     return found
 
@@ -151,15 +165,23 @@ def check_complete(
 _verified: dict[str, tuple] = {}  # run -> what check_complete saw when it had read every byte
 
 
-def _check_present(path: epath.Path, size: int) -> tuple[int, float]:
-    """The file is there with its length; its length and the time of its last change."""
-    if not path.exists():
-        raise UserError(f"{path} is missing: the checkpoint is not whole, train the run again")
-    stat = path.stat()
-    if stat.length != size:
-        raise UserError(f"{path} has {stat.length} bytes instead of {size}: the checkpoint is damaged")
-    changed = os.stat(path).st_mtime_ns if is_local(path) else stat.mtime
-    return stat.length, changed
+def _check_settings(root: epath.Path, found: Complete) -> None:
+    """UserError unless config.yaml and norm_stats.json are those that the run was trained with."""
+    for name in _SETTINGS:
+        if not (root / name).exists():
+            raise UserError(f"{root / name} is missing: the run is not whole; delete {root} and train it again")
+    if found.settings:
+        manifest.check_present(root, found.settings)
+        manifest.check_digests(root, found.settings, runs.COMPLETE)
+        return
+    from hvd.data import normalize
+
+    record = runs.read(root)
+    if record is None or runs.config_hash(record.config, found.stage) != found.config_hash:
+        raise UserError(f"{root / runs.CONFIG} is not the config that the run was trained with ({runs.COMPLETE})")
+    stats = runs.stats_digest(normalize.load(root / runs.NORM_STATS))
+    if found.inputs.get("norm_stats", stats) != stats:
+        raise UserError(f"{root / runs.NORM_STATS} is not what the run was trained with ({runs.COMPLETE})")
 
 
 def main(cfg: Experiment) -> None:
@@ -209,25 +231,3 @@ def _why_incomplete(root: epath.Path) -> str:
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
     at = f"its last checkpoint is at step {max(steps)}" if steps else "it has no checkpoint"
     return f"there is no {runs.COMPLETE}, {at}; run the stage again, it goes on from there"
-
-
-def _walk(folder: epath.Path) -> Iterable[epath.Path]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _walk(entry)
-        else:
-            yield entry
-
-
-def _hash(path: epath.Path) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return size, digest.hexdigest()
-
-
-def _digest(files: Mapping[str, tuple[int, str]]) -> str:
-    lines = "".join(f"{name} {size} {digest}\n" for name, (size, digest) in sorted(files.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()

@@ -22,7 +22,7 @@ from hvd.errors import UserError
 from hvd.models import precision
 from hvd.models.pi0 import Pi0
 from hvd.models.value import ValueModel
-from hvd.train import checkpoints, complete, mesh, state
+from hvd.train import checkpoints, compilation, complete, mesh, state
 from hvd.train import run_dir as runs
 from hvd.train.mesh import Devices
 from hvd.train.state import Graph, Tree
@@ -128,7 +128,7 @@ def load_policy(run: Experiment | os.PathLike | str, *, devices: Devices | None 
     """The policy of a run folder, or of an experiment (its policy_dir). UserError unless the run is complete."""
     cfg, transform, step, folder = _open(run, "policy")
     graph = Graph(lambda rngs: Pi0(cfg.model, rngs), dtype_of=precision.inference(cfg.model.dtype))
-    params = _params(graph, folder, step, devices or _local(cfg))
+    params = _params(graph, folder, step, devices or _local())
     # The velocity of padded dims has no meaning: without it they keep the noise they start from, which is 0
     keep = pad_mask(cfg)
     head = params["action_out_proj"]
@@ -143,7 +143,7 @@ def load_value(run: Experiment | os.PathLike | str, *, devices: Devices | None =
     cfg, transform, step, folder = _open(run, "value")
     dtype_of = precision.inference(cfg.model.dtype)
     graph = Graph(lambda rngs: ValueModel(cfg.model, cfg.levels(), rngs), dtype_of=dtype_of)
-    devices = devices or _local(cfg)
+    devices = devices or _local()
     return ValueFunction(cfg, transform, graph, _params(graph, folder, step, devices), devices)
 
 
@@ -154,8 +154,8 @@ def pad_mask(cfg: Experiment) -> Float32[np.ndarray, " a"]:
     return mask
 
 
-def _local(cfg: Experiment) -> Devices:
-    mesh.use_compilation_cache(cfg.runs_dir)
+def _local() -> Devices:
+    compilation.use_cache()
     return mesh.make_devices(1, jax.local_devices()[:1])
 
 

@@ -3,13 +3,14 @@
 Every finding is a UserError that names the field. Nothing is changed, and nothing large is fetched. Imports no jax.
 """
 
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from hvd import mixture
 from hvd.configs import Experiment
 from hvd.errors import UserError
+from hvd.files import full_disk
 from hvd.storage import cache as storage
 
 
@@ -65,13 +66,21 @@ def _goes_on(cfg: Experiment, stage: str) -> bool:
     return has_checkpoint(getattr(cfg, f"{stage}_dir"))
 
 
-def check_writable(folder: str) -> None:
-    """Raise UserError where `folder`, or the nearest existing folder above it, cannot be written. Touches nothing."""
+def check_writable(folder: str, option: str = "--runs_dir") -> None:
+    """Raise UserError where nothing can be written into `folder`, or into the nearest existing folder above it.
+
+    A file without a name is made there, and nothing stays. `option` sets another folder.
+    """
     if "://" in folder:
         return
     path = Path(folder).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"{existing} is no folder; set --runs_dir")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{existing} cannot be written; set --runs_dir")
+    try:
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not existing.is_dir():
+            raise UserError(f"{existing} is no folder; set {option}")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        full = full_disk(error) is not None
+        advice = f"free some or set {option}" if full else f"set {option}, or look at the folder's owner and rights"
+        raise UserError(f"{folder} cannot be written ({error.strerror}); {advice}") from error

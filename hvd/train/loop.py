@@ -16,19 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from hvd.configs import Experiment, StageConfig
-from hvd.data import normalize
 from hvd.data.loader import Loader
-from hvd.errors import EXIT_LOST, EXIT_USER, Failed, Lost, UserError
+from hvd.errors import Failed, UserError
 from hvd.runtime import owner, preemption, records, watchdog
-from hvd.train import complete, host_memory, state
+from hvd.train import checkpoints, claim, complete, host_memory, state
 from hvd.train import run_dir as runs
-from hvd.train.checkpoints import Checkpoints
 from hvd.train.mesh import Devices
 from hvd.train.program import Batch, Metrics, Program
-from hvd.train.stage_data import StageData
 from hvd.train.state import TrainState
 from hvd.train.telemetry import Telemetry
 
@@ -58,54 +54,6 @@ class Job:
     validation: Callable[[], list[Batch]]
 
 
-def already_complete(folder: str, cfg: Experiment, stage: runs.Stage) -> bool:
-    """True, and says so, if the run is complete at the configured step; UserError if it is damaged or longer."""
-    if not (epath.Path(folder) / runs.COMPLETE).exists():
-        return False
-    found = complete.read_complete(folder)
-    steps = getattr(cfg, stage).num_train_steps
-    if found.step < steps:
-        return False  # it is to be continued
-    complete.check_complete(folder, stage=stage, cfg=cfg)
-    print(f"{folder}: complete at step {found.step}, nothing to do", flush=True)
-    return True
-
-
-def claim(data: StageData, folder: str, devices: Devices, inputs: dict[str, str], *, overwrite: bool) -> None:
-    """Make the folder this run's (--overwrite: emptied first): config.yaml and the norm stats are written.
-
-    Raises:
-        UserError: another job works on it, it holds another run, or what --overwrite does not delete; nothing is
-            changed then.
-        Lost: whether another job works on it cannot be found out.
-    """
-    cfg, stage = data.cfg, data.stage
-    runs.check_startable(folder, cfg, stage, inputs, overwrite=overwrite)
-    devices.barrier("checked")  # no process writes before all have looked
-    _claim_owner(folder, devices)
-    if devices.is_main:
-        if overwrite:
-            runs.delete(folder)
-        runs.write_config(folder, cfg, stage, inputs)
-        records.tell_begun(folder)
-        normalize.save(epath.Path(folder) / runs.NORM_STATS, data.transform.stats, data.made_of)
-    devices.barrier("claimed")
-
-
-def _claim_owner(folder: str, devices: Devices) -> None:
-    """Claim the folder for this job; where the main process is refused, all of them end."""
-    refused: UserError | Lost | None = None
-    if devices.is_main:
-        try:
-            owner.claim(folder)
-        except (UserError, Lost) as error:
-            refused = error
-    code = {UserError: EXIT_USER, Lost: EXIT_LOST}.get(type(refused), 0)
-    code = int(devices.from_main(np.asarray(code)))
-    if code:
-        raise refused or (Lost if code == EXIT_LOST else UserError)(f"{folder}: the main process says why")
-
-
 def run(job: Job) -> None:
     """Train to the end: complete.json is written, or `Stopped`, `Failed` or `UserError` is raised."""
     began = time.perf_counter()
@@ -116,9 +64,10 @@ def run(job: Job) -> None:
         if devices.is_main:
             stack.callback(owner.release, job.folder)
             records.tell_run(job.stage, job.folder, steps)
-        checkpoints = Checkpoints(job.folder, job.program.graph, stage_cfg.keep_period)
-        stack.callback(checkpoints.close)
-        start = int(devices.from_main(np.asarray(checkpoints.latest() or 0)))
+        saves = checkpoints.Checkpoints(job.folder, job.program.graph, stage_cfg.keep_period)
+        stack.callback(saves.close)
+        start = claim.by_main(devices, job.folder, saves.newest_whole)
+        saves.look_again()
         if start > steps:
             raise UserError(f"{job.folder} is at step {start}, past {job.stage}.num_train_steps {steps}: raise it")
         loader = stack.enter_context(contextlib.closing(job.loader(start))) if start < steps else None
@@ -126,13 +75,13 @@ def run(job: Job) -> None:
         # --- the state, fresh or restored; a signal ends the run at once until there is something to save
         like = state.abstract(job.program.init, devices)
         if start:
-            train_state, carried = checkpoints.restore(start, like)
+            train_state, carried = saves.restore(start, like)
         else:
             train_state, carried = job.prepare(state.create(job.program.init, job.cfg.seed, like)), {}
         devices.poll("before the first step")
         stack.enter_context(preemption.deferred())
         if devices.is_main:
-            (epath.Path(job.folder) / runs.COMPLETE).unlink(missing_ok=True)  # a run that goes on is not complete
+            claim.go_on(job.folder, job.cfg, job.stage, job.inputs)
         telemetry = Telemetry(
             job.cfg,
             job.stage,
@@ -146,13 +95,13 @@ def run(job: Job) -> None:
         stack.callback(telemetry.close)
 
         # --- the steps
-        trainer = _Trainer(job, stage_cfg, checkpoints, telemetry, like, train_state, start)
+        trainer = _Trainer(job, stage_cfg, saves, telemetry, like, train_state, start)
         if loader is not None:
             trainer.train(loader, steps, began)
         trainer.validate_if_due(steps, last=True)
 
         # --- complete
-        checkpoints.wait()
+        saves.wait()
         finite = jax.jit(state.all_finite, out_shardings=devices.replicated)
         if not jax.device_get(finite((trainer.state.trained, trainer.state.frozen, trainer.state.ema))):
             raise Failed(f"{job.folder}: the parameters are not finite after {steps} steps; the run is not complete")
@@ -173,7 +122,7 @@ class _Trainer:
         self,
         job: Job,
         stage_cfg: StageConfig,
-        checkpoints: Checkpoints,
+        saves: checkpoints.Checkpoints,
         telemetry: Telemetry,
         like: TrainState,
         train_state: TrainState,
@@ -181,7 +130,7 @@ class _Trainer:
     ):
         self.state = train_state
         self._job, self._cfg, self._devices = job, stage_cfg, job.devices
-        self._checkpoints, self._telemetry = checkpoints, telemetry
+        self._saves, self._telemetry = saves, telemetry
         self._done = self._saved = start
         self._pending: tuple[int, Any, float] | None = None
         self._step = jitted_step(job.program, stage_cfg, job.devices, like)
@@ -258,8 +207,10 @@ class _Trainer:
     def _save(self) -> None:
         if self._saved == self._done:
             return
+        if self._devices.is_main:
+            owner.check(self._job.folder)
         self._telemetry.flush()
-        self._checkpoints.save(self._done, self.state, self._telemetry.state())
+        self._saves.save(self._done, self.state, self._telemetry.state())
         self._saved = self._done
         watchdog.progress()
 
@@ -267,7 +218,7 @@ class _Trainer:
         self._read()
         asked = time.perf_counter()
         self._save()
-        self._checkpoints.wait()
+        self._saves.wait()
         seconds, grace = round(time.perf_counter() - asked, 3), records.grace_seconds()
         told = {"save_seconds": seconds} | ({"grace_seconds": grace} if grace else {})
         self._telemetry.event("stop", step=self._done, signal=preemption.requested(), **told)

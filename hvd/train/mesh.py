@@ -27,7 +27,7 @@ from hvd.accelerators import MEMORY_FRACTION
 from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.runtime import preemption, processes
-from hvd.train import parameter_rules
+from hvd.train import compilation, parameter_rules
 
 MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # share of a GPU that jax may take
 
@@ -55,14 +55,6 @@ def initialize() -> None:
         initialization_timeout=processes.COLD_START_SECONDS,
         shutdown_timeout_seconds=60,
     )
-
-
-def use_compilation_cache(runs_dir: str) -> None:
-    """Keep compiled programs in $JAX_COMPILATION_CACHE_DIR, else <runs_dir>/.jax_cache: a restart compiles nothing."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", os.path.join(runs_dir, ".jax_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +164,7 @@ def start(cfg: Experiment, *, fsdp: int | None = None) -> Devices:
         be_deterministic()
     initialize()
     check_gpus()
-    use_compilation_cache(cfg.runs_dir)
+    compilation.use_cache()
     return make_devices(cfg.fsdp_devices if fsdp is None else fsdp, nodes=_nodes())
 
 

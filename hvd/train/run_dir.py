@@ -22,10 +22,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 from etils import epath
 
-from hvd import mixture
+from hvd import documents, mixture
 from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.fields import Mark, from_plain, is_default, marks, to_plain
@@ -37,6 +38,7 @@ CONFIG = "config.yaml"
 NORM_STATS = "norm_stats.json"
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
+_LIMIT = 16 << 20  # bytes of config.yaml
 
 
 # --------------------------------------------------------------------------------------------------- whose run is it
@@ -85,6 +87,13 @@ def differing(cfg: Experiment, other: Experiment, stage: Stage) -> list[str]:
     ]
 
 
+class _Form(msgspec.Struct):
+    stage: Stage
+    version: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """What config.yaml says about a run."""
@@ -98,14 +107,14 @@ class Record:
 def read(run_dir: os.PathLike | str) -> Record | None:
     """The run's config.yaml, or None where there is none; UserError when the file is not one of ours."""
     path = epath.Path(run_dir) / CONFIG
-    if not path.exists():
-        return None
     try:
-        data = yaml.safe_load(path.read_text())
-        stage, version, config, inputs = data["stage"], data["version"], data["config"], data["inputs"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the config of a run: {error}") from error
-    return Record(stage, version, from_plain(Experiment, config, str(path)), dict(inputs))
+        text = documents.read_bytes(path, _LIMIT).decode()
+        data = documents.convert(yaml.safe_load(text), _Form, f"{path} is not the config of a run")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not the config of a run: {str(error) or 'nested too deeply'}") from None
+    return Record(data.stage, data.version, from_plain(Experiment, data.config, str(path)), data.inputs)
 
 
 def has_checkpoint(run_dir: os.PathLike | str) -> bool:
@@ -184,6 +193,12 @@ def delete(run_dir: os.PathLike | str) -> None:
         else:
             entry.unlink(missing_ok=True)
     (path / CONFIG).unlink(missing_ok=True)
+
+
+def stats_digest(stats: Mapping[str, Any]) -> str:
+    """sha256 of the numbers of norm stats (hvd.data.normalize.Stats)."""
+    content = {key: value.lists() for key, value in stats.items()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache

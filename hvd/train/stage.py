@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 
 from hvd.configs import Experiment
 from hvd.runtime import records
-from hvd.train import flops, loop, mesh, pretrained, stage_data
+from hvd.train import claim, flops, loop, mesh, pretrained, stage_data, telemetry
 from hvd.train import run_dir as runs
-from hvd.train.inputs import check_weights
+from hvd.train.inputs import check_weights, check_writable
 from hvd.train.mesh import Devices
 from hvd.train.program import Program
 from hvd.train.stage_data import StageData, Weights
@@ -42,8 +42,10 @@ def run_stage(
 
     # --- what can be refused before anything heavy
     runs.check_startable(folder, cfg, stage, predecessors, overwrite=overwrite)
-    if not overwrite and loop.already_complete(folder, cfg, stage):
+    if not overwrite and claim.already_complete(folder, cfg, stage):
         return
+    check_writable(folder)
+    telemetry.check_wandb(cfg)
     check_weights(cfg, (stage,), overwrite=overwrite)
     devices = mesh.start(cfg)
     devices.check_batch(stage_cfg.batch_size, stage_cfg.grad_accum_steps, stage)
@@ -58,7 +60,7 @@ def run_stage(
     # --- the run's folder, and the loop
     program = make_program(cfg, devices, data.transform.stats["state"].dim)
     prepare = pretrained.ready(cfg, stage, program.graph, overwrite=overwrite)
-    loop.claim(data, folder, devices, inputs, overwrite=overwrite)
+    claim.take(data, folder, devices, inputs, overwrite=overwrite)
     loop.run(
         loop.Job(
             cfg=cfg,

@@ -1,8 +1,6 @@
 """What a stage trains on: its datasets, their split, the shares of a batch, and the streams of batches made of them."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 
 import jax
@@ -143,7 +141,7 @@ def open_data(cfg: Experiment, stage: runs.Stage) -> StageData:
     for name, data in datasets.items():
         train[name], val[name] = split_episodes(data, cfg.evaluate.val_fraction, cfg.seed)
     parts = mixture.parts(cfg, stage, {name: len(rows) for name, rows in train.items()})
-    inputs = {name: data.digest for name, data in datasets.items()} | {"norm_stats": stats_digest(stats)}
+    inputs = {name: data.digest for name, data in datasets.items()} | {"norm_stats": runs.stats_digest(stats)}
     return StageData(
         cfg,
         stage,
@@ -169,12 +167,6 @@ def open_dataset(cfg: Experiment, name: str) -> Dataset:
     if name not in named:
         raise UserError(f"config {cfg.name}: {mixture.field(name)} is needed here; set {mixture.field(name)}.repo_id")
     return Dataset.open(named[name], cameras=cfg.model.cameras, robot=cfg.robot, horizon=cfg.model.action_horizon)
-
-
-def stats_digest(stats: normalize.Stats) -> str:
-    """sha256 of the numbers of norm stats."""
-    content = {key: value.lists() for key, value in stats.items()}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _split(rows: int, parts: Mapping[str, float]) -> dict[str, int]:

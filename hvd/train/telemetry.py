@@ -10,6 +10,7 @@ Metrics that depend on the machine and not on the run start with "time/" or "mem
 
 import contextlib
 import datetime
+import importlib.util
 import os
 import resource
 import socket
@@ -74,9 +75,10 @@ class Telemetry:
         if not is_main:
             return
         root = epath.Path(folder)
-        self._writers = [_wandb(self._stack, cfg, stage, root)] if cfg.wandb else []
+        before = files.read_lines(root / "events.jsonl")
+        self.restarts = sum(line.get("event") == "start" for line in before)
+        self._writers = [_wandb(self._stack, cfg, stage, root, again=self.restarts > 0)] if cfg.wandb else []
         self._events = self._lines(root / "events.jsonl", lambda line: True)
-        self.restarts = sum(line.get("event") == "start" for line in self._events.records())
         self._metrics = self._lines(root / "metrics.jsonl", lambda line: _belongs(line, start))
         if stage_cfg.trace_samples:
             self._samples = self._lines(root / "samples.jsonl", lambda line: line["step"] < start)
@@ -204,21 +206,51 @@ def _tensorboard(stack: contextlib.ExitStack, folder: epath.Path, start: int) ->
     return write
 
 
-def _wandb(stack: contextlib.ExitStack, cfg: Experiment, stage: str, folder: epath.Path) -> Callable[..., None]:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError("wandb is set, but the package wandb is not installed: install hvd[wandb]") from error
+def check_wandb(cfg: Experiment) -> None:
+    """UserError where the run is to log to W&B and its package is not there."""
+    if cfg.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb is set, but the package wandb is not installed: install hvd[wandb]")
+
+
+def _wandb(
+    stack: contextlib.ExitStack, cfg: Experiment, stage: str, folder: epath.Path, *, again: bool
+) -> Callable[..., None]:
+    """Logs to the run's W&B run. Where W&B cannot be reached, a run that is gone on with (`again`) keeps its log here.
+
+    Raises:
+        UserError: it cannot be reached when the run starts.
+    """
+    check_wandb(cfg)
+    import wandb  # pyright: ignore[reportMissingImports]
+
     marker = folder / "wandb_id.txt"
     known = marker.read_text().strip() if marker.exists() else None
-    run = wandb.init(
-        project="hvd",
-        name=f"{cfg.exp_name or cfg.name}/{stage}",
-        id=known,
-        resume="allow",
-        config=to_plain(cfg),
-        dir=os.fspath(folder) if files.is_local(folder) else None,
-    )
+
+    def begin(**mode: str) -> Any:
+        return wandb.init(
+            project="hvd",
+            name=f"{cfg.exp_name or cfg.name}/{stage}",
+            id=known,
+            resume="allow",
+            config=to_plain(cfg),
+            dir=os.fspath(folder) if files.is_local(folder) else None,
+            **mode,
+        )
+
+    def nothing(done: int, split: str, metrics: Mapping[str, float]) -> None:
+        pass
+
+    try:
+        run = begin()
+    except Exception as error:  # of wandb's own kinds, or of the network's
+        why = f"W&B cannot be used ({' '.join(str(error).split())[:200] or type(error).__name__})"
+        if not again:
+            raise UserError(f"{why}: log in (wandb login), set WANDB_MODE=offline, or leave --wandb out") from error
+        print(f"warning: {why}; the training goes on and logs in {folder} alone", flush=True)
+        try:
+            run = begin(mode="offline")
+        except Exception:
+            return nothing
     if known is None:
         files.write_atomic(marker, run.id)
     stack.callback(run.finish)

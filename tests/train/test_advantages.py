@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,10 +15,10 @@ from jax.sharding import AbstractMesh
 
 from hvd.data.dataset import split_episodes
 from hvd.data.loader import Batcher, SampleSpec, Source
-from hvd.errors import Stopped, UserError
+from hvd.errors import Lost, Stopped, UserError
 from hvd.method import advantages, extraction, policy, weights
 from hvd.method.table import Advantages
-from hvd.train import inference, mesh, stage_data, value_pass
+from hvd.train import complete, inference, mesh, stage_data, value_pass
 from hvd.train import run_dir as runs
 from hvd.train.mesh import Devices
 
@@ -183,3 +185,69 @@ def test_refuses_other_norm_stats(copied):
 def test_imitation_has_none(trained, capsys):
     advantages.main(with_policy(trained, weighting="none"))
     assert "imitation needs no advantages" in capsys.readouterr().out
+
+
+SECOND_RUN = """
+import sys, json
+from pathlib import Path
+from tests.train import factory
+from hvd.method import advantages
+cfg = factory.experiment(Path(sys.argv[1]), runs_dir=sys.argv[2], policy={"weight_clip": 0.9})
+print("here", flush=True)
+advantages.main(cfg)
+"""
+
+
+def test_two_runs_that_share_the_table_have_each_its_own_weights(copied, data_folder, monkeypatch):
+    """While one run has not read its table yet, another one with another weighting waits."""
+    alone = Advantages.read(copied.advantages_dir)
+    read, second = Advantages.read, []
+
+    def while_another_starts(folder):
+        if not second:
+            command = [sys.executable, "-c", SECOND_RUN, str(data_folder), copied.runs_dir]
+            second.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            assert second[0].stdout.readline() == "here\n"
+            seen = iter(second[0].stdout.readline, "")
+            assert any("waiting for another run of this experiment" in line for line in seen)
+        return read(folder)
+
+    monkeypatch.setattr(Advantages, "read", while_another_starts)
+    data = {"suboptimal": stage_data.open_dataset(copied, "suboptimal")}
+    value = complete.check_complete(copied.value_dir, stage="value", cfg=copied)
+    found = advantages.ensured(copied, mesh.make_devices(1), value, data)
+    np.testing.assert_array_equal(found.omega, alone.omega)
+    with second[0]:
+        assert second[0].wait(120) == 0, second[0].stdout.read()
+    assert float(read(copied.advantages_dir).omega.max()) <= 0.9 < float(alone.omega.max())
+
+
+def test_a_table_that_another_run_has_written_all_the_same_is_not_used(copied, monkeypatch):
+    """Storage without locks: the run ends with a code that is tried again, and not with another's weights."""
+    other = with_policy(copied, weight_clip=0.9)
+    data = {"suboptimal": stage_data.open_dataset(copied, "suboptimal")}
+    value = complete.check_complete(copied.value_dir, stage="value", cfg=copied)
+    ensure = advantages.ensure
+
+    def both(cfg, *args):
+        meta = ensure(cfg, *args)
+        ensure(other, *args)
+        return meta
+
+    monkeypatch.setattr(advantages, "ensure", both)
+    with pytest.raises(Lost, match="has written its own advantages"):
+        advantages.ensured(copied, mesh.make_devices(1), value, data)
+
+
+def test_what_a_killed_pass_left_is_removed(copied):
+    folder = Path(copied.advantages_dir)
+    (folder / "meta.json").unlink()
+    (folder / ".advantages.parquet.0123456789abcdef.tmp").write_text("half")
+    (folder / ".advantages.parquet.notes").write_text("mine")
+    advantages.main(copied)
+    assert {p.name for p in folder.iterdir()} == {
+        "advantages.parquet",
+        "meta.json",
+        "shards",
+        ".advantages.parquet.notes",
+    }

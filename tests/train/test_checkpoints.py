@@ -1,6 +1,8 @@
 """Checkpoints: what is restored is what was saved, even when training went on meanwhile; other models are named."""
 
 import dataclasses
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -150,3 +152,105 @@ def test_unfinished_save_is_no_checkpoint(graph, tmp_path):
     again.wait()
     assert again.latest() == 2
     again.close()
+
+
+# ------------------------------------------------------------------------------------- going on from what is whole
+
+
+@pytest.fixture
+def saved(graph, tmp_path):
+    """A run with the checkpoints 2 and 4."""
+    run, _ = start(graph)
+    saves = Checkpoints(tmp_path, graph, 2)
+    for step in (2, 4):
+        saves.save(step, run, {})
+    saves.wait()
+    saves.close()
+    return saves.folder
+
+
+def largest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file() and p.parent.name == "d"), key=lambda p: p.stat().st_size)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+
+
+BROKEN = {
+    "one bit of an array": lambda f: flip(largest(f)),
+    "one bit of the loop's state": lambda f: flip(f / "loop" / "metadata"),
+    "an array cut in half": lambda f: os.truncate(largest(f), largest(f).stat().st_size // 2),
+    "no description of the parameters": lambda f: (f / "params" / "_METADATA").unlink(),
+    "no optimiser state": lambda f: shutil.rmtree(f / "train_state"),
+    "an empty folder": lambda f: (shutil.rmtree(f), f.mkdir()),
+    "a copy that broke off, no manifest": lambda f: (shutil.rmtree(f / "train_state"), (f / "manifest.json").unlink()),
+    "the manifest is no manifest": lambda f: (f / "manifest.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_the_newest_whole_checkpoint_is_gone_on_from(graph, tmp_path, saved, damage, capsys):
+    BROKEN[damage](tmp_path / "checkpoints" / "4")
+    saves = Checkpoints(tmp_path, graph, 2)
+    assert saves.newest_whole() == 2
+    said = capsys.readouterr().out
+    assert said.startswith("warning: checkpoint 4: ") and said.count("\n") == 1 and "4.broken" in said
+    assert {p.name for p in saved.iterdir()} == {"2", "4.broken"}, "nothing is deleted"
+    saves.look_again()
+    run, like = start(graph)
+    assert same(saves.restore(2, like)[0], run)
+    saves.save(4, run, {})
+    saves.wait()
+    assert saves.newest_whole() == 4
+    saves.close()
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_touched(graph, tmp_path, saved):
+    for step in ("2", "4"):
+        flip(largest(tmp_path / "checkpoints" / step))
+    saves = Checkpoints(tmp_path, graph, 2)
+    with pytest.raises(UserError, match=r"checkpoints/4/.* is corrupted.*no other checkpoint is whole"):
+        saves.newest_whole()
+    assert {p.name for p in saved.iterdir()} == {"2", "4"}
+    saves.close()
+
+
+def test_a_checkpoint_of_an_older_version_has_no_manifest(graph, tmp_path, saved):
+    (tmp_path / "checkpoints" / "4" / "manifest.json").unlink()
+    saves = Checkpoints(tmp_path, graph, 2)
+    assert saves.newest_whole() == 4
+    run, like = start(graph)
+    assert same(saves.restore(4, like)[0], run)
+    os.truncate(tmp_path / "checkpoints" / "4" / "params" / "_METADATA", 20)
+    with pytest.raises(UserError, match=r"checkpoint .*/4 cannot be read .*move it away"):
+        saves.restore(4, like)
+    saves.close()
+
+
+def test_a_new_run_has_no_checkpoint_to_check(graph, tmp_path):
+    saves = Checkpoints(tmp_path, graph, 2)
+    assert saves.newest_whole() == 0
+    saves.close()
+
+
+def test_what_was_kept_for_ever_stays_under_another_keep_period(graph, tmp_path, capsys):
+    run, _ = start(graph)
+    saves = Checkpoints(tmp_path, graph, 2)
+    for step in (2, 3, 4, 5):
+        saves.save(step, run, {})
+    saves.wait()
+    saves.close()
+    checkpoints.keep_older(tmp_path, 2, 5)
+    assert "the checkpoints 2, 4 in" in capsys.readouterr().out
+    for first in (6, 9):  # also for the run after the next one, which has no other keep_period any more
+        saves = Checkpoints(tmp_path, graph, 5)
+        for step in range(first, first + 3):
+            saves.save(step, run, {})
+        saves.wait()
+        saves.close()
+        checkpoints.keep_older(tmp_path, 5, 5)
+    assert sorted(int(p.name) for p in saves.folder.iterdir()) == [2, 4, 5, 10, 11]
+    assert capsys.readouterr().out == ""

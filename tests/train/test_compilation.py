@@ -1,11 +1,16 @@
-"""Nothing is compiled again once a run is under way: not for steps, validation or saves (B5)."""
+"""Nothing is compiled again once a run is under way: not for steps, validation or saves (B5). Compiled programs are
+kept where nobody else can put any.
+"""
+
+import os
+import stat
 
 import jax
 import pytest
 
 from hvd.data.loader import Loader
 from hvd.method import policy, value
-from hvd.train import stage_data
+from hvd.train import compilation, inference, stage_data
 
 
 @pytest.fixture
@@ -43,3 +48,59 @@ def test_nothing_is_compiled_again(fresh, compiled, stage):
     late = [found for found in during if 4 <= found[0] < 12]
     assert not late, late
     assert {step for step, _ in during if 1 < step < 4} <= {2}, during
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """cache() -> the folder that jax is told to keep programs in."""
+    told: dict[str, object] = {}
+    monkeypatch.setattr(compilation.jax.config, "update", told.__setitem__)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HVD_CACHE", str(tmp_path / "mine"))
+
+    def use() -> object:
+        compilation.use_cache()
+        return told["jax_compilation_cache_dir"]
+
+    return use
+
+
+def test_programs_are_kept_in_a_folder_of_the_users_own(cache, tmp_path, capsys):
+    assert cache() == str(tmp_path / "mine" / "jax")
+    assert stat.S_IMODE((tmp_path / "mine" / "jax").stat().st_mode) == 0o700
+    assert capsys.readouterr().out == ""
+
+
+def writable_parent(folder):
+    folder.mkdir(parents=True, mode=0o700)
+    folder.parent.chmod(0o777)
+
+
+def writable(folder):
+    folder.mkdir(parents=True)
+    folder.chmod(0o770)
+
+
+@pytest.mark.parametrize("make", [writable, writable_parent])
+@pytest.mark.parametrize("given", [True, False])
+def test_programs_that_others_may_have_put_there_are_not_run(cache, monkeypatch, tmp_path, capsys, make, given):
+    make(tmp_path / "mine" / "jax")
+    if given:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine" / "jax"))
+    assert cache() is None
+    assert "others may write to" in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_made_costs_time_only(cache, tmp_path, capsys):
+    (tmp_path / "mine").write_text("")
+    assert cache() is None
+    assert "compiled programs are not kept" in capsys.readouterr().out
+
+
+def test_a_run_does_not_bring_its_programs_along(copied, cache, monkeypatch):
+    """Neither by a folder of its own nor by what its config.yaml calls runs_dir."""
+    seen, use = [], compilation.use_cache
+    monkeypatch.setattr(compilation, "use_cache", lambda: seen.append(use()))
+    inference.load_policy(copied.policy_dir)
+    assert seen and not str(cache()).startswith(copied.runs_dir)
+    assert not os.path.exists(os.path.join(copied.runs_dir, ".jax_cache"))

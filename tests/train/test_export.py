@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -150,7 +153,7 @@ def test_nothing_else_is_overwritten(trained, fresh, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("")
     for name, line in (("mine", "holds something else"), ("file", "is a file"), ("file/below", "cannot be written")):
-        with pytest.raises(UserError, match=rf"--to .*{name}.* ?{line}|--to .*cannot be written"):
+        with pytest.raises(UserError, match=rf"--to .*{name}.* ?{line}|is no folder; set --to"):
             export.export(trained, Export(to=str(tmp_path / name)))
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(UserError, match="no run at"):
@@ -160,6 +163,28 @@ def test_nothing_else_is_overwritten(trained, fresh, tmp_path):
     with pytest.raises(UserError, match=r"--asset-id '\.\./up' is not the name"):
         export.export(trained, Export(to=str(tmp_path / "out"), asset_id="../up"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine"], "nothing half done is left"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from hvd import export
+from tests.train import factory
+cfg = factory.experiment(Path(sys.argv[1]), runs_dir=sys.argv[2])
+from hvd.data import normalize
+normalize.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+export.export(cfg, export.Export(to=sys.argv[3]))
+"""
+
+
+def test_what_a_killed_export_left_is_removed(trained, data_folder, tmp_path):
+    to = tmp_path / "out"
+    (tmp_path / ".other.0123456789abcdef.tmp").mkdir()
+    command = [sys.executable, "-c", KILLED, str(data_folder), trained.runs_dir, str(to)]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert not to.exists() and len(list(tmp_path.iterdir())) > 1
+    export.export(trained, Export(to=str(to)))
+    assert {p.name for p in tmp_path.iterdir()} == {"out", ".other.0123456789abcdef.tmp"}
 
 
 def test_the_command(trained, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import pytest
 
 from hvd import cli
 from hvd.errors import EXIT_HUNG, EXIT_LOST, Lost, UserError
-from hvd.runtime import owner, processes, records
+from hvd.runtime import heartbeat, owner, processes, records
 from hvd.runtime.processes import Group
 from hvd.train import loop, mesh
 from hvd.train import run_dir as runs
@@ -161,6 +161,18 @@ def other():
         process.wait()
 
 
+@pytest.fixture(autouse=True)
+def no_sign_of_life_stays():
+    yield
+    for folder in list(owner._beats):
+        owner.release(folder)
+
+
+def names(folder):
+    """Of the files in the folder, but for the sign of life that comes and goes."""
+    return {path.name for path in folder.iterdir() if heartbeat.FILE not in path.name}
+
+
 def hold(folder, held):
     folder.mkdir(exist_ok=True)
     (folder / runs.OWNER).write_text(json.dumps(dataclasses.asdict(held)))
@@ -182,7 +194,7 @@ def test_a_folder_is_claimed_once_and_released(tmp_path, other):
     process.kill()
     process.wait()
     owner.claim(folder)  # a dead one's
-    assert [path.name for path in folder.iterdir()] == [runs.OWNER]
+    assert names(folder) == {runs.OWNER}
 
 
 def test_a_process_id_that_came_again_is_another_process(tmp_path, other):
@@ -190,10 +202,53 @@ def test_a_process_id_that_came_again_is_another_process(tmp_path, other):
     owner.claim(tmp_path)
 
 
-def test_a_process_of_another_machine_is_believed_to_live(tmp_path, other):
-    hold(tmp_path, dataclasses.replace(other[0], machine="elsewhere", host="far"))
-    with pytest.raises(UserError, match=r"process \d+ on far.*if it is gone for good, delete .*owner.json"):
+def test_a_process_of_another_machine_without_a_sign_of_life_cannot_be_judged(tmp_path, other):
+    """As older versions left it: worth another attempt, and nothing is taken away from anybody."""
+    hold(tmp_path, dataclasses.replace(other[0], machine="elsewhere", host="far", beats=False))
+    with pytest.raises(Lost, match=r"process \d+ on far .*if it is gone for good, delete .*owner.json"):
         owner.claim(tmp_path)
+
+
+def test_after_a_power_loss_the_same_command_goes_on(tmp_path, other):
+    boot = "11111111-2222-3333-4444-555555555555 4026531836"
+    hold(tmp_path, dataclasses.replace(other[0], machine=boot, beats=False))
+    owner.claim(tmp_path)
+    assert json.loads((tmp_path / runs.OWNER).read_text())["pid"] == os.getpid()
+    owner.release(tmp_path)
+
+
+def test_a_process_of_a_container_shows_that_it_lives(tmp_path, monkeypatch, other):
+    """Its process id means nothing here: what counts is whether it still counts."""
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 1.0)
+    held = dataclasses.replace(other[0], machine=f"{other[0].machine}1", host="3f2a1b0c9d8e")
+    hold(tmp_path, held)
+    beat = heartbeat.Heartbeat(tmp_path, held.sign)
+    with pytest.raises(UserError, match="is being worked on by process"):
+        owner.claim(tmp_path)
+    beat.stop()
+    owner.claim(tmp_path)
+    owner.release(tmp_path)
+
+
+def test_who_stood_still_for_too_long_does_not_write_any_more(tmp_path, other):
+    owner.claim(tmp_path)
+    owner.check(tmp_path)
+    hold(tmp_path, other[0])
+    with pytest.raises(Lost, match=r"was taken over by process \d+"):
+        owner.check(tmp_path)
+    owner.release(tmp_path)
+
+
+def test_a_claim_follows_no_link(tmp_path, monkeypatch):
+    """Whoever may write to the folder cannot guess the name under which the claim is written first."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    for name in (f".owner.json.{socket.gethostname()}.{os.getpid()}.tmp", f".owner.json.{os.getpid()}.tmp"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    owner.claim(tmp_path / "run")
+    owner.release(tmp_path / "run")
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 @pytest.mark.parametrize("alive", [True, False, None])
@@ -273,7 +328,7 @@ def test_where_there_are_no_links_a_file_is_created_exclusively(tmp_path, monkey
     other[1].kill()
     other[1].wait()
     owner.claim(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [runs.OWNER]
+    assert names(tmp_path) == {runs.OWNER}
 
 
 def test_a_full_disk_is_not_taken_for_a_lack_of_links(tmp_path, monkeypatch):
@@ -361,13 +416,13 @@ def test_a_save_is_measured_against_the_grace(tmp_path, monkeypatch, capsys):
 
     factory.make_data(tmp_path)
     monkeypatch.setenv("HVD_GRACE_SECONDS", "0.001")
-    real = loop.Checkpoints.save
+    real = loop.checkpoints.Checkpoints.save
 
     def save(self, *args):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *args)
 
-    monkeypatch.setattr(loop.Checkpoints, "save", save)
+    monkeypatch.setattr(loop.checkpoints.Checkpoints, "save", save)
     with pytest.raises(Stopped, match=r"saved in .* s of 0 s grace"):
         value.main(factory.experiment(tmp_path))
     assert "more than half of the 0 s grace: ask for more" in capsys.readouterr().out

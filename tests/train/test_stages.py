@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -122,6 +123,49 @@ def test_a_longer_run_goes_on(copied):
     assert complete.check_complete(longer.value_dir, stage="value", cfg=longer).step == 14
     with pytest.raises(UserError, match="complete at step 14, but the config asks for 12"):
         value.main(copied)
+
+
+def test_a_longer_run_does_not_go_on_from_a_damaged_one(copied):
+    """complete.json says what every byte was: a flipped one is not certified by the next complete.json."""
+    files = [p for p in Path(copied.value_dir, "checkpoints/12").rglob("*") if p.is_file()]
+    path = max(files, key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    longer = dataclasses.replace(copied, value=dataclasses.replace(copied.value, num_train_steps=14))
+    with pytest.raises(UserError, match=r"is corrupted: its sha256 is not the one in complete\.json"):
+        value.main(longer)
+    assert {p.name for p in Path(copied.value_dir, "checkpoints").iterdir()} == {"12"}
+
+
+def test_a_damaged_checkpoint_is_left_aside(trained, copied, capsys):
+    """The run goes on from the one before it, and ends as if nothing had happened."""
+    cfg = dataclasses.replace(copied, value=dataclasses.replace(copied.value, save_interval=4, keep_period=4))
+    runs.delete(cfg.value_dir)
+    value.main(cfg)
+    root = Path(cfg.value_dir)
+    (root / "complete.json").unlink()
+    (root / "checkpoints/12/loop/metadata").unlink()
+    shutil.rmtree(root / "checkpoints/8/train_state")
+    capsys.readouterr()
+    value.main(cfg)
+    said = capsys.readouterr().out
+    assert "warning: checkpoint 12: " in said and "warning: checkpoint 8: " in said
+    assert {p.name for p in (root / "checkpoints").iterdir()} >= {"4", "8", "12", "8.broken", "12.broken"}
+    assert_same_run(cfg.value_dir, trained.value_dir, 12)
+
+
+def test_a_folder_that_cannot_be_written_is_said_first(fresh, monkeypatch):
+    cfg = fresh()
+    Path(cfg.exp_dir).mkdir(parents=True)
+    Path(cfg.value_dir).write_text("")
+
+    def heavy(*_, **__):
+        raise AssertionError("something heavy was begun")
+
+    monkeypatch.setattr(stage_data, "open_data", heavy)
+    with pytest.raises(UserError, match=r"value.* set --runs_dir"):
+        value.main(cfg)
 
 
 def test_overwrite_starts_again(trained, copied):

@@ -1,6 +1,7 @@
 """The files of a run that was interrupted are those of one run."""
 
 import json
+import sys
 
 import jax
 import pytest
@@ -90,3 +91,51 @@ def test_wandb_is_asked_for_but_not_there(tmp_path, monkeypatch):
     cfg = factory.experiment(tmp_path, wandb=True)
     with pytest.raises(UserError, match=r"the package wandb is not installed: install hvd\[wandb\]"):
         make(cfg, tmp_path)
+
+
+class Unreachable:
+    """A package wandb whose server is away; what is logged offline."""
+
+    def __init__(self, offline: bool):
+        self.offline, self.logged, self.id = offline, [], "abc"
+
+    def init(self, *, mode: str = "online", **_):
+        if mode == "online" or not self.offline:
+            raise ConnectionError("Network error (ConnectionRefused),\nentering retry loop")
+        return self
+
+    def log(self, metrics, step):
+        self.logged.append(step)
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def away(monkeypatch):
+    def install(offline=True):
+        package = Unreachable(offline)
+        monkeypatch.setitem(sys.modules, "wandb", package)
+        monkeypatch.setattr(telemetry.importlib.util, "find_spec", lambda name: package)
+        return package
+
+    return install
+
+
+def test_a_run_whose_wandb_cannot_be_reached_does_not_start(tmp_path, away):
+    away()
+    with pytest.raises(UserError, match=r"W&B cannot be used \(Network error.*\): log in .* WANDB_MODE=offline"):
+        make(factory.experiment(tmp_path, wandb=True), tmp_path)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_run_that_goes_on_trains_without_wandb(tmp_path, away, capsys, offline):
+    make(factory.experiment(tmp_path), tmp_path).close()
+    package = away(offline)
+    run = make(factory.experiment(tmp_path, wandb=True), tmp_path)
+    run.validation(1, {"loss": 1.0})
+    run.close()
+    said = capsys.readouterr().out
+    assert said.count("warning: W&B cannot be used") == 1 and "the training goes on" in said
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
+    assert package.logged == ([1] if offline else [])
