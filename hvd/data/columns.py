@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Int32
 from tqdm import tqdm
 
 from hvd.configs import DataConfig
 from hvd.data.cache import cache_folder, cached
 from hvd.data.labels import episode_path, load_labels
-from hvd.data.layout import Layout
+from hvd.data.layout import Layout, data_files
+from hvd.data.success import of_rows, truth
 from hvd.errors import UserError, nearest
 
 _SELECTION = re.compile(r"^(?P<name>[^\[\]]+)\[(?P<dims>[0-9,:\s]+)\]$")
@@ -74,8 +74,10 @@ def _resolve(layout: Layout, cfg: DataConfig) -> _Names:
     if cfg.reward == "column":
         rewards = _first(layout, schema, keys.rewards, "reward", ("next.reward", "reward"))
         terminal = _first(layout, schema, keys.terminal, "terminal", ("terminal", "next.terminal", "next.done"))
-    success = next((k for k in ("success", "next.success") if k in schema.names), "")
-    names = {"timestamp", "task_index", "episode_index", rewards, terminal, success}
+    # labels say themselves how an episode ended
+    usual = ("success", "next.success") if cfg.reward != "labels" else ()
+    success = next((k for k in usual if k in schema.names), "")
+    names = {"timestamp", "task_index", "episode_index", "frame_index", rewards, terminal, success}
     names |= {parse_column(c)[0] for c in (*keys.state, *keys.actions)}
     return _Names(rewards, terminal, success, [n for n in schema.names if n in names])
 
@@ -112,16 +114,19 @@ def _build(layout: Layout, cfg: DataConfig, folder: Path) -> None:
     """Read every data file once and write the arrays of `load_columns` into `folder`."""
     folder.mkdir()
     names = _resolve(layout, cfg)
-    starts = np.cumsum([0, *(e.length for e in layout.episodes)])
-    inside: dict[Path, list[int]] = {}  # positions of the episodes in each file
-    for i, episode in enumerate(layout.episodes):
-        inside.setdefault(episode.data_path, []).append(i)
-    success = {i: bool(e.extra["success"]) for i, e in enumerate(layout.episodes) if e.extra.get("success") is not None}
-    row = 0
+    lengths = [e.length for e in layout.episodes]
+    starts = np.cumsum([0, *lengths])
+    success = {}
+    if cfg.reward != "labels":
+        said = ((i, truth(e.extra.get("success"), _episode_name(layout, i))) for i, e in enumerate(layout.episodes))
+        success = {i: value for i, value in said if value is not None}
+    row, rate = 0, _Rate(layout)
     with contextlib.closing(_Arrays(folder, int(starts[-1]))) as out:
-        for path in tqdm(layout.data_paths, unit="file", desc=f"reading {layout.root.name}", delay=2):
-            table, positions = layout.format.table(path, names.read), np.asarray(inside[path])
-            episode_of = _episode_of(layout, table, path, positions, starts, row)
+        files = data_files(layout)  # before memory is taken for the number of rows that meta says
+        position = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        for path, count in tqdm(files, unit="file", desc=f"reading {layout.root.name}", delay=2):
+            table, episode_of = layout.format.table(path, names.read), position[row : row + count]
+            _check_episodes(layout, table, path, episode_of)
             frame = np.arange(row, row + len(table)) - starts[episode_of]
             columns = {
                 "episode_of": episode_of,
@@ -136,12 +141,18 @@ def _build(layout: Layout, cfg: DataConfig, folder: Path) -> None:
             for name, block in columns.items():
                 _check_finite(layout, name, block, path, episode_of, frame)
                 out.append(name, block, path)
+            _check_order(
+                layout, "frame_index", _scalar(table, "frame_index", path, np.float64, frame), path, episode_of
+            )
+            _check_order(layout, "timestamp", columns["time"], path, episode_of)
+            rate.add(columns["time"], episode_of)
             if names.success:
-                succeeded = _scalar(table, names.success, path, np.float32) != 0
-                for i in positions.tolist():
-                    success.setdefault(i, bool(succeeded[starts[i] - row : starts[i + 1] - row].any()))
+                succeeded = of_rows(table[names.success], f"{path}: column {names.success!r}")
+                for i in np.unique(episode_of).tolist():
+                    success.setdefault(i, bool(succeeded[episode_of == i].any()))
             row += len(table)
-        successes = np.asarray([success.get(i, True) for i in range(len(layout.episodes))])
+        rate.check()
+        successes = _successes(layout, success)
         if cfg.reward != "column":
             rewards, terminal = _rewards(layout, cfg, successes, starts)
             out.append("rewards", rewards, layout.root)
@@ -149,21 +160,57 @@ def _build(layout: Layout, cfg: DataConfig, folder: Path) -> None:
     np.save(folder / "success.npy", successes)
 
 
-def _episode_of(
-    layout: Layout, table: pa.Table, path: Path, positions: np.ndarray, starts: np.ndarray, row: int
-) -> Int32[np.ndarray, " m"]:
-    """Position of the episode of each row of a file, which must hold the episodes that meta says, in order."""
-    lengths = starts[positions + 1] - starts[positions]
-    if len(table) != lengths.sum():
-        expected = f"where the episodes' description says {lengths.sum()}"
-        raise UserError(f"{path}: has {len(table)} rows {expected}; truncated file?")
-    in_order = np.array_equal(positions, np.arange(len(positions)) + np.searchsorted(starts, row))
-    numbers = np.repeat([layout.episodes[i].index for i in positions], lengths)
-    if in_order and "episode_index" in table.column_names:
-        in_order = np.array_equal(_matrix(table, "episode_index", path)[:, 0], numbers)
-    if not in_order:
-        raise UserError(f"{path}: its rows do not follow the order of the episodes in meta")
-    return np.repeat(positions, lengths).astype(np.int32)
+def _episode_name(layout: Layout, position: int) -> str:
+    return f"{layout.root / 'meta'}: episode {layout.episodes[position].index}"
+
+
+def _successes(layout: Layout, known: dict[int, bool]) -> np.ndarray:
+    """How each episode ended. Where the dataset says nothing at all, each is a success."""
+    missing = sorted(set(range(len(layout.episodes))) - set(known))
+    if known and missing:
+        raise UserError(f"{_episode_name(layout, missing[0])} has no success, though others have; write true or false")
+    return np.asarray([known.get(i, True) for i in range(len(layout.episodes))])
+
+
+def _check_episodes(layout: Layout, table: pa.Table, path: Path, episode_of: np.ndarray) -> None:
+    """A file must hold the rows of the episodes that stand in the order of meta."""
+    if len(table) != len(episode_of):
+        raise UserError(f"{path}: has {len(table)} rows where its head says {len(episode_of)}")
+    if "episode_index" in table.column_names:
+        numbers = np.asarray([e.index for e in layout.episodes], np.int64)[episode_of]
+        if not np.array_equal(_scalar(table, "episode_index", path, np.int64), numbers):
+            raise UserError(f"{path}: its rows do not follow the order of the episodes in meta")
+
+
+def _check_order(layout: Layout, name: str, values: np.ndarray, path: Path, episode_of: np.ndarray) -> None:
+    """`values` must grow from row to row of an episode."""
+    bad = np.flatnonzero((np.diff(episode_of) == 0) & ~(np.diff(values) > 0))
+    if len(bad):
+        episode = layout.episodes[episode_of[bad[0]]].index
+        raise UserError(
+            f"{path}: {name} does not grow from row to row in episode {episode} ({values[bad[0]]:.6g}, then "
+            f"{values[bad[0] + 1]:.6g}); its rows are out of order or their {name} is wrong"
+        )
+
+
+class _Rate:
+    """Compares the mean step of the timestamps with the frames per second that info.json says."""
+
+    def __init__(self, layout: Layout):
+        self._layout, self._seconds, self._steps = layout, 0.0, 0
+
+    def add(self, time: np.ndarray, episode_of: np.ndarray) -> None:
+        same = np.diff(episode_of) == 0
+        self._seconds += float(np.diff(time)[same].sum())
+        self._steps += int(same.sum())
+
+    def check(self) -> None:
+        found = self._steps / self._seconds if self._steps else self._layout.fps
+        if not 0.75 < found / self._layout.fps < 1.34:
+            raise UserError(
+                f"{self._layout.root / 'meta/info.json'}: fps is {self._layout.fps:g}, but the timestamps of the data "
+                f"have {found:.3g} frames per second; mend whichever is wrong"
+            )
 
 
 def _check_finite(
@@ -242,7 +289,8 @@ def _concatenated(table: pa.Table, columns: tuple[str, ...], path: Path) -> np.n
     parts = []
     for column in columns:
         name, dims = parse_column(column)
-        values = _matrix(table, name, path).astype(np.float32, copy=False)
+        with np.errstate(all="ignore"):  # a number beyond float32 becomes infinite, and is refused as such
+            values = _matrix(table, name, path).astype(np.float32, copy=False)
         if dims is not None and max(dims) >= values.shape[1]:
             raise UserError(f"{path}: column {column!r} asks for dim {max(dims)} of {values.shape[1]}")
         parts.append(values if dims is None else values[:, dims])
@@ -256,13 +304,19 @@ def _scalar(table: pa.Table, name: str, path: Path, dtype: Any, default: np.ndar
     values = _matrix(table, name, path)
     if values.shape[1] != 1:
         raise UserError(f"{path}: column {name!r} must hold one number per frame, has {values.shape[1]}")
-    return values[:, 0].astype(dtype)
+    with np.errstate(all="ignore"):
+        result = values[:, 0].astype(dtype)
+    if np.issubdtype(dtype, np.integer) and not np.array_equal(result, values[:, 0]):
+        raise UserError(f"{path}: column {name!r} must hold whole numbers of {8 * result.itemsize} bits")
+    return result
 
 
 def _matrix(table: pa.Table, name: str, path: Path) -> np.ndarray:
     """A numeric column as [rows, width]: scalars have width 1, nested lists are flattened."""
     if name not in table.column_names:
         raise UserError(f"{path}: column {name!r} is missing{nearest(name, table.column_names)}")
+    if table.column_names.count(name) > 1:
+        raise UserError(f"{path}: column {name!r} is there twice")
     array = pa.concat_arrays(table[name].chunks) if len(table) else pa.array([], pa.float32())
     while True:
         if array.null_count:

@@ -1,7 +1,8 @@
 """A dataset (hvd.data.layout) as arrays, without torch: numeric columns memory-mapped, frames decoded on call."""
 
+import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hvd.configs import DataConfig, KeyMap
 from hvd.data.columns import dim_names, load_columns
 from hvd.data.digest import digest
 from hvd.data.frames import Camera, Frames
-from hvd.data.layout import Layout, read_layout, read_schema
+from hvd.data.layout import Layout, read_info, read_layout, read_schema
 from hvd.errors import UserError, nearest
 from hvd.robots import get_robot
 
@@ -80,10 +81,13 @@ class Dataset:
         Raises UserError (one line) for a missing or damaged file, an unknown version, a missing column or camera, a
         wrong width, NaN or infinite values, or no episode left after filtering.
         """
-        layout = read_layout(cfg.path())
+        layout, needed = _on_this_disk(read_layout(cfg.path()), cfg)
         frames_keys = _camera_keys(layout, cfg, cameras)
-        identity = digest(layout)
-        opened = {camera: Camera(layout, key, identity.value) for camera, key in frames_keys.items()}
+        first = layout.episodes[:needed]
+        paths = {e.data_path for e in first}
+        paths |= {e.videos[key].path for e in first for key in frames_keys.values() if key in e.videos}
+        identity = digest(layout, paths)
+        opened = {camera: Camera(layout, key, identity.value, needed) for camera, key in frames_keys.items()}
         columns = load_columns(layout, identity.value, cfg)
         identity.keep(layout)
         name = cfg.repo_id or layout.root.name
@@ -168,6 +172,28 @@ def open_dataset(where: str | os.PathLike[str] | DataConfig, *, cameras: Sequenc
     return Dataset.open(data, cameras=layout.image_keys if cameras is None else tuple(cameras))
 
 
+def check_rates(datasets: Iterable[tuple[str, DataConfig]]) -> None:
+    """Datasets (name, config) of one experiment must have one frame rate: a chunk of actions and the discount mean the
+    same time in all. Those that are not there are passed over."""
+    rates = {n: read_info(d.path())[1].fps for n, d in datasets if (d.path() / "meta" / "info.json").exists()}
+    if rates and max(rates.values()) > 1.02 * min(rates.values()):
+        each = ", ".join(f"{name} has {rate:g}" for name, rate in rates.items())
+        raise UserError(
+            f"the datasets of an experiment need the same frames per second (fps): {each}; convert them to one"
+        )
+
+
+def _on_this_disk(layout: Layout, cfg: DataConfig) -> tuple[Layout, int]:
+    """How many episodes, from the first, `cfg` needs; and the layout without those behind whose data are not there."""
+    every = layout.episodes
+    if cfg.success_only or not 0 < cfg.max_episodes < len(every):
+        return layout, len(every)
+    gone = {path for path in {e.data_path for e in every[cfg.max_episodes :]} if not path.is_file()}
+    gone -= {e.data_path for e in every[: cfg.max_episodes]}  # these are missed, and named
+    stop = next((i for i, e in enumerate(every) if e.data_path in gone), len(every))
+    return dataclasses.replace(layout, episodes=every[:stop]), cfg.max_episodes
+
+
 def check_horizon(name: str, episodes: list[Episode] | tuple[Episode, ...], horizon: int) -> None:
     """A horizon longer than every episode would train on padding alone."""
     longest = max(e.length for e in episodes)
@@ -208,6 +234,8 @@ def _camera_keys(layout: Layout, cfg: DataConfig, cameras: tuple[str, ...]) -> d
             raise UserError(
                 f"{layout.root}: camera {key!r} (for {camera}) is not in the dataset{nearest(key, layout.image_keys)}"
             )
+        if layout.features[key].is_depth:
+            raise UserError(f"{layout.root}: camera {key!r} gives depth, says meta/info.json; choose a colour camera")
         keys[camera] = key
     if cameras and not keys:
         raise UserError(

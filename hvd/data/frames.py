@@ -10,6 +10,7 @@ copied into one file in the cache, with the place of each row's bytes.
 import io
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -20,11 +21,12 @@ import av.error
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Float64, Int, Int64, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from hvd.data.cache import cache_folder, cached
-from hvd.data.layout import Layout
+from hvd.data.layout import Layout, data_files
 from hvd.data.packets import FilePackets, PacketTable, list_all, load_table, save_table
+from hvd.documents import read_bytes
 from hvd.errors import UserError
 
 _OPEN_FILES = 32  # per thread
@@ -130,6 +132,8 @@ class VideoFrames:
 
     def __call__(self, rows: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w 3"]:
         packets = self._table.packet_of_row[rows]
+        if len(packets) and packets.min() < 0:
+            raise UserError(f"{self._table.paths[0].parent}: the video of row {rows[packets.argmin()]} is not there")
         files = np.searchsorted(self._table.first, packets, side="right") - 1
         decoded: dict[int, np.ndarray] = {}
         for file in np.unique(files).tolist():
@@ -180,10 +184,13 @@ class ImageFrames:
         data = self._blob[self._places[row] : self._places[row + 1]].tobytes()
         try:
             return _decode_png(data) if data[:8] == _PNG and data[24:26] == _RGB8 else _decode_other(data)
-        except (av.error.FFmpegError, UnidentifiedImageError, OSError, IndexError) as error:
+        except Exception as error:  # decoders raise anything
             raise UserError(f"column {self._key}: the image of row {row} is damaged ({error})") from error
 
 
+_FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow starts other programs for some of the rest
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # those of 8 bits
+_MOST_PIXELS, _MOST_BYTES = 1 << 26, 1 << 28  # of one image
 _PNG, _RGB8 = b"\x89PNG\r\n\x1a\n", b"\x08\x02"  # the latter: 8 bits a channel, three channels
 
 
@@ -195,8 +202,8 @@ def _decode_png(data: bytes) -> np.ndarray:
 
 
 def _decode_other(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 class Camera:
@@ -206,15 +213,21 @@ class Camera:
     missing, damaged or shorter than its episodes. Nothing is written before `open`.
     """
 
-    def __init__(self, layout: Layout, key: str, digest: str):
+    def __init__(self, layout: Layout, key: str, digest: str, needed: int):
+        """`needed`: how many of the episodes, from the first, must have their video on this disk."""
         self._layout, self._key = layout, key
-        self._is_video = layout.features[key].get("dtype") != "image"
+        self._is_video = layout.features[key].dtype != "image"
         name = f"{'packets' if self._is_video else 'images'}-{digest[:16]}-{key.replace('/', '_')}"
         self._folder = cache_folder(layout.root) / name
         self._packets: list[FilePackets] = []
         if self._is_video:
-            self._spans = [e.videos[key] for e in layout.episodes]
-            self._paths = list(dict.fromkeys(s.path for s in self._spans))
+            self._spans = [e.videos.get(key) for e in layout.episodes]
+            if None in self._spans[:needed]:
+                episode = layout.episodes[self._spans.index(None)].index
+                raise UserError(f"{layout.root / 'meta'}: names no video of camera {key!r} for episode {episode}")
+            rest = [s if s and s.path.is_file() else None for s in self._spans[needed:]]
+            self._spans[needed:] = rest
+            self._paths = list(dict.fromkeys(s.path for s in self._spans if s))
             if not self._folder.exists():
                 self._packets = list_all(self._paths)
                 self._check_ends()
@@ -222,10 +235,12 @@ class Camera:
     def _check_ends(self) -> None:
         number = {path: i for i, path in enumerate(self._paths)}
         for episode, span in zip(self._layout.episodes, self._spans, strict=True):
+            if span is None:
+                continue
             last, ends = span.offset + (episode.length - 1) / self._layout.fps, self._packets[number[span.path]].end
             if last > ends + 0.5 / self._layout.fps:
                 what = f"the video ends at {ends:.2f} s, episode {episode.index} at {last:.2f} s"
-                raise UserError(f"{span.path}: truncated video file ({what})")
+                raise UserError(f"{span.path}: is shorter than its rows ({what})")
 
     def open(self, time: Float64[np.ndarray, " n"], episode_of: Int[np.ndarray, " n"]) -> Frames:
         """The camera's frames; on first use keeps its packet lists, or copies its images, in the cache.
@@ -238,8 +253,8 @@ class Camera:
             folder = cached(self._folder, lambda to: _copy_images(self._layout, self._key, to))
             return ImageFrames(folder / "images.bin", np.load(folder / "places.npy", mmap_mode="r"), self._key)
         number = {path: i for i, path in enumerate(self._paths)}
-        file_of = np.asarray([number[s.path] for s in self._spans])[episode_of]
-        seconds = np.asarray([s.offset for s in self._spans], np.float64)[episode_of] + time
+        file_of = np.asarray([number[s.path] if s else -1 for s in self._spans])[episode_of]
+        seconds = np.asarray([s.offset if s else 0.0 for s in self._spans], np.float64)[episode_of] + time
         cached(self._folder, lambda to: save_table(to, self._paths, self._packets, file_of, seconds))
         return VideoFrames(load_table(self._folder, self._paths))
 
@@ -247,21 +262,47 @@ class Camera:
 def _copy_images(layout: Layout, key: str, folder: Path) -> None:
     folder.mkdir()
     places = [0]
-    with (folder / "images.bin").open("wb") as out:
-        for path in layout.data_paths:
-            for cell in layout.format.table(path, [key])[key].to_pylist():
-                places.append(places[-1] + out.write(_encoded(cell, layout.root, path, key)))
+    total = sum(e.length for e in layout.episodes)
+    with (folder / "images.bin").open("wb") as out, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images as large as that are refused
+        for path, _ in data_files(layout):
+            for row, cell in enumerate(layout.format.table(path, [key])[key].to_pylist()):
+                data = _encoded(cell, layout.root, path, key)
+                _check_image(data, f"{path}: column {key!r}, row {row}")
+                places.append(places[-1] + out.write(data))
+    if len(places) != total + 1:
+        raise UserError(f"{layout.root}: column {key!r} has {len(places) - 1} images for {total} rows")
     np.save(folder / "places.npy", np.asarray(places, np.int64))
 
 
 def _encoded(cell: object, root: Path, path: Path, key: str) -> bytes:
-    """The image's bytes: in the cell itself, or in a file that the cell names."""
-    if isinstance(cell, dict):
-        if cell.get("bytes"):
-            return cell["bytes"]
-        if cell.get("path"):
-            file = root / cell["path"]
-            if file.is_file():
-                return file.read_bytes()
-            raise UserError(f"{path}: image {file} of column {key!r} is missing")
-    raise UserError(f"{path}: column {key!r} holds no encoded image")
+    """The image's bytes: in the cell itself, or in a file below `root` that the cell names."""
+    data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
+    if isinstance(data, bytes) and data:
+        return data
+    if not isinstance(name, str) or not name:
+        kinds = "bytes, a path, or both"
+        raise UserError(f"{path}: a cell of column {key!r} is {type(cell).__name__}; hvd reads {kinds} of an image")
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise UserError(f"{path}: image {name[:200]!r} of column {key!r} lies outside the dataset")
+    try:
+        return read_bytes(root / name, _MOST_BYTES)
+    except OSError:
+        raise UserError(f"{path}: image {root / name} of column {key!r} is missing") from None
+
+
+def _check_image(data: bytes, where: str) -> None:
+    """What the image's head says of it, without decoding: its kind, its pixels, its size."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            mode, (width, height) = image.mode, image.size
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{where}: is no PNG, JPEG or WebP image") from None
+    except Exception as error:  # decoders raise anything
+        raise UserError(f"{where}: the image is damaged or too large ({error})") from error
+    if mode not in _MODES:
+        raise UserError(
+            f"{where}: has more than 8 bits a value (mode {mode}), as depth cameras give; choose a colour camera"
+        )
+    if width * height > _MOST_PIXELS:
+        raise UserError(f"{where}: is an image of {width} x {height}, larger than a camera's")

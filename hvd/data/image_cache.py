@@ -15,6 +15,7 @@ from hvd.data.dataset import Dataset
 from hvd.data.frames import Frames
 from hvd.data.transforms import resize_with_pad
 
+_FILE = "frames.u8"
 _BLOCK = 64  # frames decoded at a time by one thread
 
 
@@ -31,16 +32,17 @@ class CachedFrames:
 def cached_frames(dataset: Dataset, camera: str, size: int) -> Frames:
     """Frames of `camera` at size x size; made on first use, with all cores and a progress bar."""
     offered = hashlib.sha256(np.asarray([e.index for e in dataset.episodes]).tobytes()).hexdigest()[:8]
-    name = f"frames-{dataset.digest[:16]}-{camera}-{size}-{offered}.u8"
-    path = cached(cache_folder(dataset.root) / name, lambda temporary: _build(dataset, camera, size, temporary))
-    return CachedFrames(path, dataset.num_frames, size)
+    name = f"frames-{dataset.digest[:16]}-{camera}-{size}-{offered}.u8"  # an older version's file gives way
+    folder = cached(cache_folder(dataset.root) / name, lambda temporary: _build(dataset, camera, size, temporary))
+    return CachedFrames(folder / _FILE, dataset.num_frames, size)
 
 
-def _build(dataset: Dataset, camera: str, size: int, path: Path) -> None:
-    """Write the file; what is not offered stays a hole in it. (Not through a memory map: see columns._Arrays.)"""
+def _build(dataset: Dataset, camera: str, size: int, folder: Path) -> None:
+    """Write the file, in which what is not offered stays a hole. (Not through a memory map: see columns._Arrays.)"""
+    folder.mkdir()
     total, frame_bytes = sum(e.length for e in dataset.episodes), size * size * 3
     with (
-        path.open("wb") as file,
+        (folder / _FILE).open("wb") as file,
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=total, unit="frame", desc=f"{dataset.name}: {camera} {size}x{size}", delay=1) as bar,
     ):

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64
 
 from hvd.configs import DataConfig, Experiment, NormConfig
 from hvd.data import norm_record
-from hvd.data.dataset import Dataset
+from hvd.data.dataset import Dataset, check_rates
 from hvd.data.norm_record import MadeOf
 from hvd.data.running_stats import NormStats, RunningStats
 from hvd.data.transitions import Transitions
@@ -257,6 +257,7 @@ def equal(a: Mapping[str, NormStats], b: Mapping[str, NormStats]) -> bool:
 def main(cfg: Experiment) -> None:
     """`hvd norm-stats`: statistics of the optimal dataset, written for every dataset of the experiment."""
     configs = datasets_of(cfg)
+    check_rates(cfg.datasets())
     begin = time.perf_counter()
     opened = [
         Dataset.open(c, cameras=(), robot=cfg.robot, horizon=cfg.model.action_horizon)

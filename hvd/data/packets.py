@@ -79,13 +79,13 @@ def save_table(
     """Write the table of `load_table`.
 
     Args:
-        file_of: file number of each row of the dataset [n].
+        file_of: file number of each row of the dataset [n]; -1: its video is not on this disk.
         seconds: time of each row in its file [n].
 
     Raises UserError naming a file that has no frame at a row's time.
     """
     first = np.cumsum([0, *(len(f.pts) for f in files)])
-    packet_of_row = np.zeros(len(file_of), np.int64)
+    packet_of_row = np.full(len(file_of), -1)
     order = np.argsort(file_of, kind="stable")
     bounds = np.searchsorted(file_of[order], np.arange(len(files) + 1))
     for i, packets in enumerate(files):
@@ -121,7 +121,7 @@ def list_packets(path: Path) -> FilePackets:
                 raise UserError(f"{path}: has no video stream")
             stream = container.streams.video[0]
             codec, extradata = stream.codec_context.codec.name, stream.codec_context.extradata or b""
-            base, promised = float(stream.time_base or 0), stream.frames
+            base, promised, pixels = float(stream.time_base or 0), stream.frames, str(stream.codec_context.pix_fmt)
             rows = [
                 (p.pos, p.size, p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and p.pts is not None
             ]
@@ -130,6 +130,8 @@ def list_packets(path: Path) -> FilePackets:
         raise UserError(f"{path}: video file is missing") from None
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{path}: damaged or truncated video file ({error})") from error
+    if pixels.startswith("gray") and pixels not in ("gray", "gray8"):
+        raise UserError(f"{path}: holds {pixels} pictures, as depth cameras give; choose a colour camera")
     if not rows or not base or len(rows) < promised:
         raise UserError(f"{path}: damaged or truncated video file ({len(rows)} of {promised} frames)")
     place, size, pts, key = (np.asarray(column, np.int64) for column in zip(*rows, strict=True))
@@ -154,5 +156,5 @@ def nearest_packets(packets: FilePackets, seconds: Float64[np.ndarray, " n"], pa
     step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else np.inf
     if off.size and off.max() > 0.5 * step + 1e-3:
         worst = f"no frame at {seconds[np.argmax(off)]:.3f} s (the video ends at {times[-1]:.3f} s)"
-        raise UserError(f"{path}: {worst}; truncated video file?")
+        raise UserError(f"{path}: {worst}; it does not fit the rows of its episodes")
     return shown[near]

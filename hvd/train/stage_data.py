@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float32, Int64
 from hvd import mixture
 from hvd.configs import Experiment, StageConfig
 from hvd.data import normalize
-from hvd.data.dataset import Dataset, split_episodes
+from hvd.data.dataset import Dataset, check_rates, split_episodes
 from hvd.data.loader import Batcher, Loader, SampleSpec, Source, order_of
 from hvd.data.norm_record import MadeOf
 from hvd.data.transforms import InputTransform
@@ -131,6 +131,7 @@ def open_data(cfg: Experiment, stage: runs.Stage) -> StageData:
     Prints what is not wrong but should be known: normalised values out of all bounds, prompts that are cut.
     """
     normalize.load_shared(cfg)  # opening a dataset takes longer
+    check_rates(cfg.datasets())
     datasets = {name: open_dataset(cfg, name) for name in mixture.names(cfg, stage)}
     stats, made_of, said = normalize.for_data(cfg, datasets)
     transform = InputTransform.from_config(cfg, stats)

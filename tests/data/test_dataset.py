@@ -274,9 +274,9 @@ def damage(recipe, what):
 
 DAMAGE = [
     ("no folder", r"nowhere/meta/info\.json: not found; set the data config's root"),
-    ("version", r"info\.json: dataset version 'v9\.9' is unknown; hvd reads v2\.1 and v3\.0"),
+    ("version", r"info\.json: dataset version 'v9\.9' is unknown; hvd reads v2\.0, v2\.1 and v3\.0"),
     ("info", r"info\.json: not valid JSON"),
-    ("no fps", r"info\.json: field 'fps' is missing"),
+    ("no fps", r"info\.json: Object missing required field `fps`"),
     ("action key", r"column 'actoin' is not in the dataset; nearest: action"),
     ("state key", r"column 'observation\.states' is not in the dataset; nearest: observation\.state"),
     ("dims", r"column 'action\[0:22\]' asks for dim 21 of 21"),

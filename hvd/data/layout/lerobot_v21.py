@@ -2,31 +2,52 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from hvd.data.layout import EpisodeMeta, Format, VideoSpan, parse_json
-from hvd.errors import UserError
+import msgspec
+from msgspec import Meta
+
+from hvd import documents
+from hvd.data.layout import EpisodeMeta, Format, Length, PathTemplate, VideoSpan, count_rows, json_lines, prompts
+from hvd.documents import Count
+
+
+class _Info(msgspec.Struct):
+    data_path: str
+    features: dict[str, dict[str, Any]]
+    video_path: str | None = None
+    chunks_size: Annotated[int, Meta(ge=1, le=2**53)] = 1000
+
+
+class _Episode(msgspec.Struct):
+    episode_index: Count
+    length: Length
+    tasks: list[str] | str | None = None
+
+
+class _Task(msgspec.Struct):
+    task_index: Count
+    task: str
 
 
 def describe(root: Path, info: Mapping[str, Any]) -> tuple[dict[int, str], list[EpisodeMeta]]:
-    tasks = {int(t["task_index"]): str(t["task"]) for t in _json_lines(root / "meta" / "tasks.jsonl")}
-    chunk_size = int(info.get("chunks_size", 1000))
-    cameras = [k for k, f in info["features"].items() if f.get("dtype") == "video"]
+    meta = root / "meta"
+    said = documents.convert(info, _Info, str(meta / "info.json"))
+    tasks = [(task.task_index, task.task) for task, _ in json_lines(meta / "tasks.jsonl", _Task)]
+    where, fields = f"{meta / 'info.json'}:", ("episode_chunk", "episode_index")
+    data = PathTemplate(root, said.data_path, fields, f"{where} data_path")
+    cameras = [k for k, f in said.features.items() if f["dtype"] == "video"]
+    video = None
+    if said.video_path is not None:
+        video = PathTemplate(root, said.video_path, (*fields, "video_key"), f"{where} video_path")
     episodes = []
-    for line in sorted(_json_lines(root / "meta" / "episodes.jsonl"), key=lambda line: line["episode_index"]):
-        index = int(line["episode_index"])
-        names = {"episode_chunk": index // chunk_size, "episode_index": index}
-        videos = {k: VideoSpan(root / info["video_path"].format(video_key=k, **names), 0.0) for k in cameras}
-        extra = {k: v for k, v in line.items() if k not in ("episode_index", "tasks", "length")}
-        data_path = root / info["data_path"].format(**names)
-        episodes.append(EpisodeMeta(index, int(line["length"]), tuple(line.get("tasks", ())), data_path, videos, extra))
-    return tasks, episodes
+    for line, extra in json_lines(meta / "episodes.jsonl", _Episode):
+        names = {"episode_chunk": line.episode_index // said.chunks_size, "episode_index": line.episode_index}
+        videos = {k: VideoSpan(video.path(video_key=k, **names), 0.0) for k in cameras} if video else {}
+        extra = {k: v for k, v in extra.items() if k not in ("episode_index", "tasks", "length")}
+        texts = (line.tasks,) if isinstance(line.tasks, str) else tuple(line.tasks or ())
+        episodes.append(EpisodeMeta(line.episode_index, line.length, texts, data.path(**names), videos, extra))
+    return prompts(tasks, meta / "tasks.jsonl"), sorted(episodes, key=lambda e: e.index)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"{path}: not found")
-    return [parse_json(line, path) for line in path.read_bytes().splitlines() if line.strip()]
-
-
-FORMAT = Format("v2.1", describe)
+FORMAT = Format("v2.1", describe, rows=count_rows)
