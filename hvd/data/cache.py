@@ -58,7 +58,8 @@ def cached(target: Path, make: Callable[[Path], object], *, anew: bool = False) 
 def is_own(entry: Path) -> bool:
     """Whether hvd made this entry here, and nothing has touched it since."""
     try:
-        return json.loads((entry / _SEAL).read_bytes()) == _marks(entry)
+        marks = _marks(entry)  # first, as it knows regular files
+        return json.loads((entry / _SEAL).read_bytes()) == marks
     except (OSError, ValueError, RecursionError):
         return False
 
@@ -80,11 +81,9 @@ def _seal(entry: Path) -> None:
 
 def _marks(entry: Path) -> dict[str, list[int]]:
     """Name -> inode, size and times of each file of an entry. ValueError when it holds anything but files."""
-    marks = {}
-    for file in os.scandir(entry):
-        mark = file.stat(follow_symlinks=False)
-        if not stat.S_ISREG(mark.st_mode):
-            raise ValueError(f"{file.path} is not a regular file")
-        marks[file.name] = [mark.st_ino, mark.st_size, mark.st_mtime_ns, mark.st_ctime_ns]
-    marks.pop(_SEAL, None)
-    return marks
+    with os.scandir(entry) as files:
+        states = {file.name: file.stat(follow_symlinks=False) for file in files}
+    if not all(stat.S_ISREG(state.st_mode) for state in states.values()):
+        raise ValueError(f"{entry} holds something that is not a regular file")
+    states.pop(_SEAL, None)
+    return {n: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for n, s in states.items()}

@@ -23,7 +23,7 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import Float64, Int, Int64, UInt8
 from PIL import Image, ImageOps
 
-from hvd.data.cache import cache_folder, cached
+from hvd.data.cache import cache_folder, cached, is_own
 from hvd.data.layout import Layout, data_files
 from hvd.data.packets import FilePackets, PacketTable, list_all, load_table, save_table
 from hvd.documents import read_bytes
@@ -228,7 +228,7 @@ class Camera:
             rest = [s if s and s.path.is_file() else None for s in self._spans[needed:]]
             self._spans[needed:] = rest
             self._paths = list(dict.fromkeys(s.path for s in self._spans if s))
-            if not self._folder.exists():
+            if not is_own(self._folder):
                 self._packets = list_all(self._paths)
                 self._check_ends()
 

@@ -259,18 +259,27 @@ def test_a_missing_video_of_an_episode_that_is_not_offered(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- documents
 
-INFO = [
-    ("fps", None), ("fps", 0), ("fps", -10), ("fps", float("nan")), ("fps", 1e308), ("fps", "ten"), ("fps", True),
-    ("fps", [10]), ("fps", ...), ("features", None), ("features", []), ("features", {HEAD: None}), ("features", {HEAD: {"dtype": 5}}),
-    ("features", ...), ("data_path", None), ("data_path", 5), ("data_path", ...),
-    ("chunks_size", 0), ("chunks_size", -1), ("chunks_size", "x"), ("chunks_size", None), ("video_path", 5), ("total_episodes", 4), ("total_episodes", -1),
-    ("total_frames", 27), ("codebase_version", None), ("codebase_version", ["v2.1"]), ("codebase_version", "v1.6"),
-]  # fmt: skip
+INFO = {
+    "fps": [None, ..., 0, -10, float("nan"), 1e308, "ten", True, [10]],
+    "features": [None, ..., [], {HEAD: None}, {HEAD: {"dtype": 5}}],
+    "data_path": [None, ..., 5],
+    "video_path": [5],
+    "chunks_size": [None, 0, -1, "x"],
+    "total_episodes": [4, -1],
+    "total_frames": [27],
+    "codebase_version": [None, ["v2.1"], "v1.6"],
+}
 
 
 @pytest.mark.parametrize(
     ("version", "field", "value"),
-    [(version, *case) for version in VERSIONS for case in INFO if version == "v2.1" or case[0] != "chunks_size"],
+    [
+        (version, field, value)
+        for version in VERSIONS
+        for field, values in INFO.items()
+        if version == "v2.1" or field != "chunks_size"
+        for value in values
+    ],
     ids=str,
 )
 def test_every_field_of_info(tmp_path, version, field, value):
