@@ -11,13 +11,18 @@ from hvd.data.cache import cached
 from hvd.errors import UserError
 
 
+def whole(path):
+    path.mkdir()
+    (path / "part").write_text("whole")
+
+
 def test_made_once_by_many(tmp_path):
     made = []
 
     def make(path):
         made.append(path)
         time.sleep(0.05)
-        path.write_text("whole")
+        whole(path)
 
     threads = [threading.Thread(target=cached, args=(tmp_path / "c/x", make)) for _ in range(8)]
     for thread in threads:
@@ -43,7 +48,7 @@ def test_a_killed_maker_leaves_the_lock_free(tmp_path):
         time.sleep(0.02)
     process.kill()
     process.join()
-    assert cached(tmp_path / "c/x", lambda path: path.write_text("whole") and None).read_text() == "whole"
+    assert (cached(tmp_path / "c/x", whole) / "part").read_text() == "whole"
 
 
 def test_failure_leaves_nothing(tmp_path):
