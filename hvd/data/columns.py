@@ -18,7 +18,7 @@ from tqdm import tqdm
 from hvd.configs import DataConfig
 from hvd.data.cache import cache_folder, cached
 from hvd.data.labels import episode_path, load_labels
-from hvd.data.layout import Layout, data_files
+from hvd.data.layout import Feature, Layout, data_files
 from hvd.data.success import of_rows, truth
 from hvd.errors import UserError, nearest
 
@@ -253,7 +253,7 @@ def parse_column(column: str) -> tuple[str, list[int] | None]:
     return match["name"], dims
 
 
-def dim_names(features: Mapping[str, Any], columns: tuple[str, ...], width: int) -> tuple[str, ...]:
+def dim_names(features: Mapping[str, Feature], columns: tuple[str, ...], width: int) -> tuple[str, ...]:
     """What each of the `width` dims of the joined columns is called: "action[2] elbow", without a name "action[2]".
 
     Args:
@@ -262,9 +262,8 @@ def dim_names(features: Mapping[str, Any], columns: tuple[str, ...], width: int)
     found: list[str] = []
     for column in columns:
         name, dims = parse_column(column)
-        feature = features.get(name)
-        about = feature if isinstance(feature, Mapping) else {}
-        shape, said = about.get("shape"), _flat_names(about.get("names"))
+        feature = features.get(name, Feature(""))
+        shape, said = feature.shape, _flat_names(feature.names)
         whole = isinstance(shape, list | tuple) and all(type(n) is int for n in shape)
         size = math.prod(map(int, shape)) if whole and shape else 0
         said = said if len(said) == size else ()

@@ -33,9 +33,12 @@ _META_ROWS = 5_000_000  # of a parquet file in meta: they become Python objects
 
 
 class Feature(msgspec.Struct):
-    """A column or camera of info.json. `info`, formerly `video_info`, says more of a camera."""
+    """A column or camera of info.json. `shape` and `names` are looked at by who uses them. `info`, formerly
+    `video_info`, says more of a camera."""
 
     dtype: str
+    shape: Any = None
+    names: Any = None
     info: dict[str, Any] | None = None
     video_info: dict[str, Any] | None = None
 
