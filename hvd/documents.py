@@ -1,12 +1,13 @@
-"""JSON that another person or an earlier run wrote: read against a declared form (msgspec), refused in one line.
+"""JSON and YAML that somebody else or an earlier run wrote: read against a declared form (msgspec), refused in a line.
 
 A form is a msgspec.Struct, a dataclass or a type such as `dict[str, int]`. Fields that it does not name are ignored.
 """
 
+import json
 import os
 import stat
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -16,11 +17,22 @@ from hvd.files import is_local
 
 LIMIT = 256 << 20  # bytes of one document: a million episodes take about 100 MB
 
+if TYPE_CHECKING:
+    Form = type
+else:
+
+    class Form:
+        """type[T] for a checker of types at run time, which would refuse `dict[str, int]`."""
+
+        def __class_getitem__(cls, item: Any) -> Any:
+            return Any
+
+
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[float, Meta(gt=0, lt=1e9)]
 
 
-def read[T](path: os.PathLike | str, form: type[T], limit: int = LIMIT) -> T:
+def read[T](path: os.PathLike | str, form: Form[T], limit: int = LIMIT) -> T:
     """The document in the file `path`, local or remote.
 
     Raises:
@@ -47,7 +59,7 @@ def read_bytes(path: os.PathLike | str, limit: int = LIMIT) -> bytes:
     return data
 
 
-def decode[T](data: bytes | str, form: type[T], where: str) -> T:
+def decode[T](data: bytes | str, form: Form[T], where: str) -> T:
     """The document in `data`; `where` names it in the error.
 
     Raises:
@@ -60,7 +72,31 @@ def decode[T](data: bytes | str, form: type[T], where: str) -> T:
         raise UserError(f"{where}: {why}") from None
 
 
-def convert[T](value: Any, form: type[T], where: str) -> T:
+def read_with_nan[T](path: os.PathLike | str, form: Form[T], limit: int = LIMIT) -> T:
+    """`read` of what Python's json wrote, which has NaN and infinities as numbers."""
+    data = read_bytes(path, limit)
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    return convert(found, form, str(path))
+
+
+def read_yaml[T](path: os.PathLike | str, form: Form[T], limit: int = 1 << 20) -> T:
+    """The YAML document in the file `path`; raises as `read` does."""
+    import yaml
+
+    data = read_bytes(path, limit)
+    try:
+        found = yaml.safe_load(data)
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{path}: not YAML ({error})") from None  # some values raise errors of Python's own
+    return convert(found, form, str(path))
+
+
+def convert[T](value: Any, form: Form[T], where: str) -> T:
     """`decode` for what another library has parsed already (YAML, parquet's rows); raises as it does."""
     try:
         return msgspec.convert(value, type=form)

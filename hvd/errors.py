@@ -11,18 +11,31 @@ EXIT_HUNG = 76  # no progress for too long (hvd.runtime.watchdog): worth a few m
 EXIT_STOPPED = 143  # stopped by a signal after saving: run me again (128 + SIGTERM)
 
 
-class UserError(Exception):
+def one_line(text: str, most: int = 4_000) -> str:
+    """`text` for a terminal or a log: one line of at most about `most` characters, control characters as \\x1b.
+
+    Its end is kept, where the advice stands.
+    """
+    text = " ".join(text.split())
+    if len(text) > most:
+        text = f"{text[: most - 500]} ... {text[-500:]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class _OneLine(Exception):
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+class UserError(_OneLine):
     """Something the user can mend. Its text is one line that names the file or field and what to do; exit code 2."""
 
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
 
-
-class Failed(Exception):
+class Failed(_OneLine):
     """The run cannot go on, and it is not the user's mistake (a non-finite loss). Its text is one line; exit code 1."""
 
 
-class Lost(Exception):
+class Lost(_OneLine):
     """Something outside that the run needs has gone: a companion, the scheduler. One line; exit code 75."""
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -185,10 +186,15 @@ def _name(kind: Any, plural: str = "") -> str:
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind))) + plural
 
 
+_BRIEF = reprlib.Repr(maxlevel=3, maxstring=300, maxother=300)  # YAML can name a list of many gigabytes
+
+
 def _wrong(kind: Any, value: Any, where: str) -> UserError:
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-    hint = nearest(str(value), map(str, choices))  # where none is near, it lists what `needs` has listed
-    return UserError(f"{where}: {value!r} is not {needs(kind)}{hint if 'nearest' in hint else ''}")
+    shown = _BRIEF.repr(value)
+    hint = nearest(str(value) if isinstance(value, str) else shown, map(str, choices))
+    # where none is near, it lists what `needs` has listed
+    return UserError(f"{where}: {shown} is not {needs(kind)}{hint if 'nearest' in hint else ''}")
 
 
 def from_plain(kind: Any, data: Any, where: str) -> Any:
@@ -227,7 +233,7 @@ def _home(text: str) -> str:
 
 def _dataclass(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
-        raise UserError(f"{where}: {data!r} is not a group of fields")
+        raise UserError(f"{where}: {_BRIEF.repr(data)} is not a group of fields")
     hints = typing.get_type_hints(kind)
     for name in data:
         if name not in hints:

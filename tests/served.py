@@ -92,7 +92,7 @@ class Served:
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             for line in self.lines:
-                if found := re.search(r"^serving .* on ws://\S+:(\d+)$", line):
+                if found := re.search(r"^serving .* on wss?://\S+:(\d+)$", line):
                     self.port = int(found.group(1))
                     return
             if self.process.poll() is not None:

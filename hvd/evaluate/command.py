@@ -2,7 +2,6 @@
 held-out episodes. Writes `<exp_dir>/evaluation/<policy run>/results.json` (last, atomically) and prints a table.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +15,16 @@ from hvd.errors import UserError
 from hvd.evaluate import credit as evaluate_credit
 from hvd.evaluate import offline as evaluate_offline
 from hvd.evaluate.policies import Loader, nothing, trained
-from hvd.evaluate.results import NOTHING, cameras_of, folder, observes, observes_text, print_rows, write_json
+from hvd.evaluate.results import (
+    NOTHING,
+    cameras_of,
+    folder,
+    observes,
+    observes_text,
+    print_rows,
+    read_results,
+    write_json,
+)
 from hvd.evaluate.statistics import bootstrap, wilson
 from hvd.train.complete import check_complete
 
@@ -145,7 +153,7 @@ def _control(cfg: Experiment) -> dict:
         "execute_steps": cfg.evaluate.execute_steps,
     }
     if path.exists():
-        known = json.loads(path.read_text())
+        known = read_results(path)
         if all(known.get(name) == value for name, value in wanted.items()):
             return known
     return roll_out(cfg, NOTHING, nothing, {"digest": "", "step": 0}, videos=0)

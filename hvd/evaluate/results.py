@@ -1,16 +1,104 @@
-"""Where the results of an evaluation lie, what they say about the policy's inputs, and how tables are printed."""
+"""Where the results of an evaluation lie, their forms, what they say about the policy's inputs, how tables are made."""
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from etils import epath
+from msgspec import Meta, Struct
 
+from hvd import documents
 from hvd.configs import Experiment
+from hvd.documents import Count
+from hvd.errors import UserError
 from hvd.files import write_atomic
 from hvd.tables import aligned
 
 NOTHING = "doing_nothing"  # run name of the control: the same seeds, the robot holds its first pose
+
+
+Number = Annotated[float, Meta(ge=-1e30, le=1e30)]
+
+
+class Interval(Struct):
+    mean: Number
+    low: Number
+    high: Number
+
+
+class _Estimate(Interval):
+    n: Count
+
+
+class _Success(_Estimate):
+    count: Count
+
+
+class _Observes(Struct):
+    object_pose: bool
+    images: list[str]
+
+
+class _Episode(Struct):
+    seed: Count
+    success: bool
+    stage: Count
+    steps: Count
+    video: Annotated[str, Meta(pattern=r"^(videos/\w+\.mp4)?$")]
+    dropped: bool = False
+
+
+class _Rollouts(Struct):
+    run_name: str
+    task: str
+    prompt: str
+    observes: _Observes | None
+    seeds: list[int]
+    num_rollouts: Count
+    horizon: Count
+    execute_steps: Count
+    action_horizon: Count
+    success: _Success
+    stage: Interval
+    subtasks: Annotated[dict[str, Number], Meta(min_length=1, max_length=100)]
+    episodes: list[_Episode]
+    weighting: str | None = None
+    policy_digest: str | None = None
+
+
+class _ActionError(Struct):
+    normalised: Number
+    raw: Number
+
+
+class _HeldOut(Struct):
+    action_error: Annotated[dict[str, _ActionError], Meta(min_length=1)]
+    value_rank: _Estimate | None
+
+
+class _Offline(Struct):
+    run_name: str
+    datasets: Annotated[dict[str, _HeldOut], Meta(min_length=1)]
+    weighting: str | None = None
+    policy_digest: str | None = None
+
+
+_FORMS: dict[Any, type] = {"rollouts": _Rollouts, "offline": _Offline}
+
+
+def read_results(path: epath.PathLike) -> dict[str, Any]:
+    """A results.json; UserError when it is not one, or that of another run than the folder's name says."""
+    found = documents.read(path, dict[str, Any])
+    kind, advice = found.get("kind"), "delete it and run `hvd evaluate` again"
+    if not isinstance(kind, str) or kind not in _FORMS:
+        raise UserError(f"{path}: kind is neither of {', '.join(_FORMS)}: {advice}")
+    try:
+        documents.convert(found, _FORMS[kind], str(path))
+    except UserError as error:
+        raise UserError(f"{error}: {advice}") from None
+    if found["run_name"] != epath.Path(path).parent.name:
+        raise UserError(f"{path}: run_name is {found['run_name']!r}, not its folder's name: {advice}")
+    return found
 
 
 def folder(cfg: Experiment, run_name: str) -> epath.Path:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hvd import files, overrides
+from hvd import documents, files, overrides
 from hvd.checks import check_config
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, UserError
@@ -121,8 +121,8 @@ def _is_there(target: Path, mark: Mapping[str, Any]) -> bool:
     if not any(target.iterdir()):
         return False
     try:
-        there = json.loads((target / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        there = documents.read(target / MARK, dict[str, Any])
+    except (OSError, UserError):
         raise UserError(f"--to {target} holds something else (it has no {MARK}); choose another folder") from None
     if there == dict(mark):
         return True

@@ -11,13 +11,14 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from etils import epath
 from jaxtyping import Float32, Int64, Shaped
 
-from hvd import files
+from hvd import documents, files
 from hvd.errors import UserError
 
 PARQUET = "advantages.parquet"
@@ -44,7 +45,7 @@ class Advantages:
     @classmethod
     def read(cls, folder: epath.PathLike) -> "Advantages":
         """The table of a folder; UserError when there is none or it is damaged."""
-        import pyarrow.parquet as pq
+        import pyarrow as pa
 
         root = epath.Path(folder)
         meta = read_meta(root)
@@ -53,11 +54,12 @@ class Advantages:
         data = (root / PARQUET).read_bytes()
         if hashlib.sha256(data).hexdigest() != meta["sha256"]:
             raise UserError(f"{root / PARQUET} is corrupted: delete {root / META} and run `hvd advantages` again")
-        table = pq.read_table(io.BytesIO(data))
-        levels = tuple(json.loads(table.schema.metadata[b"hvd"])["levels"])
-        columns = {name: table[column].to_numpy(zero_copy_only=False) for column, name in _COLUMNS.items()}
-        for letter, name in _OF_LEVELS.items():
-            columns[name] = np.stack([table[f"{letter}_{i}"].to_numpy() for i in range(len(levels))], axis=1)
+        try:
+            levels, columns = _columns(data)
+        except (pa.ArrowException, LookupError, TypeError, ValueError, OSError, UserError) as error:
+            raise UserError(
+                f"{root / PARQUET} is no table of advantages ({error}): delete {root / META} and run `hvd advantages`"
+            ) from None
         return cls(levels, **columns)
 
     @classmethod
@@ -85,6 +87,10 @@ class Advantages:
     def by_row(self, column: str, frames: int) -> Float32[np.ndarray, "frames *l"]:
         """A column (v, q, a, omega) of one set in the order of the dataset's `frames` rows; NaN where it has no row."""
         values = getattr(self, column)
+        if len(self.row) and not 0 <= self.row.min() <= self.row.max() < frames:
+            raise UserError(
+                f"the advantages name row {self.row.max()} of a dataset of {frames} frames: run `hvd advantages` again"
+            )
         whole = np.full((frames, *values.shape[1:]), np.nan, np.float32)
         whole[self.row] = values
         return whole
@@ -119,6 +125,41 @@ def read_meta(folder: epath.PathLike) -> dict[str, Any] | None:
     if not (root / META).exists() or not (root / PARQUET).exists():
         return None
     try:
-        return json.loads((root / META).read_text())
-    except ValueError:
+        found = documents.read(root / META, dict[str, Any])
+        documents.convert(found, _Meta, "")
+    except UserError:
         return None  # it is written again
+    return found
+
+
+class _Meta(msgspec.Struct):
+    sha256: str
+
+
+class _Described(msgspec.Struct):
+    levels: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=64)]
+
+
+def _columns(data: bytes) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """The levels and columns of a table, of the types and values that `Advantages` has; raises what is wrong."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(io.BytesIO(data))
+    if not 0 < file.metadata.num_rows <= len(data):
+        raise UserError(f"{file.metadata.num_rows} rows in {len(data)} bytes")
+    levels = documents.decode((file.schema_arrow.metadata or {})[b"hvd"], _Described, "its levels").levels
+    kinds = dict.fromkeys(("dataset", "split"), pa.string()) | dict.fromkeys(("episode", "frame", "row"), pa.int64())
+    kinds |= {name: pa.float32() for name in ("V", *(f"{x}_{i}" for x in _OF_LEVELS for i in range(len(levels))))}
+    table = file.read(list(kinds)).select(list(kinds)).cast(pa.schema(kinds))
+    if any(column.null_count for column in table.columns):
+        raise UserError("it has empty cells")
+    arrays = {name: table[name].to_numpy() for name in kinds}
+    columns = {name: arrays[column] for column, name in _COLUMNS.items()}
+    for letter, name in _OF_LEVELS.items():
+        columns[name] = np.stack([arrays[f"{letter}_{i}"] for i in range(len(levels))], axis=1)
+    if not all(np.isfinite(columns[name]).all() for name in ("v", *_OF_LEVELS.values())):
+        raise UserError("a number in it is not finite")
+    if not set(columns["split"]) <= {"train", "val"} or min(columns[n].min() for n in ("episode", "frame", "row")) < 0:
+        raise UserError("its splits are others than train and val, or a row is negative")
+    return levels, columns

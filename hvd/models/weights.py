@@ -75,7 +75,7 @@ def open_checkpoint(path: os.PathLike | str, source: str = "") -> Checkpoint:
         arrays = {
             _plain(key): Stored(tuple(map(str, key)), tuple(leaf.shape), leaf.dtype) for key, leaf in leaves.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:  # Orbax and tensorstore raise errors of many kinds for files that are damaged
         raise UserError(f"{source}: {folder} is no readable Orbax checkpoint ({_line(error)})") from error
     if not arrays:
         raise UserError(f"{source}: the checkpoint {folder} holds no array")
@@ -203,9 +203,9 @@ def read(checkpoint: Checkpoint, wanted: Named) -> dict[str, Array]:
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_READ_GB)
     try:
         restored: dict[tuple, Any] = traverse_util.flatten_dict(handler.restore(checkpoint.folder, args=args))
-    except (ValueError, FileNotFoundError) as error:
+        return {name: restored[checkpoint.arrays[name].path] for name in wanted}
+    except Exception as error:  # Orbax and tensorstore raise errors of many kinds for files that are damaged
         raise UserError(f"{checkpoint.source}: {checkpoint.folder} cannot be read: {_line(error)}") from error
-    return {name: restored[checkpoint.arrays[name].path] for name in wanted}
 
 
 def _line(error: BaseException) -> str:

@@ -71,7 +71,10 @@ def along_episodes(cfg: Experiment, table: Advantages | None, episodes: int = 2)
         out.missing.append("values along an episode: there is no table of advantages.")
         return out
     role = "suboptimal" if "suboptimal" in table.dataset else str(table.dataset[0])
-    data = dict(cfg.datasets())[role]
+    data = dict(cfg.datasets()).get(role)
+    if data is None:
+        out.missing.append(f"values along an episode: the table is of {role}, which is no set of this experiment.")
+        return out
     camera = next(iter(data.keys.images), None)
     try:
         dataset = Dataset.open(data, cameras=(camera,) if camera else ())

@@ -120,6 +120,7 @@ def _throughput(name: str, metrics: Mapping[str, Mapping[str, Curve]]) -> list[s
 
 def _share(train: Mapping[str, Curve]) -> str:
     """Part of a step that the trainer waited for data."""
-    if "time/data_wait_s" not in train or "time/step_s" not in train:
-        return "-"
-    return f"{np.median(train['time/data_wait_s'][1] / train['time/step_s'][1]):.1%}"
+    names = ("time/data_wait_s", "time/step_s")
+    waited, took = (dict(zip(*train.get(name, ((), ())), strict=True)) for name in names)
+    shares = [waited[step] / took[step] for step in waited.keys() & took.keys() if took[step] > 0]
+    return f"{np.median(shares):.1%}" if shares else "-"

@@ -1,10 +1,12 @@
 """Evaluation in the report: success bars and table, rollout videos, credit assignment, action errors."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
+from hvd import documents
 from hvd.configs import Experiment
 from hvd.evaluate.credit import KINDS
 from hvd.evaluate.results import NOTHING
@@ -89,13 +91,13 @@ def videos(cfg: Experiment, found: Sequence[Results]) -> Section:
         for episode in [episode for episode in results["episodes"] if episode["video"]][:limit]:
             filmed += 1
             path = root / results["run_name"] / episode["video"]
-            if not path.exists():
+            if not path.exists() or os.path.islink(path):
                 out.missing.append(f"a video: {path} is not there.")
                 continue
             how = "success" if episode["success"] else "dropped" if episode.get("dropped") else "no success"
             reached = f"{episode['stage']} of {len(results['subtasks'])} stages"
             caption = f"{results['run_name']}, seed {episode['seed']}: {how}, {reached}, {episode['steps']} steps"
-            shown.append((path.read_bytes(), caption))
+            shown.append((documents.read_bytes(path), caption))
     if shown:
         out.text("Left the room, right what the robot's three cameras see (the policy need not see them).", "quiet")
         out.videos(shown)
@@ -142,7 +144,7 @@ def _auc_table(result: dict, kind: str) -> tuple[list[str], list[list[str]]]:
         for against, words in (("rest", "no mistake"), ("other", "other levels' mistakes")):
             first = against == "rest"
             cells = [_estimate(pair[against]) for pair in by_advantage.values()]
-            count = f"{counts[level]:,}" if first else ""
+            count = f"{counts.get(level, 0):,}" if first else ""
             rows.append([level if first else "", words, count, *cells, *(weights if first else ("", ""))])
     names = [name.replace("_", " ", 1) for name in next(iter(result[kind].values()))]
     return ["mistakes at", "against frames with", "frames", *names, "weight", "elsewhere"], rows

@@ -4,26 +4,56 @@ Reads `<exp_dir>/evaluation/<run>/results.json` and `<exp_dir>/evaluation/credit
 Imports neither jax nor matplotlib before a figure is drawn.
 """
 
-import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from etils import epath
+from msgspec import Meta, Struct
 
+from hvd import documents
 from hvd.configs import Experiment
+from hvd.documents import Count
+from hvd.errors import UserError
 from hvd.evaluate.offline import rank_text
-from hvd.evaluate.results import NOTHING, observes_text
+from hvd.evaluate.results import NOTHING, Number, observes_text, read_results
 from hvd.tables import aligned
 
 Results = dict[str, Any]
 
 
+class _Complete(Struct):
+    digest: str = ""
+
+
+class _Area(Struct):
+    mean: float
+    low: float  # NaN where no resample has both kinds of frames
+    high: float
+
+
+class _Pair(Struct):
+    rest: _Area | None
+    other: _Area | None
+
+
+_Table = dict[str, Annotated[dict[str, _Pair], Meta(min_length=1)]]
+_KINDS = ("auc", "auc_whole", "auc_marginal")
+
+
+class _Credit(Struct):
+    clean_frames: Count
+    mistake_frames: dict[str, Count]
+    whole_frames: dict[str, Count]
+    omega: dict[str, dict[str, Number]]
+    auc: _Table = {}
+    auc_whole: _Table = {}
+    auc_marginal: _Table = {}
+
+
 def read(cfg: Experiment) -> list[Results]:
     """The results of every evaluated run: the experiment's own policy first, doing nothing last."""
     root = epath.Path(cfg.exp_dir) / "evaluation"
-    found = []
-    for path in sorted(root.glob("*/results.json")) if root.exists() else []:
-        found.append(json.loads(path.read_text()))
+    found = [read_results(path) for path in sorted(root.glob("*/results.json"))] if root.exists() else []
     order = {cfg.policy.run_name: 0, NOTHING: 2}
     return sorted(found, key=lambda result: (order.get(result["run_name"], 1), result["run_name"]))
 
@@ -33,7 +63,7 @@ def stale(cfg: Experiment, results: Results) -> bool:
     path = epath.Path(cfg.exp_dir) / results["run_name"] / "complete.json"
     if not results.get("policy_digest") or not path.exists():
         return False
-    return json.loads(path.read_text()).get("digest") != results["policy_digest"]
+    return documents.read(path, _Complete).digest != results["policy_digest"]
 
 
 def name_of(results: Results) -> str:
@@ -82,7 +112,14 @@ def rank_lines(found: Sequence[Results]) -> list[str]:
 def read_credit(cfg: Experiment) -> dict[str, Any] | None:
     """The AUC tables of credit assignment, or None."""
     path = epath.Path(cfg.exp_dir) / "evaluation" / "credit.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    found = documents.read_with_nan(path, dict[str, Any])
+    documents.convert(found, _Credit, str(path))
+    for kind in _KINDS:
+        if len({tuple(row) for row in found.get(kind, {}).values()}) > 1:
+            raise UserError(f"{path}: the rows of {kind} have other columns each: run `hvd evaluate` again")
+    return found
 
 
 def summary(cfg: Experiment) -> str:

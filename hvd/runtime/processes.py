@@ -3,8 +3,10 @@
 Imports no jax: signal handlers and the command line ask it too.
 """
 
+import ipaddress
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,6 +61,20 @@ def group(env: Mapping[str, str] = os.environ) -> Group | None:
     return Group(env["HVD_COORDINATOR"], count, index)
 
 
+def bind_address(coordinator: str) -> str | None:
+    """Where process 0 listens: at the coordinator's own address if it is one of this machine, so that a run of one
+    machine is not seen from outside. None = everywhere, for a name that peers may resolve in another way than we do.
+    """
+    host, _, _ = coordinator.rpartition(":")
+    host = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    try:
+        with socket.socket(socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET) as trial:
+            trial.bind((host, 0))
+    except (ValueError, OSError):
+        return None
+    return coordinator
+
+
 def several(env: Mapping[str, str] = os.environ) -> bool:
     """Has the run more than one process? Never raises: a signal handler asks."""
     return (env.get("HVD_NUM_PROCESSES") or env.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
@@ -80,7 +96,8 @@ def _slurm(env: Mapping[str, str]) -> Group | None:
     step, restarts = (int(env.get(name, "0")) for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     number = int(env["SLURM_JOB_ID"]) * 31 + step + 7919 * restarts
     port = int(env.get("HVD_COORDINATOR_PORT", "0")) or _PORTS[number % len(_PORTS)]
-    host = env.get("HVD_COORDINATOR") or first_host(env["SLURM_STEP_NODELIST"])
+    alone = env.get("SLURM_STEP_NUM_NODES") == "1"
+    host = env.get("HVD_COORDINATOR") or ("127.0.0.1" if alone else first_host(env["SLURM_STEP_NODELIST"]))
     return Group(
         host if re.search(r":\d+$", host) else f"{host}:{port}",
         count,

@@ -1,22 +1,22 @@
 """One thread that owns the model: requests that wait at the same time are answered as one batch."""
 
-import collections
 import concurrent.futures
 import dataclasses
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
+from hvd.serve.limits import Sparingly
 from hvd.serve.metrics import Metrics
 from hvd.serve.observation import Refused, Request
 
 _BROKEN_AFTER = 3  # batches that failed one after another
+_LONG = 2  # times the usual flow steps: requests above it take at most a third of the time while others ask
+_ASKED_S = 1.0  # "while others ask": one came in this time
 
 
 @runtime_checkable
@@ -39,26 +39,35 @@ class Answer:
     rows: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Job:
     request: Request
     future: "concurrent.futures.Future[Answer]"
     wanted: Callable[[], bool]
     since: float
+    start: float  # on the clock of work
+    long: bool
 
 
 class Batcher:
-    """Answers requests in the order they came.
+    """Answers requests: one client's in the order they came, those of several clients in fair shares of work.
 
-    A batch is what waits when the model becomes free, as far as it has the same number of flow steps and fits.
+    Each request starts, on a clock that counts rows x flow steps, where its client's last one ended, and the earliest
+    is next (start-time fair queueing). A batch is what waits when the model becomes free, as far as it has the same
+    number of flow steps and fits. Long requests wait for two thirds of the time while others come.
 
     Args:
         max_wait: seconds that a request may wait for others to join its batch; 0 = it never waits for that.
+        usual: flow steps of a usual request.
     """
 
-    def __init__(self, sample: Sample, metrics: Metrics, *, max_wait: float = 0.0):
-        self._sample, self._metrics, self._max_wait = sample, metrics, max_wait
-        self._jobs: collections.deque[_Job] = collections.deque()
+    def __init__(self, sample: Sample, metrics: Metrics, *, max_wait: float = 0.0, usual: int = 10):
+        self._sample, self._metrics, self._max_wait, self._usual = sample, metrics, max_wait, usual
+        self._jobs: list[_Job] = []
+        self._clock = 0.0  # work: the start of the latest batch
+        self._ends: dict[Hashable, float] = {}  # client -> where its last request ends on that clock
+        self._short_at = self._long_at = 0.0  # when the last one that is not long came; when a long one may be next
+        self._log = Sparingly()
         self._changed = threading.Condition()
         self._stopping = False
         self._failures = 0
@@ -74,15 +83,28 @@ class Batcher:
         """False once the thread has ended, or when batch after batch fails."""
         return self._thread.is_alive() and self._failures < _BROKEN_AFTER
 
-    def submit(self, request: Request, wanted: Callable[[], bool]) -> "concurrent.futures.Future[Answer]":
+    def submit(
+        self, request: Request, wanted: Callable[[], bool], *, client: Hashable = None, share: int = 1
+    ) -> "concurrent.futures.Future[Answer]":
         """The future answer. A request that is no longer `wanted` when its turn comes is cancelled instead.
 
         The future raises `Refused` when the answer would not be finite.
+
+        Args:
+            client: whose request it is.
+            share: clients that share what one of them gets elsewhere.
         """
-        job = _Job(request, concurrent.futures.Future(), wanted, time.monotonic())
+        now, work = time.monotonic(), request.rows * request.num_flow_steps
+        long = request.num_flow_steps > _LONG * self._usual or work > self._sample.max_rows * self._usual
         with self._changed:
             if self._stopping or not self._thread.is_alive():
                 raise Refused("the server is stopping")
+            start = max(self._clock, self._ends.get(client, 0.0))
+            self._ends = {name: end for name, end in self._ends.items() if end > self._clock}
+            self._ends[client] = start + work * share
+            if not long:
+                self._short_at = now
+            job = _Job(request, concurrent.futures.Future(), wanted, now, start, long)
             self._jobs.append(job)
             self._changed.notify()
         return job.future
@@ -101,7 +123,7 @@ class Batcher:
                     self._answer(jobs)
                 except Exception as error:
                     self._failures += 1
-                    traceback.print_exc(file=sys.stderr)
+                    self._log.failure(error)
                     for job in jobs:
                         if not job.future.done():
                             job.future.set_exception(error)
@@ -124,6 +146,8 @@ class Batcher:
                 while (left := until - time.monotonic()) > 0 and not self._stopping and not self._full():
                     self._changed.wait(left)
                 chosen = self._choose()
+                if not chosen:
+                    self._changed.wait(self._long_at - time.monotonic())
             wanted = [job for job in chosen if self._claim(job)]
             if wanted:
                 return wanted
@@ -132,17 +156,19 @@ class Batcher:
         return sum(job.request.rows for job in self._jobs) >= self._sample.max_rows
 
     def _choose(self) -> list[_Job]:
-        """The first job, and the others that go with it, in order; they leave the queue."""
-        steps, rows = self._jobs[0].request.num_flow_steps, 0
+        """The job that is next, and others that go with it, in order; they leave the queue. [] while long ones wait."""
+        held = time.monotonic() < self._long_at and not self._stopping
+        ready = sorted((job for job in self._jobs if not (job.long and held)), key=lambda job: job.start)
         chosen: list[_Job] = []
-        others: collections.deque[_Job] = collections.deque()
-        for job in self._jobs:
-            if job.request.num_flow_steps == steps and rows + job.request.rows <= self._sample.max_rows:
+        rows = 0
+        for job in ready:
+            goes_with = job.request.num_flow_steps == ready[0].request.num_flow_steps and job.long <= ready[0].long
+            if goes_with and rows + job.request.rows <= self._sample.max_rows:
                 chosen.append(job)
                 rows += job.request.rows
-            else:
-                others.append(job)
-        self._jobs = others
+        if chosen:
+            self._clock = max(self._clock, chosen[0].start)
+            self._jobs = [job for job in self._jobs if job not in set(chosen)]
         return chosen
 
     def _claim(self, job: _Job) -> bool:
@@ -157,7 +183,10 @@ class Batcher:
         rows = sum(request.rows for request in requests)
         begin = time.monotonic()
         found = self._sample(requests)
-        seconds = time.monotonic() - begin
+        end = time.monotonic()
+        seconds = end - begin
+        if jobs[0].long and end - self._short_at < _ASKED_S:
+            self._long_at = end + 2 * seconds
         self._metrics.batch(self._sample.size_for(rows), rows, seconds)
         for job, actions in zip(jobs, found, strict=True):
             if np.isfinite(actions).all():

@@ -15,6 +15,7 @@ import asyncio
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 API_KEY = "HVD_API_KEY"
 _LOOPBACK = ("127.", "::1")
 _MAX_BATCH = 256
+_KEY_LENGTH = 16  # the least
 _DRAIN_S = 20.0
 
 
@@ -58,6 +60,8 @@ class ServeOptions:
     max_wait_ms: float = option(0.0, between(0, 10_000), "how long a request may wait for others to join it")
     max_connections: int = option(32, between(1, 10_000), "clients at the same time")
     max_message_mb: float = option(32.0, between(0.01, 1024), "MiB of one request")
+    tls_cert: str = option("", "PEM file of the server's certificate and its chain: clients connect to wss://")
+    tls_key: str = option("", "PEM file of its key, without a passphrase; default: it is in --tls-cert too")
     log_every_s: float = option(60.0, between(0, 1e6), "seconds between log lines; 0 = none but the last")
 
 
@@ -75,17 +79,21 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_COMPLETE
     options, rest = overrides.take(ServeOptions(), argv)
     target = chosen(options, rest)
-    api_key = api_key_of(os.environ.get(API_KEY))
+    api_key, tls = api_key_of(os.environ.get(API_KEY)), tls_of(options.tls_cert, options.tls_key)
+    from hvd.serve.limits import allow_files
+
+    allow_files(options.max_connections)
     with bound(options.host, options.port) as sock:
-        if not sock.getsockname()[0].startswith(_LOOPBACK) and not api_key:
-            print(
-                f"--host {options.host}: whoever reaches it may use the policy; {API_KEY} can ask for a key", flush=True
-            )
+        if not sock.getsockname()[0].startswith(_LOOPBACK):
+            who = "" if api_key else f"whoever reaches it may use the policy; {API_KEY} can ask for a key. "
+            clear = "" if tls else "Observations, actions and the key travel in clear; --tls-cert encrypts them"
+            if who or clear:
+                print(f"--host {options.host}: {who}{clear}", flush=True)
         try:
-            (server, batcher), metrics, line = build(target, options, api_key)
+            (server, batcher), metrics, line = build(target, options, api_key, tls)
             address = sock.getsockname()
             host = f"[{address[0]}]" if ":" in address[0] else address[0]
-            line = f"serving {line} on ws://{host}:{address[1]}"
+            line = f"serving {line} on {'wss' if tls else 'ws'}://{host}:{address[1]}"
             asyncio.run(_serve(server, metrics, sock, line, options.log_every_s))
         except Stopped:  # the loop, once it runs, takes signals itself
             print("stopped before the server was ready", flush=True)
@@ -117,7 +125,31 @@ def api_key_of(value: str | None) -> str:
         return ""
     if not value or not value.isascii() or not value.isprintable() or value != value.strip():
         raise UserError(f"{API_KEY} is empty or has other than plain printable characters: unset it, or set a key")
+    if len(value) < _KEY_LENGTH:
+        raise UserError(
+            f"{API_KEY} has {len(value)} characters, at least {_KEY_LENGTH} are needed: openssl rand -hex 16 makes one"
+        )
     return value
+
+
+def tls_of(certificate: str, key: str) -> ssl.SSLContext | None:
+    """How the server speaks TLS, None for in clear; UserError for files that do not fit."""
+    if not certificate:
+        if key:
+            raise UserError("--tls-key needs --tls-cert")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(os.path.expanduser(certificate), os.path.expanduser(key) or None, password=_no_password)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--tls-cert {certificate} --tls-key {key}: no certificate with its key there ({error})"
+        ) from None
+    return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a passphrase")
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -139,7 +171,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def build(
-    target: Experiment | str, options: ServeOptions, api_key: str
+    target: Experiment | str, options: ServeOptions, api_key: str, tls: ssl.SSLContext | None
 ) -> tuple[tuple["PolicyServer", Any], "Metrics", str]:
     """Load, compile, warm up. Returns (server, its batcher), its metrics, and a line about what it serves."""
     from hvd.serve.batching import Batcher
@@ -171,7 +203,7 @@ def build(
     sampler.warm(reader.read(example(policy, reader), seed=0))
     print(f"compiled in {time.monotonic() - loaded:.1f} s", flush=True)
     metrics = Metrics()
-    batcher = Batcher(sampler, metrics, max_wait=options.max_wait_ms / 1e3)
+    batcher = Batcher(sampler, metrics, max_wait=options.max_wait_ms / 1e3, usual=reader.num_flow_steps)
     about = describe(options.checkpoint or target, policy, reader)
     server = PolicyServer(
         reader,
@@ -180,6 +212,7 @@ def build(
         metadata=about,
         limits=Limits(message=int(options.max_message_mb * 2**20), connections=options.max_connections, drain=_DRAIN_S),
         api_key=api_key,
+        tls=tls,
         noise_seed=options.noise_seed,
     )
     line = (

@@ -7,15 +7,15 @@ line, which openpi's client raises, and the connection goes on.
 
 import asyncio
 import concurrent.futures
+import functools
 import hmac
 import http
 import logging
 import socket
+import ssl
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,37 +26,18 @@ from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 from websockets.protocol import State
 
+from hvd.errors import one_line
 from hvd.serve import msgpack as serve_msgpack
 from hvd.serve.batching import Answer, Batcher
+from hvd.serve.limits import Connection, Guard, Limits, Sparingly
 from hvd.serve.metrics import Metrics
 from hvd.serve.observation import MAX_SEED, Refused, Request, RequestReader
 
 _SMALL = 1 << 16  # bytes of a message that is read on the spot; larger ones hold images, and take a thread
+_LARGE = 4 << 20  # bytes; those above queue for one thread of their own
 _GRACE = 0.2  # seconds for requests that were sent before the client could know that the server stops
 
 _CUT_PROMPTS = 100  # lines about prompts that are cut
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one client may take from the others.
-
-    Attributes:
-        message: bytes of a request; up to twice as many are read and refused, more close the connection.
-        connections: at the same time.
-        ping, pong: seconds between pings, and until a client that does not answer one is dropped.
-        send: seconds for a client to take its reply.
-        open: seconds for the websocket handshake.
-        drain: seconds for requests in flight when the server stops.
-    """
-
-    message: int = 32 << 20
-    connections: int = 32
-    ping: float = 20.0
-    pong: float = 40.0
-    send: float = 20.0
-    open: float = 10.0
-    drain: float = 20.0
 
 
 class PolicyServer:
@@ -65,6 +46,7 @@ class PolicyServer:
     Args:
         metadata: sent to each client that connects.
         api_key: clients must send `Authorization: Api-Key <it>`; "" = anybody may come.
+        tls: certificate and key; None = in clear.
         noise_seed: of the seeds of requests that name none.
     """
 
@@ -77,27 +59,34 @@ class PolicyServer:
         metadata: Mapping[str, Any],
         limits: Limits | None = None,
         api_key: str = "",
+        tls: ssl.SSLContext | None = None,
         noise_seed: int = 0,
     ):
         self._reader, self._batcher, self._metrics = reader, batcher, metrics
         self._metadata, self._limits = serve_msgpack.pack(dict(metadata)), limits or Limits()
-        self._api_key = api_key
+        self._api_key, self._tls = api_key, tls
         self._seeds = np.random.default_rng(noise_seed)
-        self._threads = concurrent.futures.ThreadPoolExecutor(4, "hvd-serve-read")
-        self._open: set[ServerConnection] = set()
-        self._busy: set[ServerConnection] = set()
+        self._threads = concurrent.futures.ThreadPoolExecutor(3, "hvd-serve-read")
+        self._large = concurrent.futures.ThreadPoolExecutor(1, "hvd-serve-read-large")
+        self._refusals, self._failures = Sparingly(), Sparingly()
+        self._guard = Guard(self._limits, metrics)
         self._stopping = False
-        self._said = 0.0
         self._cut: set[str] = set()
 
     async def run(self, sock: socket.socket, stop: asyncio.Event, hurry: asyncio.Event, started: Callable) -> None:
         """Serve on the bound socket until `stop`; then answer what is in flight, unless `hurry` is set too."""
         logger = logging.getLogger("hvd.serve")
         logger.setLevel(logging.CRITICAL)  # the library reports each port scan with a traceback
+        options: dict[str, Any] = {
+            "create_connection": functools.partial(Connection, guard=self._guard),
+            "process_request": self._http,
+            "process_response": self._place,
+        }
+        if self._tls:
+            options |= {"ssl": self._tls, "ssl_handshake_timeout": self._limits.open}
         server = await serve(
-            self._client,
+            self._client,  # pyright: ignore[reportArgumentType]  # of the connections that `options` make
             sock=sock,
-            process_request=self._http,
             origins=[None],  # no web page: a browser on this machine could otherwise reach a server on 127.0.0.1
             compression=None,
             max_size=2 * self._limits.message,
@@ -107,20 +96,23 @@ class PolicyServer:
             ping_timeout=self._limits.pong,
             close_timeout=5,
             logger=logger,
+            **options,
         )
         started()
         await stop.wait()
         await self._drain(server, hurry)
-        self._threads.shutdown(wait=False)
+        for threads in (self._threads, self._large):
+            threads.shutdown(wait=False)
 
     async def _drain(self, server: Server, hurry: asyncio.Event) -> None:
         self._stopping = True
         server.close(close_connections=False)
+        self._guard.drop_half_open()
         await asyncio.sleep(_GRACE)
-        leaving = [asyncio.ensure_future(self._leave(connection)) for connection in self._open - self._busy]
+        leaving = [asyncio.ensure_future(self._leave(connection)) for connection in self._guard.open - self._guard.busy]
         ends = [asyncio.ensure_future(server.wait_closed()), asyncio.ensure_future(hurry.wait())]
         await asyncio.wait(ends, timeout=self._limits.drain, return_when=asyncio.FIRST_COMPLETED)
-        for connection in self._open:
+        for connection in self._guard.open:
             connection.transport.abort()
         await asyncio.wait([ends[0], *leaving], timeout=5)
         ends[1].cancel()
@@ -132,51 +124,57 @@ class PolicyServer:
     def ready(self) -> bool:
         return self._batcher.healthy and not self._stopping
 
-    def _http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
+    async def _http(self, connection: Connection, request: HttpRequest) -> Response | None:
         """Plain HTTP answers, and who may not connect; None lets a websocket open."""
-        path = request.path.partition("?")[0]
+        await asyncio.sleep(self._guard.http.turn(connection.address))
+        path = request.path.partition("?")[0].rstrip("/")
         if path == "/healthz":
             status = http.HTTPStatus.OK if self.ready else http.HTTPStatus.SERVICE_UNAVAILABLE
             return connection.respond(status, "ok\n" if self.ready else "not ready\n")
         if path == "/metrics":
-            return connection.respond(
-                http.HTTPStatus.OK, self._metrics.prometheus(ready=self.ready, waiting=self._batcher.waiting)
-            )
+            text = self._metrics.prometheus(ready=self.ready, waiting=self._batcher.waiting)
+            return connection.respond(http.HTTPStatus.OK, text)
         if self._api_key:
+            if self._guard.keys.knows(connection.address):  # it has sent a wrong one
+                await asyncio.sleep(self._guard.keys.turn(connection.address))
             given = request.headers.get_all("Authorization")
             expected = f"Api-Key {self._api_key}"
-            if len(given) != 1 or not hmac.compare_digest(given[0].encode(), expected.encode()):
+            if len(given) != 1 or not hmac.compare_digest(given[0].encode(errors="replace"), expected.encode()):
+                self._guard.wrong_key(connection)
                 response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "send Authorization: Api-Key <key>\n")
                 response.headers["WWW-Authenticate"] = "Api-Key"
                 return response
-        if len(self._open) >= self._limits.connections:
-            text = f"{self._limits.connections} clients are connected already\n"
-            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, text)
         return None
 
-    async def _client(self, connection: ServerConnection) -> None:
-        self._open.add(connection)
-        self._metrics.connections = len(self._open)
+    def _place(self, connection: Connection, request: HttpRequest, response: Response) -> Response | None:
+        """Another answer for a websocket that would have no place."""
+        if response.status_code != http.HTTPStatus.SWITCHING_PROTOCOLS or self._guard.admit(connection):
+            return None
+        text = f"{self._limits.connections} clients are connected already\n"
+        self._guard.denied(connection, "places", f"refused: {text}")
+        return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, text)
+
+    async def _client(self, connection: Connection) -> None:
+        self._guard.opened(connection)
         last: float | None = None
         try:
             await connection.send(self._metadata)
             while not (self._stopping and last is not None):
                 message = await connection.recv()
-                self._busy.add(connection)
+                self._guard.busy.add(connection)
+                connection.asked = True
                 try:
                     last = await self._exchange(connection, message, last)
                 finally:
-                    self._busy.discard(connection)
+                    self._guard.busy.discard(connection)
+                    connection.answered(len(message) if isinstance(message, bytes) else len(message.encode()))
                 if last is None:
                     return
             await self._leave(connection)
         except ConnectionClosed:
             pass  # theirs to say when it is over
-        finally:
-            self._open.discard(connection)
-            self._metrics.connections = len(self._open)
 
-    async def _exchange(self, connection: ServerConnection, message: str | bytes, last: float | None) -> float | None:
+    async def _exchange(self, connection: Connection, message: str | bytes, last: float | None) -> float | None:
         """Answer one message; returns the seconds it took, or None when the client had gone."""
         begin = time.monotonic()
         try:
@@ -184,7 +182,7 @@ class PolicyServer:
             outcome = "answered"
         except Refused as refused:
             reply, outcome = f"error: {refused}", "refused"
-            self._say(connection, reply)
+            self._refusals.say(f"refused {connection.name}: {reply}")
         except asyncio.CancelledError:
             if connection.state is State.OPEN:
                 raise
@@ -192,7 +190,7 @@ class PolicyServer:
             return None
         except Exception as error:
             reply, outcome = f"error: the server failed ({type(error).__name__}); its log says why", "failed"
-            traceback.print_exc(file=sys.stderr)
+            self._failures.failure(error)
         try:
             async with asyncio.timeout(self._limits.send):
                 await connection.send(reply)
@@ -202,20 +200,22 @@ class PolicyServer:
             return None
         seconds = time.monotonic() - begin
         self._metrics.request(outcome, seconds)
+        if outcome != "answered":
+            await asyncio.sleep(self._limits.pause)
         return seconds
 
-    async def _answer(
-        self, connection: ServerConnection, message: str | bytes, last: float | None, begin: float
-    ) -> bytes:
+    async def _answer(self, connection: Connection, message: str | bytes, last: float | None, begin: float) -> bytes:
         """The packed reply."""
         seed = int(self._seeds.integers(MAX_SEED + 1))
         if len(message) <= _SMALL:
             request = self._read(message, seed)
         else:
             loop = asyncio.get_running_loop()
-            request = await loop.run_in_executor(self._threads, self._read, message, seed)
+            threads = self._threads if len(message) <= _LARGE else self._large
+            request = await loop.run_in_executor(threads, self._read, message, seed)
         prepared = time.monotonic() - begin
-        future = self._batcher.submit(request, lambda: connection.state is State.OPEN)
+        wanted = functools.partial(_is_open, connection)
+        future = self._batcher.submit(request, wanted, client=connection, share=self._guard.share(connection))
         answer: Answer = await asyncio.wrap_future(future)
         timing = {
             "infer_ms": 1e3 * (time.monotonic() - begin),
@@ -249,15 +249,12 @@ class PolicyServer:
             raise Refused(f"not a msgpack message of openpi's form: {error}") from None
         return self._reader.read(decoded, seed)
 
-    def _say_cut(self, connection: ServerConnection, line: str) -> None:
+    def _say_cut(self, connection: Connection, line: str) -> None:
         """A prompt that is cut in the log: once, and no more than so many of them."""
         if line not in self._cut and len(self._cut) < _CUT_PROMPTS:
             self._cut.add(line)
-            print(f"warning: {connection.remote_address[0]}: {line}", file=sys.stderr, flush=True)
+            print(one_line(f"warning: {connection.address}: {line}"), file=sys.stderr, flush=True)
 
-    def _say(self, connection: ServerConnection, line: str) -> None:
-        """A refused request in the log, one a second at most: a robot asks many times a second."""
-        if time.monotonic() - self._said >= 1.0:
-            self._said = time.monotonic()
-            address = connection.remote_address
-            print(f"refused {address[0]}:{address[1]}: {line}", file=sys.stderr, flush=True)
+
+def _is_open(connection: ServerConnection) -> bool:
+    return connection.state is State.OPEN

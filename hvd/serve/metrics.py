@@ -22,6 +22,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._begin = time.monotonic()
         self._outcomes: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
+        self._denied: collections.Counter[str] = collections.Counter()
         self._batches: collections.Counter[int] = collections.Counter()
         self._rows = 0
         self._times = {name: _Times() for name in ("request", "inference")}
@@ -34,6 +35,11 @@ class Metrics:
             self._outcomes[outcome] += 1
             if outcome == "answered":
                 self._times["request"].add(seconds)
+
+    def deny(self, reason: str) -> None:
+        """A connection was refused or dropped: "key", "places", "handshake", "frames", "memory", "idle"."""
+        with self._lock:
+            self._denied[reason] += 1
 
     def batch(self, size: int, rows: int, seconds: float) -> None:
         """One batch of `rows` real rows, computed at `size`."""
@@ -55,10 +61,11 @@ class Metrics:
             counts = ", ".join(f"{count} {name}" for name, count in self._outcomes.items() if count) or "none"
             latency, inference = (self._times[name].text() for name in ("request", "inference"))
             batches = " ".join(f"{size}x{count}" for size, count in sorted(self._batches.items()))
+            denied = "".join(f"; denied for {reason}: {count}" for reason, count in sorted(self._denied.items()))
             rate = (total - before) / max(now - since, 1e-9)
             return (
                 f"requests: {counts}; {rate:.1f}/s; latency {latency}; inference {inference}; "
-                f"batches (rows x count): {batches or 'none'}; connections: {self.connections}"
+                f"batches (rows x count): {batches or 'none'}; connections: {self.connections}{denied}"
             )
 
     def prometheus(self, *, ready: bool, waiting: int) -> str:
@@ -71,6 +78,7 @@ class Metrics:
     def _families(self, ready: bool, waiting: int) -> Iterator[Metric]:
         for name, text, label, counts in (
             ("requests", "Requests by how they ended.", "outcome", self._outcomes),
+            ("denied", "Connections refused or dropped.", "reason", {"key": 0, "places": 0} | self._denied),
             ("batches", "Batches by their compiled size.", "size", dict(sorted(self._batches.items()))),
         ):
             family = CounterMetricFamily(f"hvd_serve_{name}", text, labels=[label])

@@ -33,7 +33,7 @@ MAX_PROMPT = 4_096  # characters
 _EXTRAS = ("prompt", "task", "seed", "noise", "num_flow_steps")
 
 
-class Refused(Exception):
+class Refused(UserError):
     """A request that cannot be answered; its text is one line for the client."""
 
 
@@ -101,8 +101,8 @@ class RequestReader:
             raise Refused(f"the message is a {type(message).__name__}; an observation is a dict")
         for key in message:
             if key not in self._known:
-                name = key if isinstance(key, str) else repr(key)
-                raise Refused(f"unknown key {name[:80]!r}{nearest(name[:80], self._known)}")
+                name = (key if isinstance(key, str) else repr(key))[:80]
+                raise Refused(f"unknown key {name!r}{nearest(name, self._known)}")
         state, batched = self._state(message)
         images = self._images(message, len(state), batched)
         prompts = self._prompts(message, len(state), batched)
@@ -215,7 +215,7 @@ class RequestReader:
         return [self._prompt(name, value)] * rows
 
     def _prompt(self, name: str, value: Any) -> str:
-        if value is None or value == "":
+        if value is None or (isinstance(value, str) and not value):
             if not self.default_prompt:
                 raise Refused("prompt is missing, and this server has no default: send 'prompt' (or 'task'), a text")
             return self.default_prompt
@@ -251,8 +251,17 @@ def key_map(cfg: Experiment) -> KeyMap:
 
 def _numbers(name: str, value: Any) -> Float32[np.ndarray, "*n"]:
     """An array, or lists, of numbers as float32; what does not fit into float32 becomes infinite."""
-    if not isinstance(value, np.ndarray | np.number | list | tuple | float | int) or isinstance(value, bool):
+    if not isinstance(value, np.ndarray | np.number | list | float | int) or isinstance(value, bool):
         raise Refused(f"{name!r} is a {type(value).__name__}; expected an array of numbers")
+    inside = [value]
+    while inside:  # before numpy makes an array of it: of a long text among short ones it makes a huge one
+        part = inside.pop()
+        if isinstance(part, list):
+            inside += part
+        elif isinstance(part, np.ndarray) and part.dtype.kind not in "iuf":
+            raise Refused(f"{name!r} is an array of {part.dtype}; expected numbers")
+        elif isinstance(part, bool) or not isinstance(part, int | float | np.number | np.ndarray):
+            raise Refused(f"{name!r} holds a {type(part).__name__}; expected an array of numbers")
     try:
         array = np.asarray(value)
     except ValueError:
@@ -268,7 +277,7 @@ def _integer(message: Mapping[str, Any], name: str, default: int, low: int, high
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise Refused(f"{name} is {str(value)[:40]}; expected a whole number from {low} to {high}")
+        raise Refused(f"{name} is {value!r:.40}; expected a whole number from {low} to {high}")
     return int(value)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from hvd import documents
 from hvd.configs import SIM_TASKS, Experiment, SimConfig
 from hvd.errors import UserError
 from hvd.files import write_atomic
@@ -65,7 +66,7 @@ def _check_folder(root: Path, sim: SimConfig) -> None:
     wanted = {name: getattr(sim, name) for name in ("task", "seed", "image_size", "horizon")}
     stamp = root / "simulation.json"
     if stamp.exists():
-        made = json.loads(stamp.read_text())
+        made = documents.read(stamp, dict[str, Any])
         for name, value in wanted.items():
             if made.get(name) != value:
                 raise UserError(

@@ -51,6 +51,7 @@ def initialize() -> None:
         found.count,
         found.index,
         local_device_ids=found.local_devices,
+        coordinator_bind_address=processes.bind_address(found.coordinator),
         cluster_detection_method="deactivate",
         initialization_timeout=processes.COLD_START_SECONDS,
         shutdown_timeout_seconds=60,

@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from hvd import documents
 from hvd.files import is_local, read_lines
 
 if TYPE_CHECKING:
@@ -14,16 +17,24 @@ METRICS = "metrics.jsonl"
 _TAIL = 1 << 16  # bytes of the end of the file that are read first
 
 
+class _Line(msgspec.Struct):
+    step: documents.Count
+    split: str = "train"
+
+
 def read_metrics(run_dir: os.PathLike | str) -> "dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]":
     """split -> metric -> (steps, values) of a run's metrics.jsonl; {} when there is none. A torn line is left out."""
     import numpy as np
 
     points: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for record in read_lines(os.path.join(os.fspath(run_dir), METRICS)):
-        split = points.setdefault(str(record.pop("split", "train")), {})
-        step = int(record.pop("step"))
-        for name, value in record.items():
-            split.setdefault(name, []).append((step, float(value)))
+    path = os.path.join(os.fspath(run_dir), METRICS)
+    for record in read_lines(path):
+        about = documents.convert(record, _Line, path)
+        del record["step"]
+        record.pop("split", None)
+        split = points.setdefault(about.split, {})
+        for name, value in documents.convert(record, dict[str, float], f"{path}, step {about.step}").items():
+            split.setdefault(name, []).append((about.step, value))
     return {
         split: {
             name: (np.array([p[0] for p in line]), np.array([p[1] for p in line])) for name, line in metrics.items()

@@ -38,7 +38,6 @@ CONFIG = "config.yaml"
 NORM_STATS = "norm_stats.json"
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
-_LIMIT = 16 << 20  # bytes of config.yaml
 
 
 # --------------------------------------------------------------------------------------------------- whose run is it
@@ -108,13 +107,13 @@ def read(run_dir: os.PathLike | str) -> Record | None:
     """The run's config.yaml, or None where there is none; UserError when the file is not one of ours."""
     path = epath.Path(run_dir) / CONFIG
     try:
-        text = documents.read_bytes(path, _LIMIT).decode()
-        data = documents.convert(yaml.safe_load(text), _Form, f"{path} is not the config of a run")
+        found = documents.read_yaml(path, _Form)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not the config of a run: {str(error) or 'nested too deeply'}") from None
-    return Record(data.stage, data.version, from_plain(Experiment, data.config, str(path)), data.inputs)
+    except UserError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path} is not the config of a run: {why}") from None
+    return Record(found.stage, found.version, from_plain(Experiment, found.config, str(path)), found.inputs)
 
 
 def has_checkpoint(run_dir: os.PathLike | str) -> bool:

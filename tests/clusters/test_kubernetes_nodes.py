@@ -53,7 +53,7 @@ def job(kubernetes):
         sys.executable, "launch/submit.py", "--stage", "value", *PLACE, *OPTIONS, cwd=ROOT
     ).stdout
     docs = list(yaml.safe_load_all(rendered))
-    assert sorted(doc["kind"] for doc in docs) == ["Job", "PersistentVolumeClaim", "Service"]
+    assert sorted(doc["kind"] for doc in docs) == ["Job", "NetworkPolicy", "PersistentVolumeClaim", "Service"]
     for doc in docs:
         there = doc["kind"] == "PersistentVolumeClaim" and kubernetes.get("pvc")["items"]
         if doc["kind"] != "Job" and not there:

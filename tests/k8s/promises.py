@@ -11,7 +11,7 @@ from hvd import errors
 from tests.k8s.render import Document, component, containers, jobs
 
 DAY = 24 * 3600
-KINDS = {"Job", "JobSet", "PersistentVolumeClaim", "Service", "ServiceAccount", "Role", "RoleBinding"}
+KINDS = {"Job", "JobSet", "NetworkPolicy", "PersistentVolumeClaim", "Service", "ServiceAccount", "Role", "RoleBinding"}
 # Nothing else: no hostNetwork, hostPID, hostIPC
 POD = {"automountServiceAccountToken", "containers", "enableServiceLinks", "initContainers", "restartPolicy"}
 POD |= {"securityContext", "serviceAccountName", "terminationGracePeriodSeconds", "volumes", "subdomain", "affinity"}
@@ -62,6 +62,15 @@ def security(docs: list[Document]) -> None:
     for container in _containers(docs):
         assert container["securityContext"] == RIGHTS
         assert all(set(port) == {"name", "containerPort"} for port in container.get("ports", ()))
+
+
+def network(docs: list[Document]) -> None:
+    """Only pods of hvd connect to pods of hvd; every pod is one of them."""
+    (policy,) = (doc["spec"] for doc in docs if doc["kind"] == "NetworkPolicy")
+    ours = {"matchLabels": {"app.kubernetes.io/name": "hvd"}}
+    assert policy == {"podSelector": ours, "policyTypes": ["Ingress"], "ingress": [{"from": [{"podSelector": ours}]}]}
+    for job in jobs(docs):
+        assert job["spec"]["template"]["metadata"]["labels"].items() >= ours["matchLabels"].items()
 
 
 def volumes(docs: list[Document]) -> None:
@@ -250,8 +259,8 @@ def processes(docs: list[Document]) -> None:
 PROMISES = {
     promise.__name__: promise
     for promise in (
-        security, volumes, rights, resources, gpus, ends, exit_codes, secrets, images, labels, references, variables,
-        order, processes,
+        security, network, volumes, rights, resources, gpus, ends, exit_codes, secrets, images, labels, references,
+        variables, order, processes,
     )
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ def args(docs: list[Document], component: str, place: int = -1) -> list[str]:
 
 def test_the_files_are_what_is_rendered_by_default(capsys):
     """What `kubectl apply -f k8s/value-job.yaml -f k8s/awr-job.yaml` applies."""
-    files = [doc for doc in documents("base") if doc["kind"] != "PersistentVolumeClaim"]
+    files = [doc for doc in documents("base") if doc["kind"] not in ("PersistentVolumeClaim", "NetworkPolicy")]
     assert render() == files
     assert submit.main(["--stage", "all", "--cluster", "kubernetes", "--dry-run"]) == 0
     assert list(yaml.safe_load_all(capsys.readouterr().out)) == files
@@ -109,7 +109,7 @@ def test_another_name_for_all_of_an_experiment():
     """And for nothing else: not for the user's own options."""
     docs = render("--exp_name", "hvd-value", name="exp2")
     assert [doc["metadata"]["name"] for doc in docs] == ["exp2-value", "exp2-awr", *["exp2-awr-gate"] * 4]
-    keeps(docs, but=("references",))  # rights, order, accounts: by the new names
+    keeps(docs, but=("references", "network"))  # rights, order, accounts: by the new names
     assert args(docs, "value")[-2:] == ["--exp_name", "hvd-value"]
     text = json.dumps(docs).replace('"--exp_name", "hvd-value"', "")
     assert "hvd-value" not in text and "hvd-awr" not in text and "hvd-credentials" in text and "hvd-storage" in text
@@ -154,7 +154,7 @@ def test_a_file_that_is_not_its_copy_in_the_base_is_refused(monkeypatch, tmp_pat
 
 
 # The claim is applied by itself; and the order is a promise of both stages together
-SEPARATE = {"all": ("references",), "value": ("references", "order"), "policy": ("references", "order")}
+SEPARATE = {"all": ("references", "network")} | dict.fromkeys(("value", "policy"), ("references", "network", "order"))
 
 
 @pytest.mark.parametrize("stage", SEPARATE)

@@ -79,7 +79,7 @@ def test_jobset_runs_the_jobs_of_the_base():
         job = find(documents("base"), "Job", name)
         assert _changed(_plain(replicated["template"]["spec"]), _plain(job["spec"])) == changed
         assert replicated["template"]["metadata"] == {"labels": job["metadata"]["labels"]}
-    assert [one["kind"] for one in documents("jobset")] == ["PersistentVolumeClaim", "JobSet"]
+    assert [one["kind"] for one in documents("jobset")] == ["PersistentVolumeClaim", "JobSet", "NetworkPolicy"]
 
 
 def test_gcs_has_no_claim_and_one_identity_for_all():

@@ -89,6 +89,53 @@ def test_other_flow_steps_are_another_batch(fake, batcher):
     assert fake.batches == [[100], [0, 2], [1, 3]]
 
 
+def test_a_client_with_many_requests_does_not_keep_the_others_waiting():
+    fake = Fake(max_rows=1)
+    batcher = Batcher(fake, Metrics())
+    held(fake, batcher)
+    futures = [batcher.submit(request(float(i)), yes, client="a") for i in range(3)]
+    futures += [batcher.submit(request(10.0 + i), yes, client="b") for i in range(2)]
+    futures += [batcher.submit(request(20.0 + i), yes, client=f"c{i}", share=3) for i in range(3)]
+    futures += [batcher.submit(request(30.0), yes, client="c0", share=3)]
+    fake.gate.set()
+    for future in futures:
+        future.result(30)
+    batcher.stop(30)
+    assert fake.batches == [[100], [0], [10], [20], [21], [22], [1], [11], [2], [30]]
+
+
+def test_long_requests_leave_the_others_most_of_the_time():
+    """Six clients ask for 100 flow steps each, all the time; another one's usual requests hardly notice."""
+    done, slow = threading.Event(), []
+
+    class Slow(Fake):
+        def __call__(self, requests):
+            time.sleep(0.001 * requests[0].num_flow_steps)
+            return [2 * r.state[:, None] for r in requests]
+
+    batcher = Batcher(Slow(), Metrics())
+
+    def ask(client):
+        while not done.is_set():
+            batcher.submit(request(steps=100 - client), yes, client=client).result(30)
+            slow.append(client)
+
+    threads = [threading.Thread(target=ask, args=(client,)) for client in range(6)]
+    for thread in threads:
+        thread.start()
+    waited = []
+    for _ in range(40):
+        time.sleep(0.02)
+        begin = time.monotonic()
+        batcher.submit(request(), yes, client="polite").result(30)
+        waited.append(time.monotonic() - begin)
+    done.set()
+    for thread in threads:
+        thread.join()
+    batcher.stop(30)
+    assert np.median(waited) < 0.03 and len(slow) > 6, (np.median(waited), len(slow))
+
+
 def test_what_nobody_wants_is_not_computed(fake, batcher):
     held(fake, batcher)
     gone = batcher.submit(request(1.0), lambda: False)

@@ -5,7 +5,9 @@ import base64
 import contextlib
 import os
 import socket
+import ssl
 import struct
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +17,14 @@ import numpy as np
 import pytest
 from openpi_client import msgpack_numpy
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
 from websockets.sync.client import connect
 
+from hvd.serve import limits
 from hvd.serve.batching import Batcher
-from hvd.serve.command import bound
-from hvd.serve.connections import Limits, PolicyServer
+from hvd.serve.command import bound, tls_of
+from hvd.serve.connections import PolicyServer
+from hvd.serve.limits import Limits
 from hvd.serve.metrics import Metrics
 from hvd.serve.observation import RequestReader
 from tests.serve.test_observation import make_reader
@@ -185,7 +189,7 @@ def test_a_prompt_that_is_cut_is_answered_and_said(run, capfd):
 @pytest.mark.parametrize(
     "message, why",
     [
-        (b"\xc1garbage", "error: not a msgpack message of openpi's form: byte 0 is 0xc1"),
+        (b"\xc1garbage", "error: not a msgpack message of openpi's form: its bytes are no msgpack"),
         (b"", "error: not a msgpack message of openpi's form: cut off"),
         ("text", "error: a text message; an observation is a binary message"),
         (msgpack_numpy.packb({"state": STATE, "stat": 1}), "error: unknown key 'stat'; nearest: state"),
@@ -234,7 +238,7 @@ def test_health_and_metrics(run, model, monkeypatch):
     server = run()
     client = server.client()
     client.infer(GOOD)
-    assert get(server.port, "/healthz") == (200, "ok\n")
+    assert get(server.port, "/healthz") == get(server.port, "/healthz/") == (200, "ok\n")
     status, text = get(server.port, "/metrics?x=1")
     assert status == 200 and 'hvd_serve_requests_total{outcome="answered"} 1' in text
     assert "hvd_serve_connections 1" in text and "hvd_serve_ready 1" in text
@@ -267,6 +271,34 @@ def test_api_key(run):
     assert get(server.port, "/healthz")[0] == 200
 
 
+def test_wrong_keys_are_slowed_counted_and_logged(run, capfd):
+    server = run(api_key="hush hush")
+    begin = time.monotonic()
+    for i in range(5):
+        with pytest.raises(InvalidStatus):
+            server.client(api_key=f"guess {i}")
+    assert time.monotonic() - begin > 0.5
+    assert server.client(api_key="hush hush").infer(GOOD)["actions"].shape == (4, 21)
+    assert 'hvd_serve_denied_total{reason="key"} 5' in get(server.port, "/metrics")[1]
+    assert "denied for key: 5" in server.metrics.line()
+    said = capfd.readouterr().err
+    assert 1 <= said.count("no API key, or a wrong one") <= 3 and "guess" not in said
+
+
+def test_tls(run, tmp_path):
+    pem = tmp_path / "both.pem"
+    words = "req -x509 -newkey ed25519 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(["openssl", *words.split(), "-keyout", pem, "-out", tmp_path / "c.pem"], check=True)
+    pem.write_text(pem.read_text() + (tmp_path / "c.pem").read_text())
+    server = run(tls=tls_of(str(pem), ""))
+    with connect(f"wss://127.0.0.1:{server.port}", ssl=ssl.create_default_context(cafile=str(pem))) as client:
+        assert msgpack_numpy.unpackb(client.recv()) == {"robot": "r1"}
+        client.send(msgpack_numpy.packb(GOOD))
+        assert msgpack_numpy.unpackb(client.recv())["actions"].shape == (4, 21)
+    with pytest.raises((ConnectionClosed, OSError, InvalidMessage)):
+        server.client()
+
+
 def test_no_web_page_may_connect(run):
     server = run()
     with pytest.raises(InvalidStatus) as refused:
@@ -284,6 +316,54 @@ def test_connections_are_limited(run):
     first._ws.close()
     wait_for(lambda: server.metrics.connections == 1)
     assert server.client().infer(GOOD)["actions"].shape == second.infer(GOOD)["actions"].shape == (4, 21)
+
+
+def test_a_client_that_does_nothing_loses_its_place_when_there_is_none_left(run):
+    server = run(limits=Limits(connections=2, idle=0.5, open=0.3))
+    idle, first = server.client(), server.client()
+    first.infer(GOOD)
+    with pytest.raises(InvalidStatus):
+        server.client()
+    time.sleep(0.35)
+    assert server.client().infer(GOOD)["actions"].shape == first.infer(GOOD)["actions"].shape == (4, 21)
+    with pytest.raises(ConnectionClosed, match="its place was needed"):
+        idle.infer(GOOD)
+    text = get(server.port, "/metrics")[1]
+    assert 'denied_total{reason="idle"} 1' in text and 'denied_total{reason="places"} 1' in text
+
+
+def test_requests_without_a_websocket_take_no_place(run):
+    server = run(limits=Limits(connections=1))
+    for _ in range(3):
+        sock = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        server._sockets.append(sock)
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 426 " in sock.recv(100)
+    assert server.client().infer(GOOD)["actions"].shape == (4, 21)
+
+
+def test_what_is_refused_is_logged_once_and_escaped(run, capfd):
+    server = run(limits=Limits(pause=0.0))
+    client = server.client()
+    for _ in range(50):
+        with pytest.raises(RuntimeError, match="unknown key"):
+            client.infer({"x\n\x1b[31mserving EVIL": 1})
+    said = capfd.readouterr().err
+    lines = [line for line in said.splitlines() if "unknown key" in line]
+    assert 1 <= len(lines) <= 3 and "\x1b" not in said and not any(line.startswith("serving") for line in lines)
+
+
+def test_failures_are_logged_once_a_second(run, monkeypatch, capfd):
+    def broken(self, requests):
+        raise ZeroDivisionError("one\x1b[31m")
+
+    monkeypatch.setattr(Model, "__call__", broken)
+    client = run(limits=Limits(pause=0.0)).client()
+    for _ in range(30):
+        with pytest.raises(RuntimeError, match="the server failed"):
+            client.infer(GOOD)
+    said = capfd.readouterr().err
+    assert 1 <= said.count("ZeroDivisionError: one\\x1b[31m") <= 6 and "\x1b" not in said
 
 
 # ------------------------------------------------------------------------------------------------- rude, slow, leaving
@@ -342,6 +422,55 @@ def test_a_client_that_is_dead_is_dropped(run, sent):
     assert closed(sock) and time.monotonic() - begin < 20
     time.sleep(0.6)
     assert alive.infer(GOOD)["actions"].shape == (4, 21), "openpi's client answers pings while it does nothing"
+
+
+@pytest.mark.parametrize("code", [0x89, 0x00], ids=["pings", "parts of a message"])
+def test_a_flood_of_small_frames_costs_its_client_the_connection(run, code):
+    server = run()
+    other = server.client()
+    sock = server.raw()
+    small = struct.pack(">BB4x", code, 0x80)
+    with contextlib.suppress(OSError):
+        sock.sendall(struct.pack(">BB4x", 0x02, 0x80) + small * 100_000)
+    assert closed(sock)
+    assert other.infer(GOOD)["actions"].shape == (4, 21)
+    assert 'denied_total{reason="frames"} 1' in get(server.port, "/metrics")[1]
+
+
+def test_a_message_in_large_parts_is_taken(run):
+    sock, whole = run().raw(), msgpack_numpy.packb(GOOD | {"noise": np.zeros((4, 32))})
+    parts = [whole[at : at + 100] for at in range(0, len(whole), 100)]
+    for i, part in enumerate(parts):
+        code = (0x80 if i == len(parts) - 1 else 0) | (0 if i else 2)
+        sock.sendall(struct.pack(">BB4x", code, 0x80 | len(part)) + part)
+    assert sock.recv(1)[0] == 0x82
+
+
+def test_all_messages_together_have_a_limit(run):
+    """Clients that never finish their messages: those that hold most are dropped, the others are served."""
+    server = run(limits=Limits(message=4 << 20, memory=10 << 20))
+    holding = [server.raw() for _ in range(4)]
+    for sock in holding:
+        with contextlib.suppress(OSError):
+            sock.sendall(frame(b"x" * (3 << 20))[:-20])
+    other = server.client()
+    for _ in range(30):  # what has been answered counts no more
+        other.infer(GOOD | {"noise": np.zeros((4, 32))})
+    wait_for(lambda: server.metrics.connections == 4)
+    assert 'denied_total{reason="memory"} 1' in get(server.port, "/metrics")[1]
+    for sock in holding:
+        sock.close()
+    wait_for(lambda: server.server._guard._held == 0)
+
+
+def test_half_open_connections_leave_room(run, monkeypatch):
+    monkeypatch.setattr(limits, "_HALF_OPEN", 8)
+    server = run()
+    waiting = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(40)]
+    server._sockets += waiting
+    assert get(server.port, "/healthz")[0] == 200
+    assert server.client().infer(GOOD)["actions"].shape == (4, 21)
+    assert closed(waiting[0])
 
 
 def test_a_handshake_that_never_ends(run):

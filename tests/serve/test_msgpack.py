@@ -87,7 +87,7 @@ def test_single_precision_numbers(value):
 @given(count=st.sampled_from([0, 15, 16, 31, 32, 255, 256, 65_535, 65_536]))
 @settings(deadline=None)
 def test_long_texts_and_bytes_of_every_length_code(count):
-    for value in ("x" * count, b"x" * count, list(range(min(count, 5_000)))):
+    for value in ("x" * count, b"x" * count, list(range(min(count, 4_000)))):
         assert_same(ours.unpack(msgpack.packb(value)), value)
 
 
@@ -148,18 +148,30 @@ def array(data=b"\0" * 8, dtype="<f4", shape=(2,)) -> Any:
         (msgpack.packb({b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}), "does not hold 300"),
         (msgpack.packb({b"__npgeneric__": True, b"data": True, b"dtype": "<i4"}), "holds a bool"),
         (b"", "cut off"),
-        (b"\xdd\xff\xff\xff\xff", "4294967295 values announced"),
-        (b"\xdf\xff\xff\xff\xff", "4294967295 values announced"),
+        (b"\xdd\xff\xff\xff\xff", "exceeds max_"),
+        (b"\xdf\xff\xff\xff\xff", "exceeds max_"),
         (b"\xc6\xff\xff\xff\xff", "cut off"),
-        (b"\xc1", "0xc1, no msgpack"),
+        (b"\xc1", "no msgpack"),
         (b"\xa1\xff", "not UTF-8"),
         (b"\x01\x02", "1 bytes follow"),
-        (msgpack.packb(msgpack.ExtType(4, b"x")), "extension type"),
-        (msgpack.packb(msgpack.Timestamp(1)), "extension type"),
-        (b"\x91" * 60_000 + b"\x01", "nested deeper"),
-        (b"\x81\xa1x" * 60_000 + b"\x01", "nested deeper"),
+        (msgpack.packb(msgpack.ExtType(4, b"x")), "max_ext_len"),
+        (msgpack.packb(msgpack.ExtType(4, b"")), "extension type"),
+        (msgpack.packb(msgpack.Timestamp(1)), "max_ext_len"),
+        (b"\x91" * 60_000 + b"\x01", "nested too deeply"),
+        (b"\x81\xa1x" * 60_000 + b"\x01", "nested too deeply"),
         (msgpack.packb([[0] * 300] * 300), "more than 20000 values"),
-        (b"\x82\xa1x\x01\xa1x\x02", "key 'x' is there twice"),
+        (msgpack.packb([0] * 5_000), "a list that is too long"),
+        (b"\xdd\x00\x00\x10\x00" * 900 + b"\xc0" * 5_000, "cut off"),
+        (array(dtype="<U1", data=b"\x00\xd8\x00\x00", shape=(1,)), "no character"),
+        (
+            msgpack.packb({b"nd": True, b"type": "<f4", b"shape": [2], b"data": b"\0" * 8}),
+            "openpi_client.msgpack_numpy",
+        ),
+        (
+            msgpack.packb({"__ndarray__": True, "data": b"", "dtype": "<f4", "shape": [0]}),
+            "openpi_client.msgpack_numpy",
+        ),
+        (b"\x82\xa1x\x01\xa1x\x02", "a key is there twice"),
         (b"\x81\x01\x01", "a map's key is a int"),
         (b"\x81\x90\x01", "a map's key is a list"),
         (b"".join([b"\x81", array(), b"\x01"]), "a map's key is a ndarray"),
@@ -174,10 +186,9 @@ def test_a_bool_of_another_byte_is_true():
     assert ours.unpack(array(b"\0\1\2\xff", "|b1", (4,))).tolist() == [False, True, True, True]
 
 
-def test_arrays_are_views_of_the_message():
-    message = theirs.packb(np.zeros(1_000_000, np.uint8))
-    found = ours.unpack(message)
-    assert np.shares_memory(found, np.frombuffer(message, np.uint8)) and not found.flags.writeable
+def test_arrays_are_read_only():
+    found = ours.unpack(theirs.packb(np.zeros(1_000_000, np.uint8)))
+    assert not found.flags.writeable
 
 
 @pytest.mark.parametrize("value", [np.array([object()]), np.zeros(2, np.complex64), object(), np.zeros(1, "V4")])

@@ -27,6 +27,7 @@ from tests.train import factory
 # openpi's client calls connect() in the way that websockets 17.1 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:connect.. must be used as a context manager:DeprecationWarning")
 
+KEY = "sixteen-letters!"
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # a batch of another size is summed in another order
 
 
@@ -218,10 +219,10 @@ def test_a_thousand_requests_of_four_clients(server, policy):
 def test_key_default_prompt_and_a_signal_while_requests_are_in_flight(run_folder, policy):
     """Requests wait 1.5 s for others to join them, so that the signal surely comes while they do."""
     args = ("--run", str(run_folder), "--port", "0", "--max-wait-ms", "1500", "--log-every-s", "0.2")
-    with served.Served(*args, "--default-prompt", "open the drawer", env={"HVD_API_KEY": "hush"}) as running:
+    with served.Served(*args, "--default-prompt", "open the drawer", env={"HVD_API_KEY": KEY}) as running:
         with pytest.raises(InvalidStatus):
             running.client()
-        clients = [running.client(api_key="hush") for _ in range(3)]
+        clients = [running.client(api_key=KEY) for _ in range(3)]
         assert clients[0].get_server_metadata()["default_prompt"] == "open the drawer"
         observations = [served.observation(np.random.default_rng(i)) for i in range(3)]
         for observation in observations:
@@ -244,7 +245,7 @@ def test_key_default_prompt_and_a_signal_while_requests_are_in_flight(run_folder
                 client.infer(observations[0])
         assert running.lines[-1].startswith("stopped; requests: 3 answered")
         assert "4x1" in running.lines[-1]
-        assert "hush" not in running.text()
+        assert KEY not in running.text()
 
 
 def test_a_signal_before_the_server_is_ready(run_folder):
@@ -295,6 +296,9 @@ def test_only_complete_runs_are_served(run_folder, tmp_path, capsys):
         (["--run", "x", "--port", "70000"], "--port 70000 is not between 0 and 65535"),
         (["--run", "x", "--port", "many"], "--port"),
         (["--run", "x", "--max-batch", "0"], "--max-batch 0 is not between 1 and 256"),
+        (["--run", "x", "--tls-key", "k"], "--tls-key needs --tls-cert"),
+        (["--run", "x", "--tls-cert", "/nowhere/c.pem"], "--tls-cert /nowhere/c.pem --tls-key : no certificate"),
+        (["--run", "x", "--tls-cert", __file__], "no certificate with its key there"),
         (["--run", "x", "--num-flow-steps", "101"], "--num-flow-steps 101"),
         (["--run", "x", "--host", "no.such.host.invalid"], "--host no.such.host.invalid: no such address"),
         (["--run", "x", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1 port 8000"),
@@ -305,6 +309,14 @@ def test_mistakes_are_one_line(args, why, capsys):
     assert cli.main(["serve", *args]) == EXIT_USER
     said = capsys.readouterr().err
     assert said.startswith("error: ") and why in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["k", "x" * 15])
+def test_a_key_that_can_be_guessed(key, monkeypatch, capsys):
+    monkeypatch.setenv("HVD_API_KEY", key)
+    assert cli.main(["serve", "--run", "x", "--port", "0"]) == EXIT_USER
+    said = capsys.readouterr().err
+    assert f"HVD_API_KEY has {len(key)} characters, at least 16" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("key", ["", " ", "a\nb", "clé", " x"])

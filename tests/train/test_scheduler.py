@@ -50,6 +50,8 @@ PORT = 12_288 + (1000 * 31 + 2) % 20_480
         ),
         ({"SLURM_STEP_NODELIST": "login1"}, Group(f"login1:{PORT}", 4, 3)),
         ({"SLURM_STEP_NODELIST": "a-[7,9]-ib,b1"}, Group(f"a-7-ib:{PORT}", 4, 3)),
+        ({"SLURM_STEP_NODELIST": "gpu003", "SLURM_STEP_NUM_NODES": "1"}, Group(f"127.0.0.1:{PORT}", 4, 3)),
+        ({"SLURM_STEP_NUM_NODES": "2"}, Group(f"gpu003:{PORT}", 4, 3)),
         ({"SLURM_STEP_NUM_TASKS": "1"}, None),
         ({"HVD_COORDINATOR_PORT": "2000"}, Group("gpu003:2000", 4, 3)),
         ({"HVD_COORDINATOR": "ib-gpu003"}, Group(f"ib-gpu003:{PORT}", 4, 3)),
@@ -75,6 +77,37 @@ def test_steps_and_jobs_have_ports_of_their_own():
     assert len(ports) == 100
     again = processes.group(STEP | {"SLURM_RESTART_COUNT": "1"})
     assert again is not None and again != processes.group(STEP)
+
+
+@pytest.mark.parametrize(
+    "coordinator, bound",
+    [
+        ("127.0.0.1:700", "127.0.0.1:700"),
+        ("localhost:700", "localhost:700"),
+        ("[::1]:700", "[::1]:700"),
+        ("192.0.2.7:700", None),  # the address of no interface here, as behind NAT
+        ("gpu003:700", None),
+    ],
+)
+def test_where_the_coordinator_listens(coordinator, bound):
+    assert processes.bind_address(coordinator) == bound
+
+
+def test_a_run_of_one_machine_listens_on_loopback_only():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = """if True:
+        from pathlib import Path
+        from hvd.train import mesh
+        mesh.initialize()
+        rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()]
+        print(sorted({row[1] for row in rows if row[3] == "0A"}))"""
+    env = {"HVD_COORDINATOR": f"127.0.0.1:{port}", "HVD_NUM_PROCESSES": "1", "HVD_PROCESS_ID": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [address for address in eval(done.stdout.strip().splitlines()[-1]) if address.endswith(f":{port:04X}")]
+    assert found and all(address.endswith(f"0100007F:{port:04X}") for address in found)
 
 
 def test_gpus_that_cannot_be_divided():

@@ -1,0 +1,1 @@
+"""Readers are given damaged files and messages: `python -m tests.fuzz`."""
