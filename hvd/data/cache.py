@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from hvd.files import disk_errors, locked, replacing
+from hvd.files import disk_errors, locked, remove_left_over, replacing
 
 _SEAL = "seal.json"
 
@@ -44,6 +44,7 @@ def cached(target: Path, make: Callable[[Path], object], *, anew: bool = False) 
             disk_errors(target.parent, "the dataset's cache needs room here"),
             locked(target.parent / f".{target.name}.lock"),
         ):
+            remove_left_over(target.parent, target.name)  # gigabytes of decoded frames, maybe
             if anew or not is_own(target):  # another process may have made it while this one waited
                 with replacing(target) as temporary:
                     make(temporary)

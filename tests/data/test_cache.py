@@ -34,6 +34,8 @@ def test_made_once_by_many(tmp_path):
 
 def _slow_make(folder):
     def make(path):
+        path.mkdir()
+        (path / "half").write_text("half")
         (folder / "begun").touch()
         time.sleep(60)
 
@@ -49,6 +51,7 @@ def test_a_killed_maker_leaves_the_lock_free(tmp_path):
     process.kill()
     process.join()
     assert (cached(tmp_path / "c/x", whole) / "part").read_text() == "whole"
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["x"], "what it left is removed"
 
 
 def test_failure_leaves_nothing(tmp_path):
