@@ -26,7 +26,7 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     "JobId=$SLURM_JOB_ID "*) self=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID ;;
   esac
 fi
-if [ -n "${SLURM_RESTART_COUNT:-}${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then
+if [ -n "${SLURM_RESTART_COUNT:-}${SLURM_JOB_GPUS:-}${!SLURM_GPUS*}" ]; then
   shown=$(scontrol show job -o "$self" 2>/dev/null)
   case $shown in *" Restarts=0 "*) unset SLURM_RESTART_COUNT ;; esac
   case $shown in

@@ -233,7 +233,8 @@ def environment(folder: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
-def test_steps_get_what_the_batch_script_sets_and_nothing_of_another_job(attempt, tmp_path):
+@pytest.mark.parametrize("gpus", ["SLURM_JOB_GPUS", "SLURM_GPUS_PER_NODE"])
+def test_steps_get_what_the_batch_script_sets_and_nothing_of_another_job(attempt, tmp_path, gpus):
     (tmp_path / "bin" / "srun").write_text(ENVIRONMENT)
     inherited = {
         "SLURM_EXPORT_ENV": "NONE",
@@ -242,14 +243,14 @@ def test_steps_get_what_the_batch_script_sets_and_nothing_of_another_job(attempt
         "SLURM_MEM_PER_NODE": "6144",
         "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
         "SLURM_STDOUTMODE": "/elsewhere",
-        "SLURM_JOB_GPUS": "0,1",
-        "SLURM_GPUS_PER_NODE": "2",
+        gpus: "2",
         "CUDA_VISIBLE_DEVICES": "0,1",
         "HVD_EXPECT_GPUS": "1",
         "HVD_COORDINATOR": "other:1",
         "SQUEUE_USERS": "nobody",
     }
-    code, printed, folder = attempt("0 0", 0, job=f"{RUNNING} TRES=cpu=4,mem=6G", inherited=inherited)
+    first = inherited | {"SLURM_RESTART_COUNT": ""}
+    code, printed, folder = attempt("0 0", 0, job=f"{RUNNING} TRES=cpu=4,mem=6G", inherited=first)
     assert code == 0, printed
     found = environment(folder)
     assert not inherited.keys() & found.keys()
