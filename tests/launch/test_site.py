@@ -43,6 +43,10 @@ def test_later_sources_win(folders, monkeypatch):
     found = site.load(overrides.split_flags(["--slurm.partition", "c", "--slurm.no-requeue"]))
     assert (found.partition, found.mem, found.time) == ("c", "2G", "1:00:00")
     assert found.setup == ("module load x",) and not found.requeue
+    monkeypatch.setattr(site, "TEAM_FILE", work / "team.toml")
+    site.TEAM_FILE.write_text('partition = "team"\naccount = "team"')
+    assert (site.load().partition, site.load().account, site.load().time) == ("b", "team", "1:00:00")
+    site.TEAM_FILE.unlink()
     other = home / "other.toml"
     other.write_text('qos = "q"')
     monkeypatch.setenv("HVD_SITE", str(other))

@@ -235,6 +235,13 @@ def test_a_job_that_was_taken_before_the_answer_was_lost_is_taken_back(cluster, 
     assert calls(cluster)[-1] == "scancel 56" and "cancelled again: job 56" in capsys.readouterr().err
 
 
+def test_a_job_that_cannot_be_taken_back_is_named(cluster, capsys):
+    (cluster / "lost").touch()
+    (cluster.parent / "bin" / "scancel").write_text("#!/bin/sh\nexit 1\n")
+    assert submit.main(["--stage", "value"]) == 2
+    assert "job 56 is in the queue and could not be cancelled" in capsys.readouterr().err
+
+
 def test_of_several_clusters_the_one_that_has_the_job_is_told_to_cancel_it(cluster):
     (cluster / "answer").write_text("Submitted batch job 7 on cluster big")
     (cluster / "refuse").write_text("1")

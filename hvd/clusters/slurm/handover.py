@@ -188,8 +188,11 @@ def _queued(script: Path) -> list[Taken]:
 def _take_back(jobs: Sequence[Taken]) -> None:
     for job in jobs:
         where = ["-M", job.cluster] if job.cluster else []
-        subprocess.run(["scancel", *where, job.id], check=False, timeout=_ANSWER_SECONDS)
-        print(f"cancelled again: job {job.id}", file=sys.stderr)
+        try:
+            queue.ask(["scancel", *where, job.id])
+            print(f"cancelled again: job {job.id}", file=sys.stderr)
+        except Unreachable as error:
+            print(f"job {job.id} is in the queue and could not be cancelled: {error}", file=sys.stderr)
 
 
 def _record(job: BatchJob, number: str, after: str) -> None:

@@ -28,6 +28,8 @@ _KINDS = {
 _KIND = {option: kind for kind, options in _KINDS.items() for option in options.split()}
 _VARIABLES = {"TIMELIMIT": "time", "MEM_PER_NODE": "mem", "ARRAY_INX": "array"}
 _NEVER = ("array", "wait", "immediate")  # options that would make another thing of any job of ours
+# The launcher's --nodes and slurm.tasks_per_node say these, or they are of no use to it.
+REFUSED = ("nodes", "ntasks", "n", "ntasks-per-node", "wait", "W", "test-only", "wrap", "parsable")
 _ABOUT_SBATCH = ("DEBUG", "VERBOSE", "EXIT_ERROR", "IGNORE_PBS")  # no options of a job
 # How Slurm is reached; the rest of SLURM_* is about the job that we are in.
 _ACCESS = re.compile(r"SLURM_(CONF|CONF_SERVER|JWT|SACK_\w+|ROOT|HOME|PREFIX|CLUSTERS)$")
@@ -42,13 +44,18 @@ def kind(option: str) -> str:
     return _KIND.get(name, name)
 
 
-def gpus_of_a_node(option: str) -> int | None:
-    """How many `--gres=gpu:a100:4` or `--gpus-per-node=4` asks for; None for options that do not say."""
+def gpus_of_a_node(option: str, nodes: int, tasks: int) -> int | None:
+    """How many an option such as `--gres=gpu:a100:4` asks for; None for options that do not say.
+
+    Args:
+        tasks: of a node.
+    """
     if found := re.fullmatch(r"--gres=(?:.*,)?gpu((?::[^,:()]+)*)(?:\(.*\))?(?:,.*)?", option):
         last = found[1].rpartition(":")[2]
         return int(last) if last.isdigit() else 1
-    found = re.fullmatch(r"--gpus-per-node=(?:.*:)?(\d+)", option)
-    return int(found[1]) if found else None
+    found = re.fullmatch(r"--(gpus|gpus-per-node|gpus-per-task)=(?:.*:)?(\d+)", option)
+    number = int(found[2]) if found else 0
+    return {"gpus": number // nodes, "gpus-per-task": number * tasks}.get(found[1], number) if found else None
 
 
 def foreign(written: Iterable[str], env: Mapping[str, str] = os.environ) -> tuple[list[str], list[str]]:

@@ -95,7 +95,9 @@ def directives(job: BatchJob) -> dict[str, str | None]:
 def option_lines(job: BatchJob) -> list[str]:
     """All options as they are written. UserError where `extra` asks for other GPUs than the job is planned for."""
     for option in job.site.extra:
-        gpus = options.gpus_of_a_node(option)
+        if options.kind(option) in options.REFUSED:
+            raise UserError(f"slurm.extra {option}: the launcher's --nodes and slurm.tasks_per_node are for that")
+        gpus = options.gpus_of_a_node(option, job.nodes, job.site.tasks_per_node)
         if gpus is not None and gpus != job.gpus:
             raise UserError(
                 f"slurm.extra {option} is {gpus} GPUs of a node, the {job.stage} job is for {job.gpus} "

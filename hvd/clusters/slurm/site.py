@@ -1,4 +1,4 @@
-"""What jobs ask a Slurm site for: slurm/site.toml, on top of it the user's own file, on top of that the flags."""
+"""What jobs ask a Slurm site for: slurm/site.toml, then /etc/hvd/site.toml, the user's own file, and the flags."""
 
 import dataclasses
 import os
@@ -15,6 +15,7 @@ from hvd.errors import UserError
 from hvd.fields import AT_LEAST_1, NOT_NEGATIVE, check_rules, from_plain, option, to_plain
 
 SITE_FILE = Path("slurm") / "site.toml"  # of the working directory, which is the checkout
+TEAM_FILE = Path("/etc/hvd/site.toml")
 JOBS_DIR = Path("slurm") / "jobs"
 
 # A #SBATCH line is no shell text: & | ( ) [ ] of constraints are themselves. An option may quote what has spaces.
@@ -72,7 +73,7 @@ def load(flags: Sequence[overrides.Flag] = ()) -> Site:
         UserError: a file that cannot be read, an unknown name, a value of a wrong kind or one that makes no sense.
     """
     site = Site()
-    for path in (SITE_FILE, user_file()):
+    for path in (SITE_FILE, TEAM_FILE, user_file()):
         if path.is_file():
             site = read(path, site)
     site = overrides.apply(_Flags(site), flags).slurm
