@@ -77,7 +77,7 @@ class WorkFolder:
         self._journal = JsonLines(self.path / JOURNAL)
         self._stack.callback(self._journal.close)
         self.segments.mkdir(exist_ok=True)
-        self._done = {entry["segment"]: entry for entry in self._journal.records()}
+        self._done = {str(entry.get("segment")): entry for entry in self._journal.records()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,10 +86,13 @@ class WorkFolder:
     def finished(self, name: str) -> Segment | None:
         """The segment, if it was encoded before and its file is still whole."""
         entry, path = self._done.get(name), self.segments / name
-        if entry is None or not path.is_file() or path.stat().st_size != entry["size"]:
-            return None
-        stats = {key: np.asarray(value, np.float64) for key, value in entry["stats"].items()}
-        return Segment(path, entry["frames"], entry["size"], stats)
+        try:
+            if entry is None or not path.is_file() or path.stat().st_size != entry["size"]:
+                return None
+            stats = {key: np.asarray(value, np.float64) for key, value in entry["stats"].items()}
+            return Segment(path, int(entry["frames"]), entry["size"], stats)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None  # a damaged line of the journal: it is encoded again
 
     def note(self, entry: dict[str, Any]) -> None:
         """Add a finished segment to the journal."""

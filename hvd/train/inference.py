@@ -169,8 +169,8 @@ def _open(
     record = runs.read(folder)
     if record is None:
         raise UserError(f"{folder} has no {runs.CONFIG}: it is not a run directory")
-    stats = normalize.load(epath.Path(folder) / runs.NORM_STATS)
     cfg = record.config
+    stats, _ = normalize.load_for(cfg, epath.Path(folder) / runs.NORM_STATS)
     if given is not None:
         cfg = dataclasses.replace(cfg, runs_dir=given.runs_dir, assets_dir=given.assets_dir)
     return cfg, InputTransform.from_config(cfg, stats), found.step, folder

@@ -114,9 +114,12 @@ class JoyLo:
     def frames(self, camera: str) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
         """The camera's images in order, in blocks of at most BLOCK_BYTES (one HDF5 chunk if that is larger)."""
         data, key = self._images(camera), _image_key(camera)
-        fit = max(1, BLOCK_BYTES // int(np.prod(data.shape[1:])))
+        size = math.prod(data.shape[1:])
+        fit = max(1, BLOCK_BYTES // size)
         chunk = data.chunks[0] if data.chunks else 1
         step = max(1, fit // chunk) * chunk  # whole chunks, so that none is decompressed twice
+        if step * size > MAX_CHUNK:
+            step = fit
         for start in range(0, self.num_frames, step):
             try:
                 block = data[start : start + step]
