@@ -7,6 +7,7 @@ import multiprocessing.context
 import os
 import signal
 import sys
+import types
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +25,16 @@ def die_with(parent: int, number: signal.Signals) -> None:
 
 
 class _Worker(multiprocessing.context.SpawnProcess):
+    def start(self) -> None:
+        """Without the module that is run as a program: it is not needed, and a script without a guard would run again
+        in each worker."""
+        program = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = program
+
     def terminate(self) -> None:
         """The executor ends the workers of a broken pool so; they ignore SIGTERM, and it would wait for ever."""
         self.kill()
