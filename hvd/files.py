@@ -239,7 +239,7 @@ def _text(path: os.PathLike | str) -> str:
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None
 

@@ -32,6 +32,10 @@ matplotlib.rcParams.update(
     }
 )
 
+# Nothing is fetched and no script runs, whatever a text in the page may hold
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:; base-uri 'none'; form-action 'none'"
+)
 _CSS = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: #1f2328; background: #fff;
@@ -117,7 +121,8 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
             parts.append(f'<h2 id="{section.anchor}">{html.escape(section.title)}</h2>')
             parts += section.body
     head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
     body = "\n".join(parts)
     return (

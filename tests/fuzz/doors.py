@@ -47,7 +47,6 @@ def experiment(folder: Path):
 
 
 def config(good: Path) -> Door:
-    from hvd.checks import check_config
     from hvd.train import run_dir as runs
 
     runs.write_config(good, factory.experiment(Path("x")), "policy", {"optimal": "0" * 64})
@@ -69,7 +68,6 @@ def config(good: Path) -> Door:
     def read(folder: Path) -> str:
         record = runs.read(folder)
         assert record is not None
-        check_config(record.config)
         runs.config_hash(record.config, record.stage)
         return "" if record.stage in ("value", "policy") else f"stage {record.stage!r}"
 

@@ -18,6 +18,7 @@ from hvd.report import advantages as report_advantages
 from hvd.report import command as report
 from hvd.report import page as report_page
 from hvd.report import results as report_results
+from hvd.report.page import Section, page
 from hvd.train import run_dir as runs
 from tests.data.factory import make_dataset
 
@@ -367,3 +368,14 @@ def test_columns_of_numbers_are_aligned_as_numbers():
     assert section.body[0].count('class="n"') == 3
     section.table(["name", "what"], [["a", "1,200"], ["b", "<many>"]])
     assert 'class="n"' not in section.body[1] and "&lt;many&gt;" in section.body[1]
+
+
+def test_no_text_breaks_the_page():
+    evil = "</p><script>alert(1)</script>\" onload='x'"
+    section = Section(evil)
+    section.text(evil)
+    section.table([evil], [[evil]])
+    section.missing.append(evil)
+    text = page(evil, evil, [section])
+    assert "<script" not in text and "</p><" not in text.replace("</p><nav", "")
+    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\';' in text
