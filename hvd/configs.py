@@ -101,7 +101,7 @@ class KeyMap:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """One LeRobot dataset (v2.1 or v3.0) of an experiment."""
+    """One LeRobot dataset (v2.0, v2.1 or v3.0) of an experiment."""
 
     repo_id: str = option("", '"" = no such dataset')
     # what a dataset holds is compared by its digest, not where it lies
