@@ -203,8 +203,11 @@ def main(cfg: Experiment) -> None:
         raise UserError(problems[0])
 
 
-def _runs(cfg: Experiment) -> Iterable[tuple[epath.Path, runs.Stage, Experiment]]:
-    """(folder, stage, the config it must have) of the experiment's runs: ours by `cfg`, others by their own."""
+def _runs(cfg: Experiment) -> Iterable[tuple[epath.Path, runs.Stage | None, Experiment | None]]:
+    """(folder, stage, the config it must have) of the experiment's runs: ours by `cfg`, others by their own.
+
+    A run that has lost its config.yaml has neither.
+    """
     root = epath.Path(cfg.exp_dir)
     if not root.exists():
         return
@@ -213,6 +216,8 @@ def _runs(cfg: Experiment) -> Iterable[tuple[epath.Path, runs.Stage, Experiment]
         record = runs.read(path) if path.is_dir() else None
         if record is not None:
             yield path, record.stage, cfg if os.fspath(path) in ours else record.config
+        elif (path / runs.COMPLETE).exists():
+            yield path, None, None
 
 
 def _check_config(root: epath.Path, found: Complete, cfg: Experiment, stage: runs.Stage) -> None:

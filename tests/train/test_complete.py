@@ -180,6 +180,12 @@ def test_verify_prints_a_line_a_run(copied, capsys):
     assert [line.split()[0] for line in lines] == ["BAD", "complete"]
 
 
+def test_verify_names_a_run_that_has_lost_its_config(copied):
+    (Path(copied.policy_dir) / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"policy/config\.yaml is missing"):
+        complete.main(copied)
+
+
 def test_verify_without_runs(fresh):
     with pytest.raises(UserError, match="no run in"):
         complete.main(fresh())
