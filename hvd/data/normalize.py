@@ -34,14 +34,19 @@ Ranges = dict[str, tuple[np.ndarray, np.ndarray]]
 """Least and largest value of each dim of "state" and "actions"."""
 
 
+def _quantiles(stats: NormStats) -> tuple[Float64[np.ndarray, " d"], Float64[np.ndarray, " d"]]:
+    if stats.q01 is None or stats.q99 is None:
+        raise UserError("these norm stats have no q01 and q99, which norm.mode quantile needs; run `hvd norm-stats`")
+    return stats.q01, stats.q99
+
+
 def _terms(stats: NormStats, mode: Mode, std_floor: float, dims: int) -> tuple[np.ndarray, np.ndarray]:
     """Shift and scale so that normalised = (x - shift) / scale; both [dims]."""
     if mode == "z_score":
         return stats.mean[:dims], np.maximum(stats.std[:dims], std_floor) + EPSILON
-    if stats.q01 is None or stats.q99 is None:
-        raise UserError("these norm stats have no q01 and q99, which norm.mode quantile needs; run `hvd norm-stats`")
-    half = (stats.q99[:dims] - stats.q01[:dims] + EPSILON) / 2
-    return stats.q01[:dims] + half, np.maximum(half, std_floor)
+    q01, q99 = _quantiles(stats)
+    half = (q99[:dims] - q01[:dims] + EPSILON) / 2
+    return q01[:dims] + half, np.maximum(half, std_floor)
 
 
 def normalize(
@@ -55,8 +60,9 @@ def normalize(
     shift, scale = _terms(stats, mode, std_floor, dims)
     if mode == "z_score":
         return (x - shift) / scale
-    width = stats.q99[:dims] - stats.q01[:dims] + EPSILON
-    return ((x - stats.q01[:dims]) / width * 2 - 1) * (width / 2 / scale)
+    q01, q99 = _quantiles(stats)
+    width = q99[:dims] - q01[:dims] + EPSILON
+    return ((x - q01[:dims]) / width * 2 - 1) * (width / 2 / scale)
 
 
 def unnormalize(
