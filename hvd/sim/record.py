@@ -8,6 +8,7 @@ first, and a second run makes only what is missing.
 import atexit
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm

@@ -72,15 +72,19 @@ class Telemetry:
         self._stack = contextlib.ExitStack()
         self._samples = None
         self.restarts = 0
-        if not is_main:
-            return
-        root = epath.Path(folder)
+        if is_main:
+            self._open(cfg, stage, epath.Path(folder), start)
+            about = {"deterministic": cfg.deterministic, "model_flops": model_flops}
+            self.event("start", step=start, **_machine(), **about, **sizes)
+
+    def _open(self, cfg: Experiment, stage: runs.Stage, root: epath.Path, start: int) -> None:
+        """The files, the writers and the bar of the process that writes."""
         before = files.read_lines(root / "events.jsonl")
         self.restarts = sum(line.get("event") == "start" for line in before)
         self._writers = [_wandb(self._stack, cfg, stage, root, again=self.restarts > 0)] if cfg.wandb else []
         self._events = self._lines(root / "events.jsonl", lambda line: True)
         self._metrics = self._lines(root / "metrics.jsonl", lambda line: _belongs(line, start))
-        if stage_cfg.trace_samples:
+        if getattr(cfg, stage).trace_samples:
             self._samples = self._lines(root / "samples.jsonl", lambda line: line["step"] < start)
         self._writers.append(_tensorboard(self._stack, root / "tb", start))
         self._bar = self._stack.enter_context(
@@ -92,16 +96,6 @@ class Telemetry:
                 dynamic_ncols=True,
                 mininterval=0.5 if sys.stderr.isatty() else 15.0,
             )
-        )
-        self.event(
-            "start",
-            step=start,
-            devices=jax.device_count(),
-            device_kind=jax.devices()[0].device_kind,
-            processes=jax.process_count(),
-            deterministic=cfg.deterministic,
-            model_flops=model_flops,
-            **sizes,
         )
 
     def _lines(self, path: epath.Path, keep: Callable[[dict[str, Any]], bool]) -> JsonLines:
@@ -210,6 +204,11 @@ def check_wandb(cfg: Experiment) -> None:
     """UserError where the run is to log to W&B and its package is not there."""
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is set, but the package wandb is not installed: install hvd[wandb]")
+
+
+def _machine() -> dict[str, Any]:
+    devices = jax.devices()
+    return {"devices": len(devices), "device_kind": devices[0].device_kind, "processes": jax.process_count()}
 
 
 def _wandb(

@@ -102,6 +102,7 @@ def test_the_floor_of_the_spread(mode):
     x = rng.normal(size=(5, 6))
     want = normalize.normalize(x, stats["state"], mode, std_floor=0.05)
     out = params.openpi_stats(stats, NormConfig(mode=mode, std_floor=0.05))["state"]
+    assert out.q01 is not None and out.q99 is not None
     # as openpi's Normalize does
     z_score = (x - out.mean) / (out.std + 1e-6)
     quantile = (x - out.q01) / (out.q99 - out.q01 + 1e-6) * 2 - 1
