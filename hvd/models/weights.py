@@ -19,7 +19,7 @@ from etils import epath
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-from hvd.errors import UserError
+from hvd.errors import Stopped, UserError
 from hvd.models import gemma
 
 type Tree = dict[str, Any]
@@ -204,6 +204,8 @@ def read(checkpoint: Checkpoint, wanted: Named) -> dict[str, Array]:
     try:
         restored: dict[tuple, Any] = traverse_util.flatten_dict(handler.restore(checkpoint.folder, args=args))
         return {name: restored[checkpoint.arrays[name].path] for name in wanted}
+    except (Stopped, MemoryError, jax.errors.JaxRuntimeError):  # of the process and its devices, not of the file
+        raise
     except Exception as error:  # Orbax and tensorstore raise errors of many kinds for files that are damaged
         raise UserError(f"{checkpoint.source}: {checkpoint.folder} cannot be read: {_line(error)}") from error
 
