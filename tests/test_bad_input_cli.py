@@ -72,7 +72,7 @@ def test_hvd_without_a_step_shows_how_it_is_used(place, capsys):
 
 
 SUBMIT = [
-    ("--stage polcy", "--stage: 'polcy' is not one of all, value, policy; nearest: policy"),
+    ("--stage polcy", "--stage: 'polcy' is not one of all, value, policy, evaluate; nearest: policy"),
     ("--stage", "--stage: the value is missing"),
     ("--config demo2", "unknown config 'demo2'; nearest: demo"),
     ("--config g1", "optimal_data: no LeRobot dataset at"),

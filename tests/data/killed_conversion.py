@@ -19,18 +19,10 @@ from pathlib import Path
 
 from hvd.data import convert as converting
 from hvd.data.convert import ConvertConfig, convert
-from hvd.pools import Isolated
+from tests.data import joylo
 from tests.data.joylo import tree
 
-
-class Here(Isolated):
-    """In this process: a worker would not be killed at its file operations, and takes a second to start."""
-
-    def __call__(self, function, *args, **kwargs):
-        return function(*args, **kwargs)
-
-
-converting.Isolated = Here
+converting.Isolated = joylo.Here  # a worker would not be killed at its file operations
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 

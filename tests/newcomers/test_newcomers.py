@@ -9,6 +9,7 @@ import pytest
 
 from hvd import configs, robots
 from hvd.configs import DataConfig, Experiment, KeyMap, SimConfig
+from hvd.data import convert as converting
 from hvd.data import layout, recordings
 from hvd.data.convert import ConvertConfig, convert
 from hvd.data.dataset import Dataset
@@ -17,7 +18,7 @@ from hvd.errors import UserError
 from hvd.robots import Level, Part, Robot
 from hvd.sim import record, tasks
 from hvd.sim.rollouts import RolloutSpec, roll_out_group
-from tests.data.joylo import moving_images
+from tests.data.joylo import Here, moving_images
 
 HERE = Path(__file__).parent
 
@@ -36,6 +37,12 @@ def add(monkeypatch):
         package.formats.cache_clear()
 
 
+@pytest.fixture
+def read_here(monkeypatch):
+    """Recordings are read in this process, which alone knows the test's formats and robots."""
+    monkeypatch.setattr(converting, "Isolated", Here)
+
+
 def write_npz(path: Path, length: int, dims: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(length)
     state, action = (rng.normal(size=(length, dims)).astype(np.float32) for _ in range(2))
@@ -44,10 +51,12 @@ def write_npz(path: Path, length: int, dims: int) -> tuple[np.ndarray, np.ndarra
     return state, action
 
 
-def test_a_recording_format(add, tmp_path):
+def test_a_recording_format(add, read_here, tmp_path):
     add(recordings, "recordings")
     written = [write_npz(tmp_path / f"{i}.npz", length, 26) for i, length in enumerate((9, 7))]
-    config = ConvertConfig((str(tmp_path),), "me/set", root=str(tmp_path / "set"), robot="g1", cameras=("head",))
+    config = ConvertConfig(
+        (str(tmp_path),), "me/set", root=str(tmp_path / "set"), robot="g1", cameras=("head",), workers=1
+    )
     assert convert(config).num_episodes == 2
     keys = KeyMap(images={"base_0_rgb": "observation.images.head"})
     dataset = Dataset.open(DataConfig(root=str(tmp_path / "set"), keys=keys), cameras=("base_0_rgb",), robot="g1")
@@ -80,7 +89,7 @@ def test_a_dataset_format(add, tmp_path):
     assert dataset.version == "npz-1" and dataset.rewards.tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
 
 
-def test_a_robot(monkeypatch, tmp_path):
+def test_a_robot(monkeypatch, read_here, tmp_path):
     arm = Part(("shoulder", "elbow"), "action/joints", "obs/joints")
     robot = Robot(
         "waver",
@@ -95,7 +104,7 @@ def test_a_robot(monkeypatch, tmp_path):
         for group, values in (("obs", state), ("action", action)):
             file[f"{group}/base"], file[f"{group}/joints"] = values[:, 0], values[:, 1:]
     write_labels(sidecar_path(tmp_path / "a.hdf5"), Labels("wave", True))
-    convert(ConvertConfig((str(tmp_path),), "me/set", root=str(tmp_path / "set"), robot="waver", cameras=()))
+    convert(ConvertConfig((str(tmp_path),), "me/set", root=str(tmp_path / "set"), robot="waver", cameras=(), workers=1))
     dataset = Dataset.open(DataConfig(root=str(tmp_path / "set")), cameras=(), robot="waver")
     np.testing.assert_array_equal(dataset.state, state)
     np.testing.assert_array_equal(dataset.actions, action)

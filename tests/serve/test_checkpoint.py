@@ -73,7 +73,7 @@ def test_what_does_not_fit(cfg, exported, tmp_path, monkeypatch):
 
 def test_it_is_built_into_a_server(cfg, exported):
     options = serve.ServeOptions(checkpoint=str(exported), max_batch=1)
-    (server, batcher), _, line = serve.build(cfg, options, "")
+    (server, batcher), _, line = serve.build(cfg, options, "", None)
     batcher.stop(10)
     assert str(exported) in line and not server.ready
 
