@@ -94,6 +94,7 @@ def test_the_advantage_table_is_not_stale(cfg, capsys):
     assert Path("runs/tiny/advantages/advantages.parquet").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_evaluation_and_report(cfg, capsys):
     before = json.loads(Path("runs/tiny/evaluation/policy/results.json").read_text())
     Path("runs/tiny/report.html").unlink()
@@ -104,6 +105,7 @@ def test_evaluation_and_report(cfg, capsys):
     assert after.keys() == before.keys()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_samples_and_numbers(cfg):
     value.main(dataclasses.replace(cfg, value=dataclasses.replace(cfg.value, num_train_steps=16)))
     expected, got = lines("value_to_16.metrics.jsonl"), lines("runs/tiny/value/metrics.jsonl")

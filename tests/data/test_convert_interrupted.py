@@ -38,6 +38,7 @@ def test_sigkill_at_any_file_operation(tmp_path):
     assert "20 kills" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_die_with_their_parent(tmp_path, number):
     """Killed in the middle of encoding with processes: none survives, and finished segments are not encoded again."""
@@ -90,6 +91,7 @@ def check_no_room(done: subprocess.CompletedProcess, target: Path) -> None:
     assert not target.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.3, 1.2])
 def test_full_disk(tmp_path, share):
     """A real file system of too few bytes, full while encoding (small shares) or while joining; then it is enlarged."""

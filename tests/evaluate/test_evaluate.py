@@ -95,6 +95,7 @@ def test_a_good_policy_gets_a_good_result(tmp_path, capsys):
     assert not [p for p in folder.rglob("*") if p.name.endswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_processes(tmp_path):
     runs = []
     for workers in (1, 2):
@@ -328,6 +329,7 @@ def test_onset_is_from_half_a_chunk_before_the_mistake(tmp_path):
     assert frames.clean[frames.episode == 9].all()
 
 
+@pytest.mark.slow
 def test_credit_of_advantages_that_know_nothing(tmp_path):
     cfg = credit_experiment(tmp_path, lambda fault, rng: rng.normal(size=(len(fault), 3)))
     result = evaluate_credit.main(cfg)

@@ -194,6 +194,7 @@ def test_preemptions_have_no_budget(attempt):
     assert {line.split()[2] for line in (folder / "restarts").read_text().splitlines()} == {"preempted"}
 
 
+@pytest.mark.slow
 def test_a_silent_controller_is_asked_again_and_then_said(attempt):
     code, printed, folder = attempt("143 143", 143, job="")
     assert code == 143 and not requeued(folder)

@@ -58,6 +58,7 @@ def test_a_progress_bar_is_one_line_of_the_log(tmp_path, capfd):
     assert capfd.readouterr().err.count("work:") == 1
 
 
+@pytest.mark.slow
 def test_tasks_of_a_group_run_side_by_side_each_on_its_own_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "gpus", list)
     cores = os.sched_getaffinity(0)

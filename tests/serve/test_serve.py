@@ -182,6 +182,7 @@ def drive(server: served.Served, number: int, count: int) -> list[tuple[str, dic
     return found
 
 
+@pytest.mark.slow
 def test_a_thousand_requests_of_four_clients(server, policy):
     """B7: bad ones among them; none lost, none wrong."""
     before = served.counts(server.get("/metrics")[1])

@@ -45,6 +45,7 @@ def pi05(data_folder, tmp_path_factory):
     return cfg
 
 
+@pytest.mark.slow
 def test_the_stopped_and_resumed_run_is_the_same(pi05, data_folder, tmp_path, at_step, monkeypatch):
     own = dataclasses.replace(pi05.policy, value_run=pi05.value_dir)
     cfg = dataclasses.replace(pi05, runs_dir=str(tmp_path / "runs"), policy=own)
@@ -56,6 +57,7 @@ def test_the_stopped_and_resumed_run_is_the_same(pi05, data_folder, tmp_path, at
     assert_same_run(cfg.policy_dir, pi05.policy_dir, 12)
 
 
+@pytest.mark.slow
 def test_it_acts_on_the_state_in_the_prompt(pi05):
     trained = inference.load_policy(pi05)
     assert "state_proj" not in trained.params and "time_mlp_in" in trained.params
@@ -73,6 +75,7 @@ def test_it_acts_on_the_state_in_the_prompt(pi05):
     assert np.abs(act(trained.params, other, noise, 4) - actions).max() > 1e-6
 
 
+@pytest.mark.slow
 def test_an_export_is_a_checkpoint_of_pi05(pi05, tmp_path, capsys):
     to = export.export(pi05, Export(to=str(tmp_path / "out")))
     assert "Pi0Config(pi05=True, " in capsys.readouterr().out
@@ -87,6 +90,7 @@ def test_an_export_is_a_checkpoint_of_pi05(pi05, tmp_path, capsys):
         weights.match(opened, shapes[dataclasses.replace(pi05.model, family="pi0")])
 
 
+@pytest.mark.slow
 def test_a_value_model_stands_on_either_trunk(pi05, tmp_path):
     to = export.export(pi05, Export(to=str(tmp_path / "out")))
     opened = weights.open_checkpoint(to)

@@ -159,6 +159,7 @@ def test_another_models_checkpoint_touches_nothing(fresh, trained):
     assert not Path(cfg.policy_dir).exists()
 
 
+@pytest.mark.slow
 def test_a_run_from_a_url(fresh, google, trained, capsys, monkeypatch):
     """Fetched once, trained from; going on and starting again ask the network for nothing."""
     from hvd.method import policy
@@ -211,6 +212,7 @@ def end(*children: subprocess.Popen[str]) -> None:
     assert [process.returncode for process in children] == [0] * len(children), "\n".join(texts)
 
 
+@pytest.mark.slow
 def test_written_and_read_is_the_identity(tmp_path):
     """A full and a LoRA model (its frozen half in bfloat16), written from 4 devices, read onto 2."""
     end(child("identity", tmp_path, devices=4))

@@ -416,6 +416,7 @@ HANGS = """
 """
 
 
+@pytest.mark.slow
 def test_a_hang_prints_all_stacks_and_ends(tmp_path):
     program = textwrap.dedent(HANGS).format(seconds=1.0, steps=6)
     env = os.environ | STEP | {"HVD_JOB_DIR": str(tmp_path)}

@@ -65,7 +65,11 @@ def test_metrics_of_the_stages(trained):
 
 @pytest.mark.parametrize(
     "stage, number, where",
-    [("value", signal.SIGTERM, 6), ("value", signal.SIGUSR1, 11), ("policy", signal.SIGUSR2, 0)],
+    [
+        ("value", signal.SIGTERM, 6),
+        pytest.param("value", signal.SIGUSR1, 11, marks=pytest.mark.slow),
+        ("policy", signal.SIGUSR2, 0),
+    ],
 )
 def test_stopped_and_resumed_is_the_same_run(trained, copied, at_step, monkeypatch, stage, number, where):
     cfg = copied
@@ -87,6 +91,7 @@ def test_stopped_and_resumed_is_the_same_run(trained, copied, at_step, monkeypat
     assert events.count("start") == 2 and events.count("stop") == 1
 
 
+@pytest.mark.slow
 def test_signal_during_validation(trained, copied, monkeypatch):
     """The validation is cut short, the state saved, and the validation done again by the resumed run."""
     cfg = copied
