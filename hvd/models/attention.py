@@ -69,13 +69,6 @@ def _logits(q: Float[Array, "b k r h"], keys: Keys) -> Float[Array, "b k r s"]:
     return jnp.einsum("bkrh,bskh->bkrs", q, keys, preferred_element_type=jnp.float32)
 
 
-def _products(q: Float[Array, "b k r h"], keys: Keys) -> Float[Array, "b k r s"]:
-    """`_logits`; in float32, where there is nothing to cast, by jax's own gradient."""
-    if q.dtype == jnp.float32:
-        return jnp.einsum("bkrh,bskh->bkrs", q, keys, preferred_element_type=jnp.float32)
-    return _logits(q, keys)
-
-
 def _logits_forward(q: Array, keys: Array) -> tuple[Array, tuple[Array, Array]]:
     return _logits(q, keys), (q, keys)
 
@@ -100,7 +93,7 @@ def attend(q: Queries, k: Keys, v: Keys, mask: Mask, cache: tuple[Old, Old] | No
     # Queries that share a key head become rows of one matrix: twice as fast on a CPU as a five-dimensional einsum.
     q = q.reshape(b, t, heads, group, h).swapaxes(1, 2).reshape(b, heads, t * group, h)
 
-    scores = _products(q, k) if cache is None else jnp.concatenate([_products(q, cache[0]), _products(q, k)], axis=-1)
+    scores = _logits(q, k) if cache is None else jnp.concatenate([_logits(q, cache[0]), _logits(q, k)], axis=-1)
     scores = jnp.where(jnp.repeat(mask, group, axis=1)[:, None], scores, MASKED_LOGIT)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     if cache is None:

@@ -52,12 +52,14 @@ class Pi0(nnx.Module):
         variants = cfg.paligemma_variant, cfg.action_expert_variant
         self.PaliGemma = Trunk(cfg, *variants, rngs, remat, conditioned=self.pi05)
         width = self.PaliGemma.expert_width
+        # In this order: the layers draw their first values from one stream, and a seed keeps its model
+        if not self.pi05:
+            self.state_proj = nnx.Linear(cfg.action_dim, width, rngs=rngs)
         self.action_in_proj = nnx.Linear(cfg.action_dim, width, rngs=rngs)
         if self.pi05:
             self.time_mlp_in = nnx.Linear(width, width, rngs=rngs)
             self.time_mlp_out = nnx.Linear(width, width, rngs=rngs)
         else:
-            self.state_proj = nnx.Linear(cfg.action_dim, width, rngs=rngs)
             self.action_time_mlp_in = nnx.Linear(2 * width, width, rngs=rngs)
             self.action_time_mlp_out = nnx.Linear(width, width, rngs=rngs)
         self.action_out_proj = nnx.Linear(width, cfg.action_dim, rngs=rngs)

@@ -248,7 +248,7 @@ def _wandb(
         print(f"warning: {why}; the training goes on and logs in {folder} alone", flush=True)
         try:
             run = begin(mode="offline")
-        except Exception:
+        except Exception:  # not even a local log: the line above says where the numbers are
             return nothing
     if known is None:
         files.write_atomic(marker, run.id)

@@ -131,3 +131,17 @@ def test_parameters_cast_at_use_change_nothing_when_narrow(tmp_path, family):
     observation, noise = jax.tree.map(jnp.asarray, (observation, rng.normal(size=(2, 4, 32)).astype(np.float32)))
     sample = jax.jit(lambda params: graphs[0].module(params).sample_actions(observation, noise, 2))
     np.testing.assert_array_equal(sample(wide), sample(narrow))
+
+
+def test_a_seed_keeps_its_model():
+    """The first numbers of version 7f2472e: its layers drew them in this order, and a run is known by its seed."""
+    drawn = nnx.state(Pi0(factory.model(), nnx.Rngs(0)))
+    firsts = {"/".join(map(str, path)): jnp.ravel(x[...])[0] for path, x in nnx.to_flat_state(drawn)}
+    expected = {
+        "state_proj/kernel": 0.018245088,
+        "action_in_proj/kernel": -0.109897055,
+        "action_time_mlp_in/kernel": 0.028026596,
+        "action_time_mlp_out/kernel": -0.041079268,
+        "action_out_proj/kernel": -0.026577836,
+    }
+    np.testing.assert_allclose([firsts[name] for name in expected], list(expected.values()), rtol=1e-5)
