@@ -120,9 +120,7 @@ class Guard:
     def connecting(self, connection: "Connection") -> None:
         self._half_open[connection] = None
         if len(self._half_open) > _HALF_OPEN:
-            oldest = next(iter(self._half_open))
-            del self._half_open[oldest]
-            self.drop(oldest, "handshake", "too many connections are half open")
+            self.drop(next(iter(self._half_open)), "handshake", "too many connections are half open")
 
     def drop_half_open(self) -> None:
         for connection in self._half_open:
@@ -152,6 +150,8 @@ class Guard:
         self._half_open.pop(connection, None)
 
     def lost(self, connection: "Connection") -> None:
+        self._held -= connection.held
+        connection.held = 0
         self._half_open.pop(connection, None)
         if connection in self.open:
             self.open.discard(connection)
@@ -166,10 +166,11 @@ class Guard:
             self.drop(max((*self.open, *self._half_open), key=lambda c: c.held, default=None), "memory", text)
 
     def drop(self, connection: "Connection | None", reason: str, text: str) -> None:
-        """At once: the one that holds most stays counted until it is gone, and no other is dropped meanwhile."""
+        """At once: it counts no more, else others were dropped for its bytes until it is gone."""
         if connection is not None and not connection.dropped:
             connection.dropped = True
             connection.transport.abort()
+            self.lost(connection)
             self.denied(connection, reason, f"dropped: {text}")
 
     def denied(self, connection: "Connection", reason: str, text: str) -> None:
@@ -207,8 +208,6 @@ class Connection(ServerConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._guard.lost(self)
-        self._guard.holds(-self.held)
-        self.held = 0
 
     def data_received(self, data: bytes) -> None:
         for at in range(0, len(data), _SLICE):
@@ -246,6 +245,8 @@ class Connection(ServerConnection):
         self._count()
 
     def _count(self) -> None:
+        if self.dropped:
+            return
         held = self._whole + len(self.protocol.reader.buffer)
         more, self.held = held - self.held, held
         self._guard.holds(more)
