@@ -455,7 +455,7 @@ def test_all_messages_together_have_a_limit(run):
     for sock in holding:
         sock.sendall(message[:begin])
     wait_for(lambda: server.server._guard._held >= 4 * (begin - 100))
-    server._loop.call_soon_threadsafe(time.sleep, 0.5)  # what comes meanwhile is read in one go: each holds most in turn
+    server._loop.call_soon_threadsafe(time.sleep, 0.5)  # what comes meanwhile is read in one go: each overtakes others
     for sock in holding:
         sock.sendall(message[begin : begin + (1 << 18)])
     other = server.client()
