@@ -4,7 +4,11 @@ The import hook must be there before the first `import hvd`, so this file import
 """
 
 import os
+import sys
 
+# Hundreds of Python processes are started here: each would compile all of jax's source again
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Set for this process and every subprocess that a test starts.
 os.environ["JAX_PLATFORMS"] = os.environ.get("HVD_TEST_PLATFORM", "cpu")
 os.environ.setdefault("MUJOCO_GL", "egl")
