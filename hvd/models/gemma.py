@@ -79,6 +79,12 @@ def rotate(x: Float[Array, "b t n h"], sin: Float[Array, "b t 1 h2"], cos: Float
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def unit_rms(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """x / rms(x) in float32."""
+    x32 = x.astype(jnp.float32)
+    return x32 * (1 / jnp.sqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6))
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * (1 + scale), in float32; adaptive: scale, shift and a residual gate from a condition vector."""
 
@@ -95,8 +101,7 @@ class RMSNorm(nnx.Module):
         self, x: Float[Array, "b t d"], cond: Float[Array, "b c"] | None = None
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b 1 d"] | None]:
         """The normed x and the residual's gate (None where the norm is not adaptive)."""
-        x32 = x.astype(jnp.float32)
-        normed = x32 * (1 / jnp.sqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6))
+        normed = unit_rms(x)
         if not self.adaptive:
             return (normed * (1 + self.scale[...])[None, None]).astype(x.dtype), None
         if cond is None:
@@ -185,7 +190,8 @@ def _joined(parts: list[Array]) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _residual(x, y, gate):
+def residual(x: Array, y: Array, gate: Array | None) -> Array:
+    """x + y, or x + y * gate where the norm before y was adaptive."""
     return x + y if gate is None else x + y * gate
 
 
@@ -214,10 +220,10 @@ class Block(nnx.Module):
 
         normed, gates = norms("pre_attention_norm", xs)
         attended, kv = self.attn(normed, angles, mask, cache, wanted)
-        xs = [None if y is None else _residual(x, y, g) for x, y, g in zip(xs, attended, gates, strict=True)]
+        xs = [None if y is None else residual(x, y, g) for x, y, g in zip(xs, attended, gates, strict=True)]
         normed, gates = norms("pre_ffw_norm", xs)
         xs = [
-            None if x is None else sharding.rows(_residual(x, getattr(self, expert_name("mlp", i))(y), g))
+            None if x is None else sharding.rows(residual(x, getattr(self, expert_name("mlp", i))(y), g))
             for i, (x, y, g) in enumerate(zip(xs, normed, gates, strict=True))
         ]
         return xs, kv

@@ -49,18 +49,36 @@ class Dense(nnx.Module):
         return dense(x, weight(self.kernel[...], x.dtype)) + self.bias[...].astype(x.dtype)[None, None]
 
 
-class LayerNorm(nnx.Module):
+def layer_norm(x: Float[Array, "n t d"], scale: Float[Array, "d"], bias: Float[Array, "d"]) -> Float[Array, "n t d"]:
     """Layer norm, eps 1e-6, in float32; output in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
+    return (x32 * scale[None, None] + bias[None, None]).astype(x.dtype)
+
+
+def patches(
+    images: Float[Array, "n h w 3"],
+    kernel: Float[Array, "p p 3 d"],
+    bias: Float[Array, "d"],
+    positions: Float[Array, "1 t d"],
+) -> Float[Array, "n t d"]:
+    """Patch embeddings (a convolution, as a matrix product of patches) with position embeddings, float32."""
+    n, height, width, _ = images.shape
+    p = kernel.shape[0]
+    x = images.reshape(n, height // p, p, width // p, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, p * p * 3)
+    return x @ kernel.reshape(p * p * 3, -1) + bias[None, None] + positions
+
+
+class LayerNorm(nnx.Module):
+    """`layer_norm` with its parameters."""
 
     def __init__(self, width: int, rngs: nnx.Rngs, depth: int | None = None):
         self.scale = nnx.Param(jnp.ones((width,) if depth is None else (depth, width), jnp.float32))
         self.bias = param(rngs, (width,), 0.0, depth)
 
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
-        return (x32 * self.scale[...][None, None] + self.bias[...][None, None]).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...])
 
 
 class MultiHeadAttention(nnx.Module):
@@ -154,14 +172,11 @@ class SigLIP(nnx.Module):
         self.head = Dense((cfg.width, out_width), rngs)
 
     def patches(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n t d"]:
-        """Patch embeddings (a convolution, as a matrix product of patches) with position embeddings, float32."""
-        n, height, width, _ = images.shape
+        """Patch embeddings with position embeddings, float32."""
+        height, width = images.shape[1:3]
         if (height, width) != self.image_shape:
             raise ValueError(f"images of {height}x{width} pixels, the image tower is built for {self.image_shape}")
-        p = self.cfg.patch
-        x = images.reshape(n, height // p, p, width // p, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, p * p * 3)
-        kernel = self.embedding.kernel[...].reshape(p * p * 3, -1)
-        return x @ kernel + self.embedding.bias[...][None, None] + self.pos_embedding[...]
+        return patches(images, self.embedding.kernel[...], self.embedding.bias[...], self.pos_embedding[...])
 
     def encode(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n t d"]:
         """Tokens after the final norm, in the tower's own width."""

@@ -1,7 +1,7 @@
 """What policy and value model share: images and prompt as a prefix through PaliGemma, a second expert beside it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -48,6 +48,32 @@ def as_float(images: Float[Array, "b h w 3"] | UInt8[Array, "b h w 3"]) -> Float
     return images.astype(jnp.float32)
 
 
+def embed_prefix(
+    obs: Observation,
+    cameras: Sequence[str],
+    encode: Callable[[Array], Array] | None,
+    embed: Callable[[Array], Array],
+    dtype: jnp.dtype,
+) -> Tokens:
+    """Tokens of all cameras, in one pass of the image tower `encode`, then of the prompt, by `embed`."""
+    tokens, valid = [], []
+    if encode is not None:
+        missing = [camera for camera in cameras if camera not in obs["images"]]
+        if missing:
+            raise UserError(f"the observation lacks camera {missing[0]!r}; the model wants {', '.join(cameras)}")
+        # Cameras beside each other, not one after the other: rows of a batch stay on their devices
+        images = jnp.stack([as_float(obs["images"][camera]) for camera in cameras], axis=1)
+        b, count = images.shape[:2]
+        encoded = encode(sharding.rows(images.reshape(b * count, *images.shape[2:])))
+        tokens.append(encoded.reshape(b, -1, encoded.shape[-1]))
+        masks = jnp.stack([obs["image_masks"][camera] for camera in cameras], axis=1)
+        valid.append(jnp.repeat(masks, encoded.shape[1], axis=1))
+    tokens.append(sharding.rows(embed(obs["tokenized_prompt"]).astype(dtype)))
+    valid.append(obs["tokenized_prompt_mask"])
+    x = jnp.concatenate(tokens, axis=1)
+    return Tokens(x, jnp.concatenate(valid, axis=1), np.zeros(x.shape[1], bool))
+
+
 class Prefix(NamedTuple):
     """Images and prompt after PaliGemma: keys and values of all layers, and which tokens are valid."""
 
@@ -92,26 +118,8 @@ class Trunk(nnx.Module):
         return self.llm.configs[1].width
 
     def embed_prefix(self, obs: Observation) -> Tokens:
-        """Tokens of all cameras (in one pass of the image tower), then of the prompt: one attention block."""
-        tokens, valid = [], []
-        if self.cameras:
-            missing = [camera for camera in self.cameras if camera not in obs["images"]]
-            if missing:
-                raise UserError(
-                    f"the observation lacks camera {missing[0]!r}; the model wants {', '.join(self.cameras)}"
-                )
-            # Cameras beside each other, not one after the other: rows of a batch stay on their devices
-            images = jnp.stack([as_float(obs["images"][camera]) for camera in self.cameras], axis=1)
-            b, cameras = images.shape[:2]
-            encoded = self.img(sharding.rows(images.reshape(b * cameras, *images.shape[2:])))
-            tokens.append(encoded.reshape(b, -1, encoded.shape[-1]))
-            masks = jnp.stack([obs["image_masks"][camera] for camera in self.cameras], axis=1)
-            valid.append(jnp.repeat(masks, encoded.shape[1], axis=1))
-        prompt = self.llm.embed(obs["tokenized_prompt"]).astype(self.dtype)
-        tokens.append(sharding.rows(prompt))
-        valid.append(obs["tokenized_prompt_mask"])
-        x = jnp.concatenate(tokens, axis=1)
-        return Tokens(x, jnp.concatenate(valid, axis=1), np.zeros(x.shape[1], bool))
+        """Tokens of all cameras, then of the prompt: one attention block."""
+        return embed_prefix(obs, self.cameras, self.img if self.cameras else None, self.llm.embed, self.dtype)
 
     def joint(
         self, prefix: Tokens, suffix: Tokens, condition: Float[Array, "b d"] | None = None

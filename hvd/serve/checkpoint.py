@@ -53,7 +53,7 @@ def load_checkpoint(cfg: Experiment, path: str) -> inference.Policy:
     params = state.nest({tuple(name.split("/")): x for name, x in arrays.items()})
     if not bool(jnp.equal(jax.jit(state.all_finite)(params), 1.0)):
         raise UserError(f"{opened.source}: its parameters are not finite")
-    return inference.Policy(cfg, transform, graph, params, noisy=np.ones(cfg.model.action_dim, np.float32))
+    return inference.Policy(cfg, transform, params, noisy=np.ones(cfg.model.action_dim, np.float32))
 
 
 def stats_for(cfg: Experiment, path: str) -> normalize.Stats:

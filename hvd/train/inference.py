@@ -19,8 +19,9 @@ from hvd.configs import Experiment
 from hvd.data import normalize
 from hvd.data.transforms import InputTransform, Observation
 from hvd.errors import UserError
-from hvd.models import precision
+from hvd.models import acting, precision
 from hvd.models.pi0 import Pi0
+from hvd.models.separate import separate
 from hvd.models.value import ValueModel
 from hvd.train import checkpoints, compilation, complete, mesh, state
 from hvd.train import run_dir as runs
@@ -29,12 +30,12 @@ from hvd.train.state import Graph, Tree
 
 
 class Policy:
-    """A trained policy. `act` compiles once per batch size.
+    """A trained policy, from parameters that it takes over. `act` compiles once per batch size.
 
     Attributes:
         cfg: the config the run was trained with.
         transform: raw numbers <-> the model's.
-        params: the model's parameters, on its devices.
+        params: the model's parameters on its devices, in the form that acts (hvd.models.separate).
         denoise: (params, observation, noise [b,K,action_dim], flow steps) -> normalised actions [b,K,action_dim]; pure,
             for callers that compile it themselves (hvd.serve.sampler).
     """
@@ -43,12 +44,11 @@ class Policy:
         self,
         cfg: Experiment,
         transform: InputTransform,
-        graph: Graph,
         params: Tree,
         noisy: Float32[np.ndarray, " a"] | None = None,
     ):
         self.cfg, self.transform = cfg, transform
-        self.params = params
+        self.params = separate(cfg.model, params)
         # Padded dims are never trained: they were 0 in training and stay 0 here
         noisy = pad_mask(cfg) if noisy is None else noisy
 
@@ -56,7 +56,7 @@ class Policy:
             params: Tree, observation: Observation, noise: Float[Array, "b k a"], num_steps: int | Int[Array, ""]
         ) -> Float[Array, "b k a"]:
             noise = noise * noisy[None, None]
-            return graph.module(params).sample_actions(observation, noise, num_steps)
+            return acting.sample_actions(cfg.model, params, observation, noise, num_steps)
 
         def sample(params: Tree, observation: Observation, key: jax.Array) -> Float[Array, "b k a"]:
             b = observation["state"].shape[0]
@@ -135,7 +135,7 @@ def load_policy(run: Experiment | os.PathLike | str, *, devices: Devices | None 
     params["action_out_proj"] = {
         name: leaf * keep.reshape((1,) * (leaf.ndim - 1) + keep.shape) for name, leaf in head.items()
     }
-    return Policy(cfg, transform, graph, params)
+    return Policy(cfg, transform, params)
 
 
 def load_value(run: Experiment | os.PathLike | str, *, devices: Devices | None = None) -> ValueFunction:

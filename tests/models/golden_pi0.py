@@ -1,5 +1,6 @@
 """A golden case of the whole pi0 or pi0.5, ready to run: the module's parts, its inputs, and its compiled gradient."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -27,6 +28,14 @@ class Pi0Case:
     frozen: Any
     obs: dict
     actions: jax.Array
+    variants: dict[str, gemma.Config]
+    towers: dict[str, siglip.Config]
+
+    @contextmanager
+    def sizes(self):
+        """The case's sizes under its variants' names."""
+        with mock.patch.dict(gemma.VARIANTS, self.variants), mock.patch.dict(siglip.VARIANTS, self.towers):
+            yield
 
     def model(self) -> Pi0:
         return nnx.merge(self.graphdef, self.frozen, self.trainable)
@@ -82,4 +91,5 @@ def pi0_case(case: Path) -> Pi0Case:
     }
     graphdef, frozen, trainable = nnx.split(model, freeze_filter(config), ...)
     pure = nnx.to_pure_dict
-    return Pi0Case(a, config, graphdef, pure(trainable), pure(frozen), obs, jnp.asarray(a["actions"]))
+    actions = jnp.asarray(a["actions"])
+    return Pi0Case(a, config, graphdef, pure(trainable), pure(frozen), obs, actions, variants, towers)

@@ -1,12 +1,17 @@
 """The whole pi0 and pi0.5 against openpi's arrays: time embedding, tokens, masks, loss, gradients, actions."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from numpy.testing import assert_array_equal
 
+from hvd.models import acting
 from hvd.models.pi0 import posemb_sincos
+from hvd.models.separate import separate
 from hvd.models.trunk import attention_mask, token_positions
 from tests.models.golden import below, cases, close, flat, load, need
 from tests.models.golden_pi0 import pi0_case
@@ -77,3 +82,14 @@ def test_pi0_samples(case):
     act = jax.jit(c.model().sample_actions)
     for name in [name for name in a if name.startswith("sample_steps")]:
         close(act(c.obs, noise, jnp.int32(name.removeprefix("sample_steps"))), a[name], case)
+
+
+@cases("pi0_*tiny.npz", "pi05_*tiny.npz")
+def test_samples_of_the_form_that_acts(case):
+    a, c = load(case), pi0_case(case)
+    noise = jnp.asarray(a["noise"])
+    with c.sizes():
+        weights = separate(c.config, nnx.to_pure_dict(nnx.state(c.model())))
+        act = jax.jit(partial(acting.sample_actions, c.config))
+        for name in [name for name in a if name.startswith("sample_steps")]:
+            close(act(weights, c.obs, noise, jnp.int32(name.removeprefix("sample_steps"))), a[name], case)
