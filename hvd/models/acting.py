@@ -177,7 +177,7 @@ def _prefill(
         k = gemma.rotate(k, *angles)
         rest = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))
         buffers.append((jnp.pad(k, rest), jnp.pad(v, rest)))
-        if q is not None:  # all but the last layer
+        if "qkv" in w:  # all but the last layer
             y = _attend(cfg, gemma.rotate(q, *angles), k, v, mask)
             x = x + dense(y, w["out"])
             x = x + _feed_forward(w, _normed(x, w["norm_1"], None)[0])
@@ -211,18 +211,19 @@ def _normed(
 ) -> tuple[Float[Array, "b t d"], Float[Array, "1 1 d"] | None]:
     """gemma.RMSNorm: with its own scale, or modulated by the time; and the residual's gate."""
     if modulation is None:
+        assert scale is not None
         return (gemma.unit_rms(x) * (1 + scale)[None, None]).astype(x.dtype), None
     by, shift, gate = jnp.split(modulation[None, None], 3, axis=-1)
     normed = gemma.unit_rms(x) * (1 + by.astype(jnp.float32)) + shift.astype(jnp.float32)
     return normed.astype(x.dtype), gate
 
 
-def _heads(sizes: gemma.Config, x: Float[Array, "b t n"]) -> tuple[Array | None, Array, Array]:
-    """Queries (None where x holds keys and values alone), keys and values."""
+def _heads(sizes: gemma.Config, x: Float[Array, "b t n"]) -> tuple[Array, Array, Array]:
+    """Queries (of no head where x holds keys and values alone), keys and values."""
     x = x.reshape(*x.shape[:2], -1, sizes.head_dim)
     queries = x.shape[2] - 2 * sizes.num_kv_heads
     q, k, v = jnp.split(x, (queries, queries + sizes.num_kv_heads), axis=2)
-    return (q if queries else None), k, v
+    return q, k, v
 
 
 def _attend(cfg: ModelConfig, q: Array, k: Array, v: Array, mask: Array) -> Float[Array, "b t nh"]:

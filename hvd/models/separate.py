@@ -1,4 +1,4 @@
-"""The weights of pi0 and pi0.5 as hvd.models.acting wants them, made once from a checkpoint's tree when it is loaded."""
+"""The weights of pi0 and pi0.5 as hvd.models.acting wants them, made once when a checkpoint is loaded."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,11 +1,15 @@
 """pi0 at its real size on this machine's GPUs: training, sampling, checkpoints, data wait, forms of attention (B5).
 
     python -m tests.benchmarks.bench_gpu [--parts step,sample,attention,checkpoint,data] [--configs pi0_r1_lora,pi0_r1]
-        [--batches 8,16,32] [--layers scan] [--trace FOLDER] [--g1 FOLDER]
+        [--batches 8,16,32] [--layers scan] [--sample-layers stacked,separate] [--trace FOLDER] [--g1 FOLDER]
     JAX_PLATFORMS=cpu python -m tests.benchmarks.bench_gpu --tiny          # the same code, a tiny model, no GPU
+    JAX_PLATFORMS=cpu python -m tests.benchmarks.bench_gpu --small --parts sample  # bench_train_step's small shape
 
 Goals, for one H100: 30 samples/s for the full model (openpi's own figure is 18.5), MFU 40 %, sample_actions under
 60 ms, a checkpoint blocks under 2 s, nothing is compiled after step 1, data wait under 2 % with the G1 data.
+
+"sample" is of each config without LoRA: "stacked" by Pi0.sample_actions on the layers as training keeps them,
+"separate" by hvd.models.acting as `hvd serve` does; --configs pi0_r1,pi05_r1 takes pi0.5 too.
 
 Every case is measured in a process of its own, on random weights; a case that does not fit its GPUs says so and the
 others go on. "blocks": how long the step loop waits for a checkpoint. Memory is the peak that JAX reports, beside what
@@ -47,7 +51,22 @@ def config(name: str, case: dict) -> Any:
         "fsdp_devices": "0",
         **(TINY_SIZES if case["tiny"] else {}),
     }
-    return overrides.experiment(["--config", name, *(word for k, v in fields.items() for word in (f"--{k}", v))])
+    cfg = overrides.experiment(["--config", name, *(word for k, v in fields.items() for word in (f"--{k}", v))])
+    return small(cfg) if case["small"] else cfg
+
+
+def small(cfg: Any) -> Any:
+    """cfg in bench_train_step's small shape, with the prompt's own length."""
+    import dataclasses
+
+    from hvd.models import gemma
+    from tests.benchmarks.bench_train_step import SHAPE
+
+    for name in ("trunk", "expert"):
+        gemma.VARIANTS[f"small_{name}"] = gemma.Config(**{k: v for k, v in SHAPE[name].items() if k != "rank"})
+    sizes = {"paligemma_variant": "small_trunk", "action_expert_variant": "small_expert", "siglip_variant": "Ti/14"}
+    horizon = {"action_horizon": SHAPE["horizon"], "vocab_size": SHAPE["vocab_size"]}
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **sizes, **horizon))
 
 
 def random_batch(cfg: Any, devices: Any) -> Any:
@@ -150,12 +169,13 @@ def step(case: dict) -> dict:
 
 
 def sample(case: dict) -> dict:
-    """One request of ten denoising steps after another, with the parameters kept as `hvd serve` keeps them."""
+    """One request of ten denoising steps after another; "separate": weights and program are those of `hvd serve`."""
     import jax
     import jax.numpy as jnp
 
-    from hvd.models import precision
+    from hvd.models import acting, precision
     from hvd.models.pi0 import Pi0
+    from hvd.models.separate import separate
     from hvd.train import mesh
     from hvd.train.state import Graph
 
@@ -166,14 +186,25 @@ def sample(case: dict) -> dict:
     params = jax.block_until_ready(jax.jit(graph.init)(jax.random.key(0)))
     observation = random_batch(cfg, devices)["observation"]
     noise = jnp.ones((case["batch"], cfg.model.action_horizon, cfg.model.action_dim))
-    act = jax.jit(lambda params, observation, noise: graph.module(params).sample_actions(observation, noise, 10))
+    if case["sample_layers"] == "separate":
+        params = jax.block_until_ready(separate(cfg.model, params))
+        act = jax.jit(lambda params, observation, noise: acting.sample_actions(cfg.model, params, observation, noise))
+    else:
+        act = jax.jit(lambda params, observation, noise: graph.module(params).sample_actions(observation, noise, 10))
+    began = time.perf_counter()
+    act = act.lower(params, observation, noise).compile()
+    compile_s = time.perf_counter() - began
     walls = []
     for _ in range(case["steps"] + 2):
         began = time.perf_counter()
         jax.block_until_ready(act(params, observation, noise))
         walls.append(time.perf_counter() - began)
+    if case["trace"]:
+        with jax.profiler.trace(case["trace"]):
+            jax.block_until_ready(act(params, observation, noise))
     ordered = sorted(walls[2:])
-    return {"p50_ms": statistics.median(ordered) * 1e3, "max_ms": ordered[-1] * 1e3, "peak_gib": peak_gib()}
+    found = {"p50_ms": statistics.median(ordered) * 1e3, "max_ms": ordered[-1] * 1e3}
+    return found | {"compile_s": compile_s, "peak_gib": peak_gib()}
 
 
 def attention(case: dict) -> dict:
@@ -244,7 +275,7 @@ def data(case: dict) -> dict:
 
 
 def cases(parts: list[str], args: argparse.Namespace) -> list[tuple[str, dict]]:
-    common = {"tiny": args.tiny, "remat": args.remat, "layers": args.layers, "trace": args.trace}
+    common = {"tiny": args.tiny, "small": args.small, "remat": args.remat, "layers": args.layers, "trace": args.trace}
     found: list[tuple[str, dict]] = []
     batches = [int(b) for b in args.batches.split(",")]
     if "step" in parts:
@@ -254,7 +285,13 @@ def cases(parts: list[str], args: argparse.Namespace) -> list[tuple[str, dict]]:
             for b in batches
         ]
     if "sample" in parts:
-        found += [("sample", common | {"config": "pi0_r1", "batch": b, "steps": 5 * args.steps}) for b in (1, 8)]
+        found += [
+            ("sample", common | {"config": name, "batch": b, "steps": 5 * args.steps, "sample_layers": layers})
+            for name in args.configs.split(",")
+            if "lora" not in name
+            for b in (1, 8)
+            for layers in args.sample_layers.split(",")
+        ]
     if "attention" in parts:
         rows = 2 if args.tiny else 16
         shapes = {"language": (rows, 836, 8, 1, 256, True), "images": (3 * rows, 256, 16, 16, 72, False)}
@@ -276,11 +313,13 @@ def main() -> None:
     parser.add_argument("--configs", default=",".join(CONFIGS))
     parser.add_argument("--batches", default="8,16,32")
     parser.add_argument("--layers", default="stack", choices=("stack", "scan"), help="scan: lax.scan, jax.checkpoint")
+    parser.add_argument("--sample-layers", default="stacked,separate", help="forms of the layers in the part sample")
     parser.add_argument("--trace", default="", help="a folder for profiles (TensorBoard, Perfetto)")
     parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--g1", default=os.environ.get("HVD_G1_DATA", "../shared/data/g1_bottle"))
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -299,20 +338,20 @@ def main() -> None:
     asked = "import jax; print(len(jax.devices()), jax.devices()[0].platform, jax.devices()[0].device_kind)"
     where = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
     print(f"{datetime.date.today()}, {where[0]} x {' '.join(where[2:])}, remat {args.remat}", flush=True)
-    if where[1] != "gpu" and not args.tiny:
+    if where[1] != "gpu" and not args.tiny and not args.small:
         sys.exit("error: no GPU here; --tiny runs the same code with a tiny model")
     for part, case in cases(parts, args):
-        name = " ".join(str(case[key]) for key in ("config", "part") if key in case)
+        name = " ".join(str(case[key]) for key in ("config", "part", "sample_layers") if key in case)
         name += f" batch {case['batch']}" if "batch" in case else ""
         command = [sys.executable, "-m", "tests.benchmarks.bench_gpu", "--one", part, json.dumps(case)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "RESOURCE_EXHAUSTED" in line or "rror" in line]
-            print(f"{part:11}{name:24} failed: {' | '.join(line[:300] for line in lines[-3:]) or '?'}", flush=True)
+            print(f"{part:11}{name:30} failed: {' | '.join(line[:300] for line in lines[-3:]) or '?'}", flush=True)
             continue
         found = json.loads(done.stdout.splitlines()[-1])
         shown = (f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
-        print(f"{part:11}{name:24} {'  '.join(shown)}", flush=True)
+        print(f"{part:11}{name:30} {'  '.join(shown)}", flush=True)
 
 
 if __name__ == "__main__":
