@@ -84,6 +84,11 @@ class RequestReader:
         self.cfg, self._transform = cfg, transform
         self.default_prompt, self._max_rows = default_prompt, max_rows
         self.num_flow_steps = num_flow_steps or cfg.policy.num_flow_steps
+        if self.num_flow_steps > MAX_FLOW_STEPS:
+            raise UserError(
+                f"policy.num_flow_steps {self.num_flow_steps} of the run: a server takes at most {MAX_FLOW_STEPS}; "
+                "give --num-flow-steps"
+            )
         keys = key_map(cfg)
         self._columns = [(column, *parse_column(column)) for column in keys.state]
         self.state_keys = tuple(dict.fromkeys(name for _, name, _ in self._columns))

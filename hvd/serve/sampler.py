@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from hvd.data.transforms import Observation
+from hvd.models import acting
 from hvd.runtime import preemption
-from hvd.serve.observation import Request, batch_of
+from hvd.serve.observation import MAX_FLOW_STEPS, Request, batch_of
 from hvd.train.inference import Policy
 
 
@@ -25,6 +26,7 @@ class Sampler:
     """
 
     def __init__(self, policy: Policy, sizes: Sequence[int]):
+        assert acting.MAX_STEPS >= MAX_FLOW_STEPS
         self._policy, self.sizes = policy, tuple(sizes)
         model = policy.cfg.model
         self._chunk = (model.action_horizon, model.action_dim)
