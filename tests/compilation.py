@@ -1,5 +1,7 @@
 """How tests compile: without most optimisations, and with one cache for all processes that outlives the session.
 
+The same goes for Python's own bytecode: there are hundreds of processes, and each would compile all of jax's source.
+
 Compiling costs more than the few steps of a test. Tests that compare with numbers of others, or with the trainer's own
 program, carry the marker `optimised` on their module.
 """
@@ -10,6 +12,7 @@ import os
 import platform
 import shutil
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
@@ -59,6 +62,8 @@ def _machine() -> str:
 
 
 # Set for this process and its children, before jax is imported
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ[QUICK] = "1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_cache())
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"

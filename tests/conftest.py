@@ -4,17 +4,13 @@ The import hook must be there before the first `import hvd`, so this file import
 """
 
 import os
-import sys
 
-# Hundreds of Python processes are started here: each would compile all of jax's source again
-sys.dont_write_bytecode = False
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Set for this process and every subprocess that a test starts.
 os.environ["JAX_PLATFORMS"] = os.environ.get("HVD_TEST_PLATFORM", "cpu")
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from tests import compilation  # sets jax's environment
+from tests import compilation  # sets Python's and jax's environment
 
 # isort: split
 import submitit  # noqa: F401  # first: its logging set-up closes the handlers there are, and absl's has pytest's stderr

@@ -16,7 +16,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -187,7 +187,9 @@ def _belongs(line: Mapping[str, Any], start: int) -> bool:
 
 
 def _tensorboard(stack: contextlib.ExitStack, folder: epath.Path, start: int) -> Callable[..., None]:
-    from tensorboardX import SummaryWriter  # 0.5 s to import: not before a run needs it
+    # tensorboardX loads torch where it is installed: seconds and 300 MB, for tensors that we do not have
+    with _hidden("torch"):
+        from tensorboardX import SummaryWriter  # 0.5 s to import: not before a run needs it
 
     folder.mkdir(parents=True, exist_ok=True)
     writer = SummaryWriter(os.fspath(folder), purge_step=start + 1)
@@ -198,6 +200,19 @@ def _tensorboard(stack: contextlib.ExitStack, folder: epath.Path, start: int) ->
             writer.add_scalar(_titled(name, split), value, done)
 
     return write
+
+
+@contextlib.contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Modules that are imported meanwhile find no such package, unless it is loaded already."""
+    hide = package not in sys.modules
+    if hide:
+        sys.modules[package] = None  # pyright: ignore[reportArgumentType]  # what `import` takes for "not installed"
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules[package]
 
 
 def check_wandb(cfg: Experiment) -> None:
