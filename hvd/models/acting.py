@@ -18,10 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hvd.configs import ModelConfig
 from hvd.models import attention, gemma, siglip
+from hvd.models.chunking import Committed
 from hvd.models.lora import dense
 from hvd.models.pi0 import posemb_sincos
 from hvd.models.trunk import Observation, attention_mask, embed_prefix, token_positions
 
+GUIDANCE = 5.0  # the most that an error of the committed actions counts in a step
 STEPS_AT_ONCE = 10  # flow steps whose times are embedded together
 MAX_STEPS = 100  # of the flow where their number is known only when the program runs
 
@@ -43,6 +45,7 @@ def sample_actions(
     obs: Observation,
     noise: Float[Array, "b k a"],
     num_steps: int | Int[Array, ""] = 10,
+    committed: Committed | None = None,
 ) -> Float[Array, "b k a"]:
     """Actions (normalised, padded) by `num_steps` Euler steps from `noise`, as Pi0.sample_actions.
 
@@ -50,6 +53,7 @@ def sample_actions(
         cfg: of the model.
         weights: by hvd.models.separate.
         num_steps: a traced one is at most MAX_STEPS.
+        committed: guide every step of the flow towards these actions; it costs a backward pass of the expert a step.
     """
     prefix = embed_prefix(
         obs,
@@ -81,7 +85,29 @@ def sample_actions(
         out, buffers = _expert(cfg, weights["PaliGemma"]["llm"], actions, of_time, suffix, buffers)
         return _linear(weights["action_out_proj"], out[:, -cfg.action_horizon :].astype(jnp.float32)), buffers
 
-    return _integrate(cfg, weights, velocity, noise, buffers, num_steps)
+    if committed is None:
+        return _integrate(cfg, weights, lambda x, _, *rest: velocity(x, *rest), noise, buffers, num_steps)
+    return _integrate(cfg, weights, _guided(velocity, committed), noise, buffers, num_steps)
+
+
+def _guided(velocity: Any, committed: Committed) -> Any:
+    """The velocity whose final actions, as estimated from here, are drawn towards the committed ones.
+
+    Real-time chunking's guidance with time running from 1 to 0: the error of the estimate x - t * v goes back through
+    the model to x, and counts min(GUIDANCE, (t^2 + (1 - t)^2) / (t * (1 - t))) times.
+    """
+
+    def guided(x: Array, t: Array, of_time: Tree, buffers: Any) -> tuple[Array, Any]:
+        def estimate(x: Array) -> tuple[Array, Any]:
+            v, after = velocity(x, of_time, buffers)
+            return x - t * v, (v, after)
+
+        estimated, back, (v, after) = jax.vjp(estimate, x, has_aux=True)
+        (towards,) = back((committed.actions - estimated) * committed.weights[..., None])
+        strength = (t**2 + (1 - t) ** 2) / jnp.maximum(t * (1 - t), 1e-6)
+        return v - jnp.minimum(GUIDANCE, strength) * towards, after
+
+    return guided
 
 
 def _integrate(cfg: ModelConfig, weights: Tree, velocity: Any, x: Array, buffers: Any, num_steps: Any) -> Array:
@@ -96,7 +122,7 @@ def _integrate(cfg: ModelConfig, weights: Tree, velocity: Any, x: Array, buffers
         def one(i: Any, carry: Any) -> Any:
             x, buffers = carry
             of_time = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), of_times)
-            v, buffers = velocity(x, of_time, buffers)
+            v, buffers = velocity(x, times[begin + i], of_time, buffers)
             return x + dt * v, buffers
 
         x, buffers = jax.lax.fori_loop(0, jnp.minimum(num_steps - begin, STEPS_AT_ONCE), one, (x, buffers))

@@ -162,7 +162,7 @@ class Batcher:
         chosen: list[_Job] = []
         rows = 0
         for job in ready:
-            goes_with = job.request.num_flow_steps == ready[0].request.num_flow_steps and job.long <= ready[0].long
+            goes_with = job.request.kind == ready[0].request.kind and job.long <= ready[0].long
             if goes_with and rows + job.request.rows <= self._sample.max_rows:
                 chosen.append(job)
                 rows += job.request.rows

@@ -55,6 +55,7 @@ class ServeOptions:
     port: int = option(8000, between(0, 65_535), "0 takes a free one and prints it")
     default_prompt: str = option("", "for requests without one; else the datasets' if they have exactly one")
     num_flow_steps: int = option(0, between(0, 100), "Euler steps of requests that name none; 0 = the run's")
+    real_time_chunking: bool = option(False, "take requests that carry the actions still to be executed")
     noise_seed: int = option(0, between(0, 2**31 - 1), "of the noise of requests without a seed")
     max_batch: int = option(8, between(1, _MAX_BATCH), "requests that wait are computed together, up to so many")
     max_wait_ms: float = option(0.0, between(0, 10_000), "how long a request may wait for others to join it")
@@ -196,8 +197,9 @@ def build(
         default_prompt=options.default_prompt or default_prompt(cfg),
         num_flow_steps=options.num_flow_steps,
         max_rows=options.max_batch,
+        chunking=options.real_time_chunking,
     )
-    sampler = Sampler(policy, sizes_up_to(options.max_batch))
+    sampler = Sampler(policy, sizes_up_to(options.max_batch), options.real_time_chunking)
     loaded = time.monotonic()
     print(f"loaded in {loaded - begin:.1f} s; compiling for batches of {_listed(sampler.sizes)}", flush=True)
     sampler.warm(reader.read(example(policy, reader), seed=0))
@@ -252,6 +254,7 @@ def describe(target: Experiment | str, policy: "Policy", reader: "RequestReader"
         "image_size": cfg.model.image_size,
         "default_prompt": reader.default_prompt,
         "num_flow_steps": reader.num_flow_steps,
+        "real_time_chunking": reader.chunking,
     }
 
 

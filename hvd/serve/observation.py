@@ -9,6 +9,8 @@ Keys, LeRobot's and openpi's side by side:
     prompt, or task                     may be left out where the server has a default
     seed, or noise [K,action_dim]       of the initial noise, to make a reply reproducible
     num_flow_steps                      Euler steps
+    prev_chunk_left_over [n,A]          raw actions that are not executed yet, the first is executed now; and
+    inference_delay                     how many of them will be over when the reply is there (hvd.models.chunking)
 
 State and images may all have a leading batch axis; row i of a batch then gets the noise of a single request with
 seed + i. Imports no jax.
@@ -26,11 +28,13 @@ from hvd.configs import Experiment, KeyMap
 from hvd.data.columns import parse_column
 from hvd.data.transforms import InputTransform, Observation
 from hvd.errors import UserError, nearest
+from hvd.models.chunking import Committed, soft_mask
+from hvd.robots import get_robot
 
 MAX_FLOW_STEPS = 100
 MAX_SEED = 2**31 - 1
 MAX_PROMPT = 4_096  # characters
-_EXTRAS = ("prompt", "task", "seed", "noise", "num_flow_steps")
+_EXTRAS = ("prompt", "task", "seed", "noise", "num_flow_steps", "prev_chunk_left_over", "inference_delay")
 
 
 class Refused(UserError):
@@ -56,10 +60,16 @@ class Request:
     num_flow_steps: int
     batched: bool
     warning: str = ""
+    committed: Committed | None = None
 
     @property
     def rows(self) -> int:
         return len(self.state)
+
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """Requests of one kind can be computed together."""
+        return self.num_flow_steps, self.committed is not None
 
 
 class RequestReader:
@@ -70,6 +80,7 @@ class RequestReader:
         default_prompt: for requests without a prompt; "" = there is none.
         num_flow_steps: for requests that name none; 0 = the run's.
         max_rows: of a batch of one request.
+        chunking: whether requests may carry committed actions.
     """
 
     def __init__(
@@ -80,9 +91,10 @@ class RequestReader:
         default_prompt: str = "",
         num_flow_steps: int = 0,
         max_rows: int = 8,
+        chunking: bool = False,
     ):
         self.cfg, self._transform = cfg, transform
-        self.default_prompt, self._max_rows = default_prompt, max_rows
+        self.default_prompt, self._max_rows, self.chunking = default_prompt, max_rows, chunking
         self.num_flow_steps = num_flow_steps or cfg.policy.num_flow_steps
         if self.num_flow_steps > MAX_FLOW_STEPS:
             raise UserError(
@@ -121,7 +133,8 @@ class RequestReader:
         if not np.isfinite(observation["state"]).all():
             raise Refused("state is so large that its normalised form is not finite: is it in the dataset's units?")
         cut = self._transform.cut_prompts(prompts, state)
-        return Request(observation, state, seeds, noise, steps, batched, next(iter(cut.values()), ""))
+        committed = self._committed(message, state, batched)
+        return Request(observation, state, seeds, noise, steps, batched, next(iter(cut.values()), ""), committed)
 
     def _state(self, message: Mapping[str, Any]) -> tuple[Float32[np.ndarray, "b s"], bool]:
         """[b,S], and whether the client sent a batch."""
@@ -247,6 +260,28 @@ class RequestReader:
         if not np.isfinite(noise).all():
             raise Refused("noise is NaN or infinite (in float32); expected finite numbers")
         return seeds, noise.reshape(rows, *single)
+
+    def _committed(
+        self, message: Mapping[str, Any], state: Float32[np.ndarray, "b s"], batched: bool
+    ) -> Committed | None:
+        left, delay = "prev_chunk_left_over", "inference_delay"
+        if left not in message:
+            if delay in message:
+                raise Refused(f"{delay} is there without {left}: send the actions that are not executed yet")
+            return None
+        if not self.chunking:
+            raise Refused(f"{left}: this server was started without --real-time-chunking true")
+        horizon, dims = self.cfg.model.action_horizon, len(get_robot(self.cfg.robot).action_names)
+        value = _numbers(left, message[left])
+        if value.ndim != 2 + batched or value.shape[-1] != dims or (batched and len(value) != len(state)):
+            rows = f" for each of {len(state)} rows" if batched else ""
+            raise Refused(f"{left} has shape {list(value.shape)}; expected [1 to {horizon}, {dims}]{rows}")
+        count = value.shape[-2]
+        if not 1 <= count <= horizon or not np.isfinite(value).all():
+            raise Refused(f"{left} has {count} actions; expected 1 to {horizon}, of finite numbers")
+        mask = soft_mask(count, _integer(message, delay, 0, 0, count), horizon)
+        actions = self._transform.actions_in(value.reshape(len(state), count, dims), state)
+        return Committed(np.pad(actions, ((0, 0), (0, horizon - count), (0, 0))), np.tile(mask, (len(state), 1)))
 
 
 def key_map(cfg: Experiment) -> KeyMap:

@@ -20,6 +20,7 @@ from hvd.data import normalize
 from hvd.data.transforms import InputTransform, Observation
 from hvd.errors import UserError
 from hvd.models import acting, precision
+from hvd.models.chunking import Committed
 from hvd.models.pi0 import Pi0
 from hvd.models.separate import separate
 from hvd.models.value import ValueModel
@@ -36,8 +37,8 @@ class Policy:
         cfg: the config the run was trained with.
         transform: raw numbers <-> the model's.
         params: the model's parameters on its devices, in the form that acts (hvd.models.separate).
-        denoise: (params, observation, noise [b,K,action_dim], flow steps) -> normalised actions [b,K,action_dim]; pure,
-            for callers that compile it themselves (hvd.serve.sampler).
+        denoise: (params, observation, noise [b,K,action_dim], flow steps, committed actions or None) -> normalised
+            actions [b,K,action_dim]; pure, for callers that compile it themselves (hvd.serve.sampler).
     """
 
     def __init__(
@@ -53,10 +54,14 @@ class Policy:
         noisy = pad_mask(cfg) if noisy is None else noisy
 
         def denoise(
-            params: Tree, observation: Observation, noise: Float[Array, "b k a"], num_steps: int | Int[Array, ""]
+            params: Tree,
+            observation: Observation,
+            noise: Float[Array, "b k a"],
+            num_steps: int | Int[Array, ""],
+            committed: Committed | None = None,
         ) -> Float[Array, "b k a"]:
             noise = noise * noisy[None, None]
-            return acting.sample_actions(cfg.model, params, observation, noise, num_steps)
+            return acting.sample_actions(cfg.model, params, observation, noise, num_steps, committed)
 
         def sample(params: Tree, observation: Observation, key: jax.Array) -> Float[Array, "b k a"]:
             b = observation["state"].shape[0]

@@ -10,6 +10,8 @@ from hvd.configs import DataConfig, Experiment, KeyMap, NormConfig
 from hvd.data.normalize import NormStats
 from hvd.data.tokenizer import Tokenizer
 from hvd.data.transforms import InputTransform
+from hvd.errors import UserError
+from hvd.models.chunking import soft_mask
 from hvd.robots import get_robot
 from hvd.serve.observation import MAX_SEED, Refused, RequestReader, batch_of
 from tests.train import factory
@@ -204,6 +206,36 @@ def test_a_wrong_request_names_its_key(message, why):
     with pytest.raises(Refused, match=why) as refused:
         make_reader().read(message, 0)
     assert str(refused.value).isprintable() and len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "sent, why",
+    [
+        ({"inference_delay": 2}, "inference_delay is there without prev_chunk_left_over"),
+        ({"prev_chunk_left_over": np.zeros(21)}, r"prev_chunk_left_over has shape \[21\]; expected \[1 to 4, 21\]"),
+        ({"prev_chunk_left_over": np.zeros((3, 20))}, r"has shape \[3, 20\]"),
+        ({"prev_chunk_left_over": np.zeros((5, 21))}, "has 5 actions; expected 1 to 4"),
+        ({"prev_chunk_left_over": np.full((3, 21), np.nan)}, "of finite numbers"),
+        ({"prev_chunk_left_over": np.zeros((3, 21)), "inference_delay": 4}, "inference_delay is 4; .* from 0 to 3"),
+    ],
+)
+def test_committed_actions_that_do_not_fit(sent, why):
+    with pytest.raises(Refused, match=why):
+        make_reader(chunking=True).read(GOOD | sent, 0)
+
+
+def test_committed_actions():
+    good = GOOD | {"prev_chunk_left_over": np.full((3, 21), 0.5), "inference_delay": 1}
+    request = make_reader(chunking=True).read(good, 0)
+    assert request.kind == (10, True) and make_reader(chunking=True).read(GOOD, 0).kind == (10, False)
+    assert request.committed is not None
+    actions, weights = request.committed
+    assert actions.shape == (1, 4, 32) and (actions[0, :3, :21] == 0.5).all() and not actions[0, 3].any()
+    np.testing.assert_array_equal(weights[0], soft_mask(3, 1, 4))
+    with pytest.raises(Refused, match="started without --real-time-chunking"):
+        make_reader().read(good, 0)
+    with pytest.raises(UserError, match="at most 100; give --num-flow-steps"):
+        make_reader(num_flow_steps=200)
 
 
 def test_a_wrong_batch_names_its_key():

@@ -112,6 +112,27 @@ def test_a_batch_is_its_rows_one_by_one(client, policy):
         np.testing.assert_allclose(reply["actions"][i], direct(policy, row, 7 + i), **TOLERANCE)
 
 
+def test_committed_actions_are_followed(policy):
+    from hvd.serve.observation import RequestReader
+    from hvd.serve.sampler import Sampler
+
+    reader = RequestReader(policy.cfg, policy.transform, chunking=True)
+    sampler = Sampler(policy, (2,), chunking=True)
+    plain = served.observation(np.random.default_rng(5)) | {"seed": 5}
+    old = direct(policy, plain, 6)
+    sampler.warm(reader.read(plain, 0))
+    free = sampler([reader.read(plain, 0)])[0][0]
+    np.testing.assert_allclose(free, direct(policy, plain, 5), **TOLERANCE)
+    requests = [reader.read(plain | {"prev_chunk_left_over": old[:3], "inference_delay": n}, 0) for n in (0, 2)]
+    soft, hard = (rows[0] for rows in sampler(requests))
+    np.testing.assert_allclose(sampler(requests[1:])[0][0], hard, **TOLERANCE)
+    away = [
+        np.abs(policy.transform.actions_in((x - old)[None, :2], plain["state"][None])).mean()
+        for x in (free, soft, hard)
+    ]
+    assert away[0] > away[1] > away[2]
+
+
 def test_metadata_says_what_is_served(client, run_folder):
     about = client.get_server_metadata()
     assert about["run"] == str(run_folder) and about["robot"] == "r1" and about["server"].startswith("hvd ")

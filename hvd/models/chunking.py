@@ -1,0 +1,25 @@
+"""Real-time chunking (Black, Galliker, Levine 2025): a new chunk that goes on from actions already committed.
+
+While the policy computes a chunk, the robot executes the one before. The first `delay` actions of the new chunk will be
+over when it is there, so they must be those that are executed; the further ones of the old chunk are followed the less
+the later they are. Imports no jax.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+
+class Committed(NamedTuple):
+    """What the flow is guided towards: normalised actions [b, k, a] and how much each one counts [b, k], 0 to 1."""
+
+    actions: Any
+    weights: Any
+
+
+def soft_mask(left: int, delay: int, horizon: int) -> Float32[np.ndarray, "{horizon}"]:
+    """How much each action of a chunk counts: 1 before `delay`, falling to 0 at the end of the `left` old ones."""
+    c = np.clip((left - np.arange(horizon)) / (left - delay + 1), 0.0, 1.0)
+    soft = c * np.expm1(c) / np.expm1(1.0)
+    return np.where(np.arange(horizon) < delay, 1.0, soft).astype(np.float32)
