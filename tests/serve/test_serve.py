@@ -118,7 +118,7 @@ def test_committed_actions_are_followed(policy):
 
     reader = RequestReader(policy.cfg, policy.transform, chunking=True)
     sampler = Sampler(policy, (2,), chunking=True)
-    plain = served.observation(np.random.default_rng(5)) | {"seed": 5}
+    plain: dict[str, Any] = {**served.observation(np.random.default_rng(5)), "seed": 5}
     old = direct(policy, plain, 6)
     sampler.warm(reader.read(plain, 0))
     free = sampler([reader.read(plain, 0)])[0][0]
@@ -126,10 +126,8 @@ def test_committed_actions_are_followed(policy):
     requests = [reader.read(plain | {"prev_chunk_left_over": old[:3], "inference_delay": n}, 0) for n in (0, 2)]
     soft, hard = (rows[0] for rows in sampler(requests))
     np.testing.assert_allclose(sampler(requests[1:])[0][0], hard, **TOLERANCE)
-    away = [
-        np.abs(policy.transform.actions_in((x - old)[None, :2], plain["state"][None])).mean()
-        for x in (free, soft, hard)
-    ]
+    state = plain["state"][None]
+    away = [np.abs(policy.transform.actions_in((x - old)[None, :2], state)).mean() for x in (free, soft, hard)]
     assert away[0] > away[1] > away[2]
 
 
