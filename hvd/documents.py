@@ -100,6 +100,6 @@ def convert[T](value: Any, form: Form[T], where: str) -> T:
     """`decode` for what another library has parsed already (YAML, parquet's rows); raises as it does."""
     try:
         return msgspec.convert(value, type=form)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"{where}: {why}") from None

@@ -62,6 +62,7 @@ class _Decoder:
     def __init__(self, codec: str, extradata: bytes):
         self.context: Any = av.CodecContext.create(codec, "r")
         self.context.extradata = extradata or None
+        self.context.options = {"err_detect": "explode"}  # else a damaged part is filled up with what looks likely
         # with more threads a decoder returns frames late, and other samples keep the cores busy anyway
         self.context.thread_count = 1
         self.reformatter = VideoReformatter()
@@ -198,6 +199,7 @@ def _decode_png(data: bytes) -> np.ndarray:
     """As PIL's result, but FFmpeg takes two thirds of the time and releases the interpreter lock."""
     context: Any = av.CodecContext.create("png", "r")  # a used one gave wrong pictures; a new one costs nothing
     context.thread_count = 1
+    context.options = {"err_detect": "crccheck"}  # as PIL does; else a damaged picture comes out as another one
     return context.decode(av.Packet(data))[0].to_ndarray(format="rgb24")
 
 
@@ -266,7 +268,10 @@ def _copy_images(layout: Layout, key: str, folder: Path) -> None:
     with (folder / "images.bin").open("wb") as out, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images as large as that are refused
         for path, _ in data_files(layout):
-            for row, cell in enumerate(layout.format.table(path, [key])[key].to_pylist()):
+            table = layout.format.table(path, [key])
+            if table.column_names != [key]:
+                raise UserError(f"{path}: column {key!r} is there {len(table.column_names)} times")
+            for row, cell in enumerate(table[key].to_pylist()):
                 data = _encoded(cell, layout.root, path, key)
                 _check_image(data, f"{path}: column {key!r}, row {row}")
                 places.append(places[-1] + out.write(data))

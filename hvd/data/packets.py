@@ -120,6 +120,8 @@ def list_packets(path: Path) -> FilePackets:
             if not container.streams.video:
                 raise UserError(f"{path}: has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise UserError(f"{path}: damaged video file, or one of a codec that this PyAV does not know")
             codec, extradata = stream.codec_context.codec.name, stream.codec_context.extradata or b""
             base, promised, pixels = float(stream.time_base or 0), stream.frames, str(stream.codec_context.pix_fmt)
             rows = [

@@ -19,6 +19,7 @@ from hvd.runtime import preemption
 OWNER = "owner.json"  # which job works on the run (hvd.runtime.owner)
 FILE = f"{OWNER}.alive"
 BEAT_SECONDS = 5.0
+LOOK_SECONDS = 0.5
 SILENT_SECONDS = 60.0  # twelve missed beats; a network file system may show a file half a minute late
 
 
@@ -57,11 +58,11 @@ def lives(run_dir: os.PathLike | str, who: str) -> bool:
         if now != first:
             return now.startswith(f"{who} ")
         preemption.check("before the first step")
-        time.sleep(0.5)
+        time.sleep(LOOK_SECONDS)
     return False
 
 
 def _read(path: epath.Path) -> str:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # the latter: no text, which is no sign either
         return path.read_text()
     return ""

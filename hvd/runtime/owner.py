@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
+from hvd import documents
 from hvd.errors import Lost, UserError
 from hvd.files import is_local, temporary_path, write_atomic
 from hvd.runtime import heartbeat
@@ -178,12 +178,12 @@ def _put_away(target: Path, judged: Owner) -> None:
 
 def _read(path: os.PathLike) -> Owner | None:
     try:
-        data: dict[str, Any] = json.loads(epath.Path(path).read_text())
-        return Owner(**data)
+        return documents.read(path, Owner)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): if no job works on this run, delete it") from error
+    except UserError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path} is damaged ({why}): if no job works on this run, delete it") from None
 
 
 def _same(a: Owner, b: Owner) -> bool:

@@ -19,6 +19,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+import msgspec
+
+from hvd import documents
 from hvd.errors import Failed, UserError
 from hvd.files import disk_errors, locked, write_atomic
 from hvd.storage.download import download, received
@@ -65,6 +68,14 @@ def check(url: str, field: str = "") -> None:
         with contextlib.suppress(Busy), contextlib.closing(open_store(location)) as store:
             if store.find(location.path) is None and not store.below(location.path + "/", limit=1):
                 raise Refused("there is nothing")
+
+
+class _File(msgspec.Struct):
+    bytes: int
+
+
+class _Manifest(msgspec.Struct):
+    files: dict[str, _File]
 
 
 def fetch(url: str, field: str = "", poll: Callable[[], None] = lambda: None) -> Path:
@@ -170,9 +181,9 @@ def _partial(entry: Path, objects: dict[str, Object]) -> Path:
 
 def _whole(entry: Path) -> bool:
     try:
-        files = json.loads((entry / MANIFEST).read_bytes())["files"]
-        return all((entry / name).stat().st_size == about["bytes"] for name, about in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        files = documents.read(entry / MANIFEST, _Manifest).files
+        return bool(files) and all((entry / name).stat().st_size == about.bytes for name, about in files.items())
+    except (OSError, UserError, ValueError):
         return False
 
 

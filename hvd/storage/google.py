@@ -15,6 +15,7 @@ from hvd.storage.remote import (
     Refused,
     Replaced,
     error_line,
+    listing_errors,
     network_errors,
     retried,
     status_error,
@@ -48,12 +49,12 @@ class GoogleStore:
         self._bucket: Any = self._client.bucket(bucket)
 
     def find(self, path: str) -> Object | None:
-        with _google_errors():
+        with _google_errors(), listing_errors():
             blob = self._bucket.get_blob(path, timeout=remote.timeouts(), retry=None)
             return None if blob is None else _google_object(blob)
 
     def below(self, prefix: str, limit: int | None = None) -> list[Object]:
-        with _google_errors():
+        with _google_errors(), listing_errors():
             fields = "items(name,size,generation,crc32c),nextPageToken"
             blobs = self._bucket.list_blobs(
                 prefix=prefix,
@@ -100,7 +101,8 @@ class GoogleStore:
 
 
 def _google_object(blob: Any) -> Object:
-    return Object(blob.name, int(blob.size or 0), str(blob.generation), blob.crc32c)
+    blob.name.encode()  # an error for what is no text
+    return Object(blob.name, int(blob.size or 0), str(int(blob.generation)), blob.crc32c)
 
 
 @contextlib.contextmanager

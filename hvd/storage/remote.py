@@ -72,6 +72,10 @@ class Object:
     version: str
     crc32c: str | None = None  # in base64
 
+    def __post_init__(self):
+        if not 0 <= self.size <= 2**53 or (not self.size and self.crc32c not in (None, "AAAAAA==")):
+            raise ValueError(f"{self.key!r} of {self.size} bytes with checksum {self.crc32c!r}")
+
 
 @runtime_checkable
 class Store(Protocol):
@@ -127,6 +131,15 @@ def network_errors() -> Iterator[None]:
         raise
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
         raise Busy(error_line(error)) from error
+
+
+@contextlib.contextmanager
+def listing_errors() -> Iterator[None]:
+    """What a listing or an object's description raises in the packages when it is none: a proxy's page, for one."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise Busy(f"its answer is no listing of objects: {error_line(error)}") from error
 
 
 def status_error(code: int, message: str | None) -> Exception:

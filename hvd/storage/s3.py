@@ -8,7 +8,7 @@ from typing import Any
 
 from hvd.errors import UserError
 from hvd.storage import checksums, remote
-from hvd.storage.remote import Busy, Damaged, Object, Refused, error_line, network_errors, status_error
+from hvd.storage.remote import Busy, Damaged, Object, Refused, error_line, listing_errors, network_errors, status_error
 
 
 class S3Store:
@@ -46,15 +46,15 @@ class S3Store:
 
     def find(self, path: str) -> Object | None:
         try:
-            with _s3_errors():
+            with _s3_errors(), listing_errors():
                 found = self._client.head_object(Bucket=self._bucket, Key=path)
+                return Object(path, int(found["ContentLength"]), found["ETag"])
         except Refused:  # without the right to list, S3 says "forbidden" of what is not there: the listing decides
             return None
-        return Object(path, int(found["ContentLength"]), found["ETag"])
 
     def below(self, prefix: str, limit: int | None = None) -> list[Object]:
         found: list[Object] = []
-        with _s3_errors():
+        with _s3_errors(), listing_errors():
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, PaginationConfig={"MaxItems": limit}):
                 found += [Object(x["Key"], int(x["Size"]), x["ETag"]) for x in page.get("Contents", ())]

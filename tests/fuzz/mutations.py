@@ -113,14 +113,15 @@ def changed(rng: random.Random, tree: Any) -> Any:
         if kind == "lose" and way:
             del inside[last]
         elif kind == "add" and isinstance(value, dict):
-            value[rng.choice(("zzz", "success", "", "\n", "__class__"))] = rng.choice(VALUES)
+            value[rng.choice(("zzz", "success", "", "\n", "__class__"))] = copy.deepcopy(rng.choice(VALUES))
         elif kind == "add" and isinstance(value, list):
             value.extend(copy.deepcopy(value) or [1])
         elif kind == "number" and isinstance(value, int | float) and not isinstance(value, bool):
-            others = (-value, value + 1, value * 1000, value * 10**9, float(value), str(value), value / 2 or 0.5)
-            inside[last] = rng.choice(others)
+            others = (-value, value + 1, value * 1000, value * 10**9, str(value))
+            more = (float(value), value / 2 or 0.5) if abs(value) < 1e300 else ()
+            inside[last] = rng.choice(others + more)
         else:
-            inside[last] = rng.choice(VALUES)
+            inside[last] = copy.deepcopy(rng.choice(VALUES))
         tree = at[""]
     return tree
 
