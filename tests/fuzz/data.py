@@ -79,7 +79,7 @@ def _plain(path: Path) -> pa.Table:
     names = [name for name in names if name in pq.read_schema(path).names]
     table = pq.ParquetFile(path).read(columns=names)
     kinds = pa.schema([(name, _wide(table.schema.field(name).type)) for name in names])
-    return pa.table({name: table[name].combine_chunks() for name in names}).cast(kinds)
+    return pa.table({name: table[name].combine_chunks() for name in names}).cast(kinds, safe=False)
 
 
 def _wide(kind: pa.DataType) -> pa.DataType:
@@ -136,7 +136,7 @@ def images(good: Path) -> Door:
         got = found.frames(CAMERA[0], np.arange(found.num_frames))
         cells: list[Any] = []
         for path in sorted((folder / "set/data").rglob("*.parquet")):
-            cells += pq.read_table(path)[KEY].to_pylist()
+            cells += pq.ParquetFile(path).read(columns=[KEY])[KEY].to_pylist()
         for row, (each, frame) in enumerate(zip(cells, got, strict=True)):
             plain = np.asarray(Image.open(io.BytesIO(each["bytes"])).convert("RGB"))
             if not np.array_equal(plain, frame):

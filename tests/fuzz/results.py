@@ -34,7 +34,7 @@ def results(good: Path) -> Door:
     (good / "e/policy").mkdir()
     (good / "e/policy/complete.json").write_text(json.dumps({"digest": "d"}))
 
-    draw = now_and_then(10)
+    draw = now_and_then(20)
 
     def damage(folder: Path, rng: random.Random) -> str:
         own = folder / "e/evaluation/policy/results.json"
@@ -76,7 +76,7 @@ def metrics(good: Path) -> Door:
     def damage(folder: Path, rng: random.Random) -> str:
         return spoil(f"e/{rng.choice(('value', 'policy'))}/metrics.jsonl", lines=True)(folder, rng)
 
-    draw = now_and_then()
+    draw = now_and_then(60)
 
     def read(folder: Path) -> str:
         if draw():
