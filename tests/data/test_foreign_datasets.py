@@ -457,6 +457,23 @@ def test_images_that_are_refused_when_the_dataset_is_opened(tmp_path, data, mess
     refused(recipe, rf"\.parquet: column '{HEAD}', row 1: .*{message}", CAMERAS[:1])
 
 
+def test_a_picture_with_other_bytes_than_its_checksum(tmp_path):
+    data = bytearray(picture())
+    data[data.index(b"IDAT") + 8] ^= 1
+    dataset = opened(with_images(tmp_path, [picture(), bytes(data)], pa.binary()), CAMERAS[:1])
+    assert dataset.frames(CAMERAS[0], np.arange(1)).max() == 0
+    with pytest.raises(UserError, match="the image of row 1 is damaged"):
+        dataset.frames(CAMERAS[0], np.arange(2))
+
+
+def test_images_in_two_columns_of_one_name(tmp_path):
+    recipe = with_images(tmp_path, [picture()] * 3, pa.binary())
+    path = last_data(recipe.root)
+    table = pq.read_table(path)
+    pq.write_table(table.append_column(HEAD, table[HEAD]), path)
+    refused(recipe, f"column '{HEAD}' is there 2 times", CAMERAS[:1])
+
+
 @pytest.mark.parametrize("name", ("/etc/passwd", "../../x.png", "a\0b"))
 def test_image_files_lie_below_the_dataset(tmp_path, name):
     refused(with_images(tmp_path, [{"bytes": None, "path": name}], STRUCT), "lies outside the dataset", CAMERAS[:1])

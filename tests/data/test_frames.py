@@ -98,6 +98,18 @@ def test_a_file_damaged_later_is_named(tmp_path):
         _in_new_thread(lambda: frames(np.arange(3)))  # this thread still holds the file open
 
 
+def test_damage_within_a_frame_is_not_filled_up(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, *ENCODERS["h264 with B frames"], 30)
+    place, size = list_packets(path).place[0], list_packets(path).size[0]
+    data = bytearray(path.read_bytes())
+    data[place + size // 2 : place + size // 2 + 40] = bytes(40)
+    path.write_bytes(data)
+    frames = open_videos(tmp_path / "table", [path], [30])
+    with pytest.raises(UserError, match=r"a\.mp4: missing, damaged or truncated video file"):
+        frames(np.arange(3))
+
+
 def _in_new_thread(call):
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(call).result()
