@@ -53,8 +53,8 @@ def dataset(good: Path) -> Door:
     def read(folder: Path) -> str:
         found = _opened(folder)
         tables = [_plain(path) for path in sorted((folder / "set/data").rglob("*.parquet"))]
-        rows = pa.concat_tables(tables, promote_options="default")
-        if abs(found.fps - truth.fps) > 0.1:
+        rows = pa.concat_tables(tables, promote_options="permissive")
+        if not 0.75 < found.fps / truth.fps < 1.34:  # what the timestamps of a true recording may be off by
             return f"fps {found.fps}"
         if len(rows) != found.num_frames:
             return f"{found.num_frames} of {len(rows)} rows"
