@@ -15,7 +15,7 @@ from hvd.data.digest import digest
 from hvd.data.frames import Camera, Frames
 from hvd.data.layout import Layout, read_info, read_layout, read_schema
 from hvd.errors import UserError, nearest
-from hvd.robots import get_robot
+from hvd.robots import ROBOTS, get_robot
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Dataset:
 
         Args:
             cameras: names of the model's cameras whose frames will be asked for; () for numbers alone.
-            robot: when given, the actions must have this robot's width.
+            robot: when given, the actions must have this robot's width, and its order where info.json names them.
             horizon: when given, at least one episode must be as long.
 
         Raises UserError (one line) for a missing or damaged file, an unknown version, a missing column or camera, a
@@ -97,6 +97,9 @@ class Dataset:
                 f"{name}: actions have {width} dims, robot {robot} has {get_robot(robot).action_dim}; "
                 "set robot, or the data config's keys.actions"
             )
+        action_dims = dim_names(layout.features, cfg.keys.actions, width)
+        if robot:
+            _check_order(name, action_dims, robot)
         tasks, task_ids = _prompts(layout, columns["task_index"])
         everything = _episodes(layout, columns["success"], tasks, task_ids)
         offered = [e for e in everything if e.success or not cfg.success_only]
@@ -123,7 +126,7 @@ class Dataset:
             cameras=tuple(frames_keys),
             camera_frames={name: camera.open(columns["time"], episode_of) for name, camera in opened.items()},
             state_dims=dim_names(layout.features, cfg.keys.state, columns["state"].shape[1]),
-            action_dims=dim_names(layout.features, cfg.keys.actions, width),
+            action_dims=action_dims,
         )
 
     @property
@@ -192,6 +195,20 @@ def _on_this_disk(layout: Layout, cfg: DataConfig) -> tuple[Layout, int]:
     gone -= {e.data_path for e in every[: cfg.max_episodes]}  # these are missed, and named
     stop = next((i for i, e in enumerate(every) if e.data_path in gone), len(every))
     return dataclasses.replace(layout, episodes=every[:stop]), cfg.max_episodes
+
+
+def _check_order(name: str, action_dims: Sequence[str], robot: str) -> None:
+    """Refuse actions that info.json names as another robot's, or as this robot's in another order."""
+    named, ours = tuple(dim.partition("] ")[2] for dim in action_dims), get_robot(robot).action_names
+    fits = next((other for other, r in ROBOTS.items() if r.action_names == named), "")
+    if named == ours or not (fits or set(named) == set(ours)):
+        return
+    at = next(i for i, (theirs, own) in enumerate(zip(named, ours, strict=True)) if theirs != own)
+    raise UserError(
+        f"{name}: info.json calls action dim {at} {named[at]!r}, robot {robot} has {ours[at]!r} there"
+        + (f": set robot to {fits}, whose order it is, or order" if fits else ": order")
+        + " the dims in the data config's keys.actions"
+    )
 
 
 def check_horizon(name: str, episodes: list[Episode] | tuple[Episode, ...], horizon: int) -> None:

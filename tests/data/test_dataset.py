@@ -17,6 +17,7 @@ from hvd.data import columns, digest, packets
 from hvd.data.dataset import Dataset, split_episodes
 from hvd.data.labels import Labels, Subtask, episode_path, write_labels
 from hvd.errors import UserError
+from hvd.robots import get_robot
 from tests.data.factory import CAMERAS, KEYS, TASKS, make_dataset, write_dataset
 
 VERSIONS = ("v2.1", "v3.0")
@@ -365,3 +366,28 @@ def test_reading_data_imports_no_jax_no_torch_and_no_pandas():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_actions_in_another_robots_order_are_refused(tmp_path):
+    recipe = make_dataset(tmp_path / "d", cameras=(), action_dim=23)
+    info = recipe.root / "meta" / "info.json"
+    plain = info.read_text()
+
+    def call(names):
+        said = json.loads(plain)
+        said["features"]["action"]["names"] = names
+        info.write_text(json.dumps(said))
+
+    call(list(get_robot("r1_pro_b1k").action_names))
+    with pytest.raises(
+        UserError, match="dim 0 'base_vx', robot r1_pro has 'left_arm_0' there: set robot to r1_pro_b1k"
+    ):
+        Dataset.open(recipe.config, cameras=(), robot="r1_pro")
+    Dataset.open(recipe.config, cameras=(), robot="r1_pro_b1k")
+    ordered = replace_keys(recipe.config, actions=("action[7:15]", "action[0:3]", "action[15:23]", "action[3:7]"))
+    Dataset.open(ordered, cameras=(), robot="r1_pro")
+    call({"motors": list(reversed(get_robot("r1_pro").action_names))})
+    with pytest.raises(UserError, match=r"calls action dim 0 'torso_3', .* there: order the dims in .* keys\.actions"):
+        Dataset.open(recipe.config, cameras=(), robot="r1_pro")
+    call([f"motor_{i}" for i in range(23)])
+    Dataset.open(recipe.config, cameras=(), robot="r1_pro")
