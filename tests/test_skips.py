@@ -29,29 +29,20 @@ ONE_TEST = "import pytest\n\ndef test_it():\n    pytest.skip('not in the mood')\
 A_MODULE = "import pytest\n\npytest.skip('not in the mood', allow_module_level=True)\n"
 
 
-@pytest.mark.parametrize("ci, source, code", [("1", ONE_TEST, 1), ("0", ONE_TEST, 0), ("1", A_MODULE, 2)])
-def test_an_unexpected_skip_fails_in_ci_only(tmp_path, ci, source, code):
-    test = tmp_path / "test_it.py"
-    test.write_text(source)
-    (tmp_path / "conftest.py").write_text(CONFTEST)
+@pytest.mark.parametrize("ci", [True, False])
+def test_an_unexpected_skip_fails_in_ci_only(tmp_path, ci):
+    """Of a test, and of a module that skips itself as a whole."""
+    for name, text in (("conftest", CONFTEST), ("test_it", ONE_TEST), ("test_module", A_MODULE)):
+        (tmp_path / f"{name}.py").write_text(text)
+    options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--rootdir={tmp_path}"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"--rootdir={tmp_path}",
-            "-c",
-            os.devnull,
-            test,
-        ],
+        [sys.executable, "-m", "pytest", *options, "-c", os.devnull, tmp_path],
         cwd=tmp_path,
-        env={**os.environ, "HVD_CI": ci, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "HVD_CI": str(int(ci)), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert ("CI must not skip this: Skipped: not in the mood" in done.stdout) == bool(code)
+    assert done.returncode == int(ci), done.stdout + done.stderr
+    for name in ("test_it.py::test_it", "test_module.py"):
+        assert (f"{name}: CI must not skip this: Skipped: not in the mood" in done.stdout) == ci, done.stdout

@@ -45,7 +45,7 @@ class Site:
     """Jobs are submitted from `folder`, which has runs/, slurm/ and what `sbatch slurm/value.sbatch` needs.
 
     Args:
-        shared: where the datasets and the compilation cache lie, for all sites of a cluster.
+        shared: where the datasets lie, for all sites of a cluster.
         slow: seconds that a step waits at least.
     """
 
@@ -65,8 +65,6 @@ class Site:
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HVD_"))},
             **cluster.environment,
-            "JAX_COMPILATION_CACHE_DIR": str(shared / "jax_cache"),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling costs more than the few steps of a test
             "PYTHONPATH": str(ROOT),
             "HVD_TEST_STEP_SECONDS": str(slow),
         }

@@ -96,7 +96,7 @@ def main(raw: Path, out: Path, seed: int, kills: int) -> None:
         n += 7
     assert tree(target) == reference and not work.exists()
     # overwriting: one of both datasets is whole at any moment
-    for n in rng.sample(range(2, total), 8):
+    for n in rng.sample(range(2, total), 5):
         convert_in_fork(raw, target, n, overwrite=True)
         place = target if target.exists() else work / "replaced"
         assert tree(place) == reference, f"the old dataset was damaged by a kill at {n}"

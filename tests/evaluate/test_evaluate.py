@@ -246,6 +246,11 @@ def test_nothing_held_out_is_said(walks):
 # ---- credit assignment
 
 
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch):
+    monkeypatch.setattr(evaluate_credit, "_RESAMPLES", 40)  # of these few episodes; 200 say the same in 5 s
+
+
 def test_share_of_a_chunk_that_is_a_mistake():
     mistakes = (Mistake("torso", 4, 7, "late"), Mistake("arms", 6, 8, "high"))
     by_level, anywhere = evaluate_credit.chunk_shares(mistakes, LEVELS, 10, 4)
