@@ -28,13 +28,12 @@ from websockets.protocol import State
 
 from hvd.errors import one_line
 from hvd.serve import msgpack as serve_msgpack
+from hvd.serve import turns
 from hvd.serve.batching import Answer, Batcher
 from hvd.serve.limits import Connection, Guard, Limits, Sparingly
 from hvd.serve.metrics import Metrics
 from hvd.serve.observation import MAX_SEED, Refused, Request, RequestReader
 
-_SMALL = 1 << 16  # bytes of a message that is read on the spot; larger ones hold images, and take a thread
-_LARGE = 4 << 20  # bytes; those above queue for one thread of their own
 _GRACE = 0.2  # seconds for requests that were sent before the client could know that the server stops
 
 _CUT_PROMPTS = 100  # lines about prompts that are cut
@@ -67,7 +66,6 @@ class PolicyServer:
         self._api_key, self._tls = api_key, tls
         self._seeds = np.random.default_rng(noise_seed)
         self._threads = concurrent.futures.ThreadPoolExecutor(3, "hvd-serve-read")
-        self._large = concurrent.futures.ThreadPoolExecutor(1, "hvd-serve-read-large")
         self._refusals, self._failures = Sparingly(), Sparingly()
         self._guard = Guard(self._limits, metrics)
         self._stopping = False
@@ -78,18 +76,16 @@ class PolicyServer:
         logger = logging.getLogger("hvd.serve")
         logger.setLevel(logging.CRITICAL)  # the library reports each port scan with a traceback
         options: dict[str, Any] = {
-            "create_connection": functools.partial(Connection, guard=self._guard),
+            "create_connection": functools.partial(Connection, guard=self._guard, tls=self._tls),
             "process_request": self._http,
             "process_response": self._place,
         }
-        if self._tls:
-            options |= {"ssl": self._tls, "ssl_handshake_timeout": self._limits.open}
         server = await serve(
             self._client,  # pyright: ignore[reportArgumentType]  # of the connections that `options` make
             sock=sock,
             origins=[None],  # no web page: a browser on this machine could otherwise reach a server on 127.0.0.1
             compression=None,
-            max_size=2 * self._limits.message,
+            max_size=self._limits.message + min(self._limits.message, turns.LARGE),
             max_queue=1,
             open_timeout=self._limits.open,
             ping_interval=self._limits.ping,
@@ -101,8 +97,7 @@ class PolicyServer:
         started()
         await stop.wait()
         await self._drain(server, hurry)
-        for threads in (self._threads, self._large):
-            threads.shutdown(wait=False)
+        self._threads.shutdown(wait=False)
 
     async def _drain(self, server: Server, hurry: asyncio.Event) -> None:
         self._stopping = True
@@ -161,13 +156,15 @@ class PolicyServer:
             await connection.send(self._metadata)
             while not (self._stopping and last is not None):
                 message = await connection.recv()
+                size = len(message) if isinstance(message, bytes) else len(message.encode())
                 self._guard.busy.add(connection)
                 connection.asked = True
                 try:
                     last = await self._exchange(connection, message, last)
                 finally:
+                    del message  # so that it takes no memory until the next one comes
                     self._guard.busy.discard(connection)
-                    connection.answered(len(message) if isinstance(message, bytes) else len(message.encode()))
+                    connection.answered(size)
                 if last is None:
                     return
             await self._leave(connection)
@@ -206,13 +203,13 @@ class PolicyServer:
 
     async def _answer(self, connection: Connection, message: str | bytes, last: float | None, begin: float) -> bytes:
         """The packed reply."""
-        seed = int(self._seeds.integers(MAX_SEED + 1))
-        if len(message) <= _SMALL:
-            request = self._read(message, seed)
+        read = functools.partial(self._read, message, int(self._seeds.integers(MAX_SEED + 1)))
+        if len(message) > turns.LARGE:
+            request = await self._guard.turns.decode(self._threads, read)
         else:
+            self._guard.turns.asked()
             loop = asyncio.get_running_loop()
-            threads = self._threads if len(message) <= _LARGE else self._large
-            request = await loop.run_in_executor(threads, self._read, message, seed)
+            request = await loop.run_in_executor(self._threads, read) if len(message) > turns.PART else read()
         prepared = time.monotonic() - begin
         wanted = functools.partial(_is_open, connection)
         future = self._batcher.submit(request, wanted, client=connection, share=self._guard.share(connection))

@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import resource
+import ssl
 import sys
 import time
 import traceback
@@ -15,6 +16,7 @@ from websockets.protocol import State
 
 from hvd.errors import UserError, one_line
 from hvd.serve.metrics import Metrics
+from hvd.serve.turns import Turns
 
 _HALF_OPEN = 64  # connections that are no websocket yet, or only asked for /healthz
 _SLICE = 1 << 14  # bytes that are read of one connection before it may be dropped
@@ -30,7 +32,7 @@ class Limits:
     """What one client may take from the others.
 
     Attributes:
-        message: bytes of a request; up to twice as many are read and refused, more close the connection.
+        message: bytes of a request; a little more is read and refused, much more closes the connection.
         memory: bytes of all messages that are being received or answered; 0 = 8 messages.
         connections: at the same time.
         ping, pong: seconds between pings, and until a client that does not answer one is dropped.
@@ -109,18 +111,22 @@ class Guard:
     """Who is connected, what they hold, and who is dropped for it."""
 
     def __init__(self, limits: Limits, metrics: Metrics):
-        self._limits, self._metrics, self._log = limits, metrics, Sparingly()
+        self.limits, self._metrics, self._log = limits, metrics, Sparingly()
         self._memory, self._held = limits.memory or 8 * limits.message, 0
         self._half_open: dict[Connection, None] = {}  # oldest first
         self.open: set[Connection] = set()
         self.busy: set[Connection] = set()
         self._of_address: collections.Counter[str] = collections.Counter()
         self.http, self.keys = Pace(_HTTP_PER_S, _HTTP), Pace(_GUESSES_PER_S, 1)
+        self.turns = Turns()
 
     def connecting(self, connection: "Connection") -> None:
+        """One more is half open. Beyond the limit, the oldest one of the address that has most of them is dropped."""
         self._half_open[connection] = None
         if len(self._half_open) > _HALF_OPEN:
-            self.drop(next(iter(self._half_open)), "handshake", "too many connections are half open")
+            [(address, _)] = collections.Counter(each.address for each in self._half_open).most_common(1)
+            oldest = next(each for each in self._half_open if each.address == address)
+            self.drop(oldest, "handshake", "too many connections are half open")
 
     def drop_half_open(self) -> None:
         for connection in self._half_open:
@@ -128,11 +134,9 @@ class Guard:
 
     def admit(self, connection: "Connection") -> bool:
         """Give a place, if need be that of a client that does nothing; False when there is none."""
-        if len(self.open) >= self._limits.connections:
+        if len(self.open) >= self.limits.connections:
             idle = min(self.open - self.busy, key=lambda c: c.active, default=None)
-            if idle is None or time.monotonic() - idle.active < (
-                self._limits.idle if idle.asked else self._limits.open
-            ):
+            if idle is None or time.monotonic() - idle.active < (self.limits.idle if idle.asked else self.limits.open):
                 return False
             idle.say_goodbye("it was idle, and its place was needed")
             self.denied(idle, "idle", "dropped: it was idle, and its place was needed")
@@ -186,35 +190,75 @@ class Guard:
 class Connection(ServerConnection):
     """A connection that counts what it takes.
 
+    Args:
+        tls: its TLS handshake comes first; None = in clear.
+
     Attributes:
         active: when it connected, or had its last reply.
         asked: it has sent a request.
         held: bytes of its messages, read or not, that are not answered yet.
     """
 
-    def __init__(self, *args: Any, guard: Guard, **options: Any):
+    def __init__(self, *args: Any, guard: Guard, tls: ssl.SSLContext | None, **options: Any):
         super().__init__(*args, **options)
-        self._guard, self.dropped, self.asked = guard, False, False
+        self._guard, self._tls, self.dropped, self.asked = guard, tls, False, False
+        self._last: Frame | None = None
+        self._early = bytearray()  # what came with the end of the TLS handshake
         self.active, self.held, self._whole = time.monotonic(), 0, 0
         self._frames, self._frames_at = 0.0, self.active
         self.address, self.name = "", "a client"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+        assert isinstance(transport, asyncio.Transport)
         if peer := transport.get_extra_info("peername"):
             self.address, self.name = str(peer[0]), f"{peer[0]}:{peer[1]}"
+        if self._tls:
+            self.transport = transport
+            self._shaking = self.loop.create_task(self._shake_hands(transport, self._tls))
+        else:
+            super().connection_made(transport)
         self._guard.connecting(self)
 
+    async def _shake_hands(self, transport: asyncio.Transport, tls: ssl.SSLContext) -> None:
+        """A TLS handshake counts as half open, as the one of the websocket that follows."""
+        seconds = self._guard.limits.open
+        try:
+            found = await self.loop.start_tls(transport, self, tls, server_side=True, ssl_handshake_timeout=seconds)
+        except (OSError, TimeoutError):  # ssl.SSLError is an OSError
+            found = None
+        if found is None or found.is_closing():
+            self._guard.lost(self)
+            return
+        self._tls = None
+        super().connection_made(found)
+        self.data_received(bytes(self._early))
+
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
         self._guard.lost(self)
+        if self._tls:
+            return
+        super().connection_lost(exc)
+        self.protocol.reader.buffer = bytearray()  # the rest lives until the next collection of cycles
+        self.recv_messages.frames.queue.clear()
 
     def data_received(self, data: bytes) -> None:
+        if self._tls:
+            self._early += data
+            return
+        begin = time.monotonic()
         for at in range(0, len(data), _SLICE):
             if self.dropped:
                 return
             super().data_received(data[at : at + _SLICE])
             self._count()
+        self._guard.turns.took(self, time.monotonic() - begin)
+
+    def pause(self) -> None:
+        self.transport.pause_reading()
+
+    def go_on(self) -> None:
+        if not self.recv_messages.paused:  # then the library does it, once a message has been taken
+            self.transport.resume_reading()
 
     def process_event(self, event: Any) -> None:
         super().process_event(event)
@@ -223,6 +267,7 @@ class Connection(ServerConnection):
         control = event.opcode in CTRL_OPCODES
         if not control:
             self._whole += len(event.data)
+            self._last = event
         if (control or not event.fin) and len(event.data) < _SMALL_FRAME:
             now = time.monotonic()
             self._frames = max(0.0, self._frames - (now - self._frames_at) * _FRAMES_PER_S) + 1
@@ -242,6 +287,8 @@ class Connection(ServerConnection):
         """A message of `size` bytes needs no memory any more."""
         self._whole -= size
         self.active = time.monotonic()
+        if self._last and not self.recv_messages.frames:
+            self._last.data = b""  # the library remembers it until the next one comes
         self._count()
 
     def _count(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import gc
 import os
 import socket
 import ssl
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -287,11 +289,17 @@ def test_wrong_keys_are_slowed_counted_and_logged(run, capfd):
     assert 1 <= said.count("no API key, or a wrong one") <= 3 and "guess" not in said
 
 
-def test_tls(run, tmp_path):
+@pytest.fixture
+def pem(tmp_path):
+    """A certificate and its key in one file."""
     pem = tmp_path / "both.pem"
     words = "req -x509 -newkey ed25519 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
     subprocess.run(["openssl", *words.split(), "-keyout", pem, "-out", tmp_path / "c.pem"], check=True)
     pem.write_text(pem.read_text() + (tmp_path / "c.pem").read_text())
+    return pem
+
+
+def test_tls(run, pem):
     server = run(tls=tls_of(str(pem), ""))
     with connect(f"wss://127.0.0.1:{server.port}", ssl=ssl.create_default_context(cafile=str(pem))) as client:
         assert msgpack_numpy.unpackb(client.recv()) == {"robot": "r1"}
@@ -468,21 +476,56 @@ def test_all_messages_together_have_a_limit(run):
     wait_for(lambda: server.server._guard._held == 0)
 
 
-def test_half_open_connections_leave_room(run, monkeypatch):
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_half_open_connections_leave_room(run, pem, monkeypatch, encrypted):
+    """The oldest of the address that has most of them are dropped; a TLS handshake counts as well."""
     monkeypatch.setattr(limits, "_HALF_OPEN", 8)
-    server = run()
-    waiting = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(40)]
-    server._sockets += waiting
-    assert get(server.port, "/healthz")[0] == 200
-    assert server.client().infer(GOOD)["actions"].shape == (4, 21)
+    server = run(tls=tls_of(str(pem), "") if encrypted else None, limits=Limits(open=60))
+    place = ("127.0.0.1", server.port)
+    another = socket.create_connection(place, timeout=30, source_address=("127.0.0.2", 0))
+    waiting = [socket.create_connection(place, timeout=30) for _ in range(40)]
+    server._sockets += [another, *waiting]
+    if encrypted:
+        context = ssl.create_default_context(cafile=str(pem))
+        with connect(f"wss://127.0.0.1:{server.port}", ssl=context) as client:
+            assert msgpack_numpy.unpackb(client.recv()) == {"robot": "r1"}
+    else:
+        assert get(server.port, "/healthz")[0] == 200
+        assert server.client().infer(GOOD)["actions"].shape == (4, 21)
     assert closed(waiting[0])
+    assert len(server.server._guard._half_open) <= 8
+    another.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        another.recv(1)
 
 
-def test_a_handshake_that_never_ends(run):
-    server = run(limits=Limits(open=0.3))
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_handshake_that_never_ends(run, pem, encrypted):
+    server = run(tls=tls_of(str(pem), "") if encrypted else None, limits=Limits(open=0.3))
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
-        sock.sendall(b"GET / HTTP/1.1\r\n")
+        sock.sendall(b"\x16\x03\x01\x02\x00" if encrypted else b"GET / HTTP/1.1\r\n")
         assert closed(sock)
+    wait_for(lambda: not server.server._guard._half_open)
+
+
+def test_what_has_been_answered_takes_no_memory(run):
+    """Clients that do nothing, those that have left, and one that was cut off hold nothing of their large messages."""
+    server = run(limits=Limits(message=8 << 20))
+    gc.collect()
+    tracemalloc.start()
+    try:
+        clients = [server.client() for _ in range(5)]
+        for client in clients:
+            client._ws.send(bytes(9 << 20))
+            assert "at most 8 are taken" in client._ws.recv()
+        half = server.raw()
+        with half:
+            half.sendall(frame(bytes(7 << 20))[:-20])
+            wait_for(lambda: server.server._guard._held > 6 << 20)
+        wait_for(lambda: server.metrics.connections == 5)
+        wait_for(lambda: tracemalloc.get_traced_memory()[0] < 6 << 20, 5.0)
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_client_that_does_not_read(run, monkeypatch):
