@@ -9,7 +9,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -54,25 +54,41 @@ def spawn_pool(
     return ProcessPoolExecutor(workers, _Spawn(), _begin, (os.getpid(), begin, arguments))
 
 
+HANG_S = 600.0  # seconds without a sign of work after which a process of ours is held for hung
+
+
+def kill(pool: ProcessPoolExecutor) -> None:
+    """End a pool's processes, which ignore other signals: what they had to do raises BrokenProcessPool."""
+    for process in (pool._processes or {}).values():
+        process.kill()
+
+
 class Isolated(contextlib.AbstractContextManager["Isolated"]):
-    """Calls in a process of their own, started by the first one: a call that kills it costs nothing but itself."""
+    """Calls in a process of their own, started by the first one: a call that kills it costs nothing but itself.
+
+    A call that takes longer than `limit` seconds is killed.
+    """
+
+    limit = HANG_S
 
     def __init__(self):
         self._pool: ProcessPoolExecutor | None = None
 
     def __call__[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What `function`, of a module, returns or raises. BrokenProcessPool: the process died."""
+        """What `function`, of a module, returns or raises. BrokenProcessPool: the process died, or was killed."""
         self._pool = self._pool or spawn_pool(1, faulthandler.disable)
+        future = self._pool.submit(function, *args, **kwargs)
+        if not wait([future], self.limit).done:
+            kill(self._pool)
         try:
-            return self._pool.submit(function, *args, **kwargs).result()
+            return future.result()
         except BrokenProcessPool:
             self.close()
             raise
 
     def close(self) -> None:
         if self._pool is not None:
-            for process in (self._pool._processes or {}).values():  # it ignores signals: a call may last long
-                process.kill()
+            kill(self._pool)
             self._pool.shutdown(cancel_futures=True)
         self._pool = None
 

@@ -153,7 +153,9 @@ class _Planner:
         except (UserError, KeyboardInterrupt):
             raise
         except BrokenProcessPool:
-            raise UserError(f"{what}: the process that read it died (a damaged file, or out of memory?)") from None
+            raise UserError(
+                f"{what}: the process that read it died or hung (a damaged file, or out of memory?)"
+            ) from None
         except Exception as error:  # what HDF5 and its binding say of damage has many types
             raise UserError(f"{what}: cannot be read ({type(error).__name__}: {error})") from error
 

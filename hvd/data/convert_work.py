@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -28,8 +29,8 @@ from hvd.data.lerobot_writer import Segment
 from hvd.data.recordings import RecordingRef, open_recording
 from hvd.data.video import encode_video
 from hvd.errors import UserError
-from hvd.files import JsonLines, locked
-from hvd.pools import Isolated, spawn_pool
+from hvd.files import JsonLines, locked, temporary_path
+from hvd.pools import HANG_S, Isolated, kill, spawn_pool
 from hvd.robots import get_robot
 
 JOURNAL, LOCK = "journal.jsonl", "lock"
@@ -156,12 +157,17 @@ def _run_in_pool(
     context = multiprocessing.get_context("spawn")
     frames, stop = context.Value("q", 0), context.Event()
     pool = spawn_pool(workers, _begin_worker, (frames, stop))
-    start, left = bar.n, set(jobs)
+    start, left, last = bar.n, set(jobs), time.monotonic()
     try:
         running = {pool.submit(_encode_in_worker, job, folder / names[job]): job for job in jobs}
         while running:
             finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            bar.update(start + frames.value - bar.n)
+            more = start + frames.value - bar.n
+            bar.update(more)
+            if more or finished:
+                last = time.monotonic()
+            elif time.monotonic() - last > HANG_S:
+                kill(pool)  # one of them hangs: which one is seen when each is read alone
             for future in finished:
                 job = running.pop(future)
                 result = future.result()
@@ -181,9 +187,10 @@ def _one_by_one(
     """So that it shows which recording it is that kills who reads it."""
     for job in jobs:
         try:
+            isolated.limit = HANG_S + job.num_frames  # a frame a second at least
             yield job, isolated(encode_segment, job, folder / names[job], _count_nothing)
         except BrokenProcessPool:
-            died = "the process that encoded it died (a damaged file, or out of memory?)"
+            died = "the process that encoded it died or hung (a damaged file, or out of memory?)"
             yield job, f"{job.ref}: camera {job.camera}: {died}"
         bar.update(job.num_frames)
 
@@ -220,7 +227,7 @@ def encode_segment(job: SegmentJob, path: Path, on_frames: Callable[[int], Any])
 
     Raises builtin OSErrors for what is wrong with the disk (PyAV's own do not travel between processes).
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     stats = ImageStats(job.num_frames)
     try:
         with open_recording(job.ref, get_robot(job.robot)) as recording:

@@ -236,6 +236,7 @@ class Camera:
 
     def _check_ends(self) -> None:
         number = {path: i for i, path in enumerate(self._paths)}
+        lasts = dict.fromkeys(self._paths, 0.0)
         for episode, span in zip(self._layout.episodes, self._spans, strict=True):
             if span is None:
                 continue
@@ -243,6 +244,15 @@ class Camera:
             if last > ends + 0.5 / self._layout.fps:
                 what = f"the video ends at {ends:.2f} s, episode {episode.index} at {last:.2f} s"
                 raise UserError(f"{span.path}: is shorter than its rows ({what})")
+            lasts[span.path] = max(lasts[span.path], last)
+        longer = [
+            path for path in self._paths if self._packets[number[path]].end > lasts[path] + 1.5 / self._layout.fps
+        ]
+        if longer:
+            ends, last = self._packets[number[longer[0]]].end, lasts[longer[0]]
+            more = f", and {len(longer) - 1} more files" if len(longer) > 1 else ""
+            what = f"the video ends at {ends:.2f} s, its last row is at {last:.2f} s{more}"
+            print(f"warning: {longer[0]}: is longer than its rows ({what}): what follows them is not used", flush=True)
 
     def open(self, time: Float64[np.ndarray, " n"], episode_of: Int[np.ndarray, " n"]) -> Frames:
         """The camera's frames; on first use keeps its packet lists, or copies its images, in the cache.

@@ -111,8 +111,8 @@ class Measurer:
         if self.folder is None:
             return None
         try:
-            return Measurement.from_json((self.folder / name).read_text())
-        except (OSError, ValueError, TypeError):
+            return Measurement.from_json((self.folder / name).read_text(errors="replace"))
+        except (OSError, UserError):
             return None
 
     def _write(self, name: str, found: Measurement) -> None:

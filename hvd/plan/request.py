@@ -1,8 +1,9 @@
 """What the planner asks of its compiling process and what it is told. Imports nothing heavy."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Literal
+
+from hvd import documents
 
 Compiler = Literal["cuda", "cpu"]
 Stage = Literal["value", "policy"]
@@ -71,9 +72,8 @@ class Measurement:
 
     @classmethod
     def from_json(cls, text: str) -> "Measurement":
-        """The inverse of json.dumps(dataclasses.asdict(...)), which makes lists of tuples."""
-        fields = json.loads(text)
-        return cls(**fields | {"largest": [tuple(place) for place in fields.get("largest", [])]})
+        """The inverse of json.dumps(dataclasses.asdict(...)); UserError where the text is not of that form."""
+        return documents.decode(text, cls, "a measurement of the planner")
 
     @property
     def compiled(self) -> bool:

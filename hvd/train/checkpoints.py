@@ -13,6 +13,7 @@ taken. On gs:// there is no manifest: the store has checksums of its own.
 
 import itertools
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -229,6 +230,16 @@ def keep_older(run_dir: os.PathLike | str, before: int, now: int) -> None:
         print(
             f"keep_period was {before} and is {now}: the checkpoints {', '.join(map(str, steps))} in {folder} stay; "
             "delete them yourself if they are not needed",
+            flush=True,
+        )
+
+
+def say_kept(stage: str, save_interval: int, keep_period: int) -> None:
+    """Say so where a keep_period that is no multiple of the save_interval keeps less than it seems to."""
+    if keep_period and keep_period % save_interval:
+        print(
+            f"{stage}.keep_period {keep_period} is no multiple of {stage}.save_interval {save_interval}: of the "
+            f"checkpoints only those at multiples of {math.lcm(save_interval, keep_period)} are kept, and the last",
             flush=True,
         )
 

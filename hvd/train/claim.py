@@ -46,6 +46,8 @@ def take(data: StageData, folder: str, devices: Devices, inputs: dict[str, str],
             runs.delete(folder)
         files.remove_left_over(folder)
         before = runs.read(folder)
+        own = getattr(cfg, stage)
+        checkpoints.say_kept(stage, own.save_interval, own.keep_period)
         if before is not None:
             checkpoints.keep_older(folder, *(getattr(c, stage).keep_period for c in (before.config, cfg)))
         if not (epath.Path(folder) / runs.COMPLETE).exists():  # else `run` does, once complete.json is gone

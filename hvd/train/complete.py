@@ -155,7 +155,7 @@ def check_complete(
     if not any(name.startswith(f"{runs.CHECKPOINTS}/{found.step}/params/") for name in found.files):
         raise UserError(f"{root / runs.COMPLETE} is damaged: it lists no parameters of step {found.step}")
     _check_settings(root, found)
-    seen = found.digest, manifest.check_present(root, found.files)
+    seen = found.digest, _present(root, found.files)
     if digests and _verified.get(os.fspath(root)) != seen:
         manifest.check_digests(root, found.files, runs.COMPLETE)
         _verified[os.fspath(root)] = seen
@@ -165,13 +165,20 @@ def check_complete(
 _verified: dict[str, tuple] = {}  # run -> what check_complete saw when it had read every byte
 
 
+def _present(root: epath.Path, files: manifest.Files) -> tuple[tuple[int, float], ...]:
+    try:
+        return manifest.check_present(root, files)
+    except UserError as error:
+        raise UserError(f"{error}: the run is not whole, train it again") from None
+
+
 def _check_settings(root: epath.Path, found: Complete) -> None:
     """UserError unless config.yaml and norm_stats.json are those that the run was trained with."""
     for name in _SETTINGS:
         if not (root / name).exists():
             raise UserError(f"{root / name} is missing: the run is not whole; delete {root} and train it again")
     if found.settings:
-        manifest.check_present(root, found.settings)
+        _present(root, found.settings)
         manifest.check_digests(root, found.settings, runs.COMPLETE)
         return
     from hvd.data import normalize

@@ -103,11 +103,11 @@ def _walk(folder: epath.Path) -> Iterator[epath.Path]:
 
 def _present(path: epath.Path, size: int) -> tuple[int, float]:
     if not path.exists():
-        raise UserError(f"{path} is missing: the run is not whole, train it again")
+        raise UserError(f"{path} is missing")
     if is_local(path):
         about = os.stat(path)
         if not stat.S_ISREG(about.st_mode):
-            raise UserError(f"{path} is not a regular file: the run is not whole, train it again")
+            raise UserError(f"{path} is not a regular file")
         length, changed = about.st_size, about.st_mtime_ns
     else:
         remote = path.stat()

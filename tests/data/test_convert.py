@@ -5,7 +5,9 @@ import io
 import json
 import os
 import sys
+import time
 import types
+from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from hvd.data.convert_work import encode_segment
 from hvd.data.dataset import Dataset
 from hvd.data.labels import Labels, load_labels, sidecar_path, write_labels
 from hvd.errors import UserError
+from hvd.pools import Isolated
 from hvd.robots import get_robot
 from tests.data import joylo
 
@@ -316,6 +319,38 @@ def test_a_recording_that_kills_its_encoder(run, raw, monkeypatch, workers):
 
 def _worker_dies(job, path):
     return _dies_encoding(job, path, lambda n: None)
+
+
+def test_a_call_that_hangs_is_killed():
+    with Isolated() as isolated:
+        assert isolated(abs, -1) == 1
+        isolated.limit = 0.5
+        with pytest.raises(BrokenProcessPool):
+            isolated(time.sleep, 600)
+        isolated.limit = 300
+        assert isolated(abs, -1) == 1
+
+
+def _hangs_encoding(job, path, on_frames):
+    if "0001" in str(job.ref) and job.camera == "head":
+        time.sleep(600)
+    return encode_segment(job, path, on_frames)
+
+
+def _worker_hangs(job, path):
+    return _hangs_encoding(job, path, lambda n: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_recording_that_hangs_its_encoder(run, raw, monkeypatch, workers):
+    joylo.write_folder(raw, (5, 6, 7))
+    monkeypatch.setattr(convert_work, "_encode_in_worker", _worker_hangs)
+    monkeypatch.setattr(convert_work, "encode_segment", _hangs_encoding)
+    monkeypatch.setattr(convert_work, "HANG_S", 8.0)
+    result = run(workers=workers, skip_bad=True)
+    assert [row["length"] for row in episodes(result.root)] == [5, 7]
+    assert "camera head: the process that encoded it died or hung" in result.skipped[0]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

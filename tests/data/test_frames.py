@@ -126,6 +126,20 @@ def test_a_video_that_is_too_short_is_named(tmp_path):
         Dataset.open(recipe.config, cameras=CAMERAS[:1])
 
 
+def test_a_video_that_is_longer_than_its_rows_is_said_once(tmp_path, capsys):
+    recipe = make_dataset(tmp_path / "d", version="v2.1", cameras=CAMERAS[:1])
+    Dataset.open(recipe.config, cameras=CAMERAS[:1])
+    assert "longer" not in capsys.readouterr().out
+    longer = make_dataset(tmp_path / "e", version="v2.1", cameras=CAMERAS[:1])
+    write_video(next(longer.root.glob("videos/**/episode_000001.mp4")), *ENCODERS["mpeg4"], 30, fps=10)
+    for _ in range(2):
+        Dataset.open(longer.config, cameras=CAMERAS[:1])
+    said = capsys.readouterr().out
+    assert (
+        said.count("warning:") == 1 and "episode_000001.mp4: is longer than its rows (the video ends at 2.90 s" in said
+    )
+
+
 def test_other_image_kinds(tmp_path):
     """JPEG, grey PNG, and images that lie beside the data file."""
     recipe = make_dataset(tmp_path / "d", lengths=(4,), kind="image", cameras=CAMERAS[:1])

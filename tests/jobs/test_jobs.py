@@ -121,12 +121,19 @@ def test_damaged_files_of_one_job_do_not_hide_the_others(slurm, submitted, work,
     folder = submitted("1", restarts=["x"], end="what is this")
     (folder / "job.json").write_bytes(b'{"id": \xff')
     (folder / "run.json").write_text("[1, 2")
+    other = submitted("3", run={"stage": ["policy"], "run_dir": {}, "steps": "many"})
+    (other / "job.json").write_text('{"stage": null, "after": [1]}')
     (work / "slurm" / "jobs" / "2.log").write_text("")  # plain sbatch: a log and no folder
     (work / "slurm" / "jobs" / "notes.txt").write_text("")
     slurm.job("2")
     assert jobs() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:4] for line in lines[1:]] == [["1", "-", "-", "UNKNOWN"], ["2", "value", "-", "RUNNING"]]
+    found = {line.split()[0]: line.split()[1:4] for line in lines[1:]}
+    assert found == {
+        "1": ["-", "-", "UNKNOWN"],
+        "2": ["value", "-", "RUNNING"],
+        "3": ["-", "-", "UNKNOWN"],
+    }
 
 
 def test_a_waiting_job_of_plain_sbatch_is_known_by_its_name_and_folder(slurm, work, capsys):

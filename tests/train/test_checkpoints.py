@@ -254,3 +254,12 @@ def test_what_was_kept_for_ever_stays_under_another_keep_period(graph, tmp_path,
         checkpoints.keep_older(tmp_path, 5, 5)
     assert sorted(int(p.name) for p in saves.folder.iterdir()) == [2, 4, 5, 10, 11]
     assert capsys.readouterr().out == ""
+
+
+def test_a_keep_period_that_keeps_less_than_it_seems_to_is_said(capsys):
+    for save, keep in ((7, 0), (5, 10), (10, 10)):
+        checkpoints.say_kept("policy", save, keep)
+    assert capsys.readouterr().out == ""
+    checkpoints.say_kept("policy", 7, 10)
+    assert "policy.keep_period 10 is no multiple of policy.save_interval 7" in (said := capsys.readouterr().out)
+    assert "multiples of 70 are kept" in said and said.count("\n") == 1

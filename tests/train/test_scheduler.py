@@ -374,8 +374,20 @@ def test_a_full_disk_is_not_taken_for_a_lack_of_links(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_claim_is_named(tmp_path):
-    (tmp_path / runs.OWNER).write_text("{}")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "",
+        "null",
+        "[" * 100_000,
+        '{"job": 5, "cluster": "", "host": "a", "machine": "b", "pid": 1, "started": "", "user": ""}',
+        '{"job": "", "cluster": "", "host": "a", "machine": "b", "pid": "1", "started": "", "user": ""}',
+        '{"job": "", "cluster": "", "host": ["a"], "machine": "b", "pid": 1, "started": "", "user": ""}',
+    ],
+)
+def test_a_damaged_claim_is_named(tmp_path, text):
+    (tmp_path / runs.OWNER).write_text(text)
     with pytest.raises(UserError, match=r"owner.json is damaged .*delete it"):
         owner.claim(tmp_path)
 

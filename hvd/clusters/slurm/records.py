@@ -10,7 +10,6 @@ Each of them may be missing, or be half written: a job of plain sbatch has no jo
 """
 
 import datetime
-import json
 import os
 import re
 from collections import Counter
@@ -19,11 +18,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from hvd import documents
 from hvd.errors import UserError
 from hvd.train.metrics import last_train_line
 
 _DEFAULT = Path("slurm/jobs")
+_LIMIT = 1 << 20  # bytes of job.json and run.json
 _ID = re.compile(r"[0-9]{1,18}")
+
+
+class _Launched(msgspec.Struct):
+    """job.json."""
+
+    stage: str = ""
+    name: str = ""
+    exp_dir: str = ""
+    run_dir: str = ""
+    submitted: str = ""
+    after: str | int = ""
+
+
+class _Run(msgspec.Struct):
+    """run.json."""
+
+    stage: str = ""
+    run_dir: str = ""
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,18 +108,18 @@ def ids(jobs: Path) -> list[str]:
 def read(jobs: Path, job: str) -> JobRecord:
     """What the folder says of the job. Never fails: what is missing, half written or not ours is left out."""
     place = jobs / job
-    launched, run = _json(place / "job.json"), _json(place / "run.json")
+    launched, run = _read(place / "job.json", _Launched), _read(place / "run.json", _Run)
     return JobRecord(
         id=job,
         log=jobs / f"{job}.log",
         base=base(jobs),
-        stage=_text(run, "stage") or _text(launched, "stage"),
-        name=_text(launched, "name"),
-        exp_dir=_text(launched, "exp_dir"),
-        run_dir=_text(run, "run_dir") or _text(launched, "run_dir"),
-        submitted=_text(launched, "submitted"),
-        after=tuple(re.findall(r"[0-9]+", _text(launched, "after"))),
-        steps=_number(run, "steps"),
+        stage=run.stage or launched.stage,
+        name=launched.name,
+        exp_dir=launched.exp_dir,
+        run_dir=run.run_dir or launched.run_dir,
+        submitted=launched.submitted,
+        after=tuple(re.findall(r"[0-9]+", str(launched.after))),
+        steps=run.steps,
         causes=_causes(place / "restarts"),
         end=_end(place / "end"),
     )
@@ -158,17 +180,12 @@ def base(jobs: Path) -> Path:
     return absolute.parents[1] if absolute.parts[-2:] == _DEFAULT.parts else Path.cwd()
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read[T](path: Path, form: documents.Form[T]) -> T:
+    """The document; what is not there or not of that form leaves the defaults."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _text(data: Mapping[str, Any], key: str) -> str:
-    value = data.get(key)
-    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+        return documents.read(path, form, _LIMIT)
+    except (OSError, UserError):
+        return form()
 
 
 def _number(data: Mapping[str, Any], key: str) -> int | None:
