@@ -29,6 +29,7 @@ from tests.storage.servers import (
 )
 
 MB = 1 << 20
+PART = 1 << 18  # bytes that are downloaded at a time
 FILES = {"params/a": noise(3 * MB, 1), "params/b": noise(2 * MB + 5, 2), "params/c/small": b"small"}
 TOTAL = sum(map(len, FILES.values()))
 PARAMS = {name.removeprefix("params/"): data for name, data in FILES.items()}
@@ -48,18 +49,6 @@ class Fetching:
 sys.modules["fetching"] = Fetching
 cli.command()
 """
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    for name in ("HVD_OFFLINE", "GOOGLE_APPLICATION_CREDENTIALS", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("HVD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(storage_remote, "PART", 1 << 18)
-    monkeypatch.setattr(storage_remote, "BACKOFF_S", 0.01)
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import gc
 import sys
 import threading
 import warnings
-from pathlib import Path
 
 import pytest
 
@@ -37,6 +36,8 @@ FILES = {
 PARAMS = {name.removeprefix("params/"): data for name, data in FILES.items() if name.startswith("params/")}
 
 
+PART = 100_000  # bytes that are downloaded at a time
+
 # s3transfer leaves the sockets of a download that is stopped to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
 
@@ -47,18 +48,6 @@ def _its_sockets_end_here():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    for name in ("HVD_OFFLINE", "GOOGLE_APPLICATION_CREDENTIALS", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("HVD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(storage_remote, "PART", 100_000)
-    monkeypatch.setattr(storage_remote, "BACKOFF_S", 0.01)
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ the JSON of `Settings`. That is what the tests of signals and of several process
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -129,8 +130,8 @@ def main(argv: list[str]) -> int:
 
 def run_step(step: str, cfg: Experiment, settings: Settings) -> int:
     """One step with the exit codes of the command line."""
-    from hvd.cli import STEPS, stopped_by_signals
-    from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, Failed, Stopped, UserError
+    from hvd.cli import STEPS, stopped_by_signals, told
+    from hvd.errors import EXIT_COMPLETE, Failed, Stopped, UserError
     from hvd.train import parameter_rules, stage_data
 
     if settings.split_from:
@@ -138,21 +139,15 @@ def run_step(step: str, cfg: Experiment, settings: Settings) -> int:
         parameter_rules.PARAMETER_RULES = ((dims, settings.split_from, place), *rest)
     if settings.slow_s:
         slow(stage_data, settings.slow_s)
-    import importlib
-
     try:
         with stopped_by_signals():
             main = importlib.import_module(STEPS[step].module).main
             main(cfg, **({"overwrite": True} if settings.overwrite else {}))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
-    except Failed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except Stopped as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        return EXIT_STOPPED
+    except (UserError, Failed, Stopped) as error:
+        end = told(error)
+        assert end is not None
+        print(end.line, file=sys.stderr)
+        return end.code
     return EXIT_COMPLETE
 
 
