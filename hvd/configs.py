@@ -112,16 +112,13 @@ class DataConfig:
     success_only: bool = option(False, "leave out episodes whose label says that they failed")
     max_episodes: int = option(0, NOT_NEGATIVE, "the first ones only; 0 = all")
     role: Literal["", "optimal", "mixed", "rollouts"] = option(
-        "",
-        IF_SET,
-        'optimal: imitated; mixed, rollouts: weighed; "" = optimal of optimal_data, mixed of suboptimal_data, else '
-        "rollouts",
+        "", IF_SET, 'optimal: imitated; others: weighed; "" = optimal, mixed of suboptimal_data, else rollouts'
     )
     share: float = option(
         0.0,
         SHARE,
         IF_SET,
-        "of each batch; sets of share 0 divide what is left by policy.suboptimal_share, or each frame equally often",
+        "of each batch; sets of share 0 divide what is left by policy.suboptimal_share, or by frames",
     )
 
     def path(self) -> Path:
@@ -220,6 +217,9 @@ class PolicyConfig(StageConfig):
     weighting_params: dict[str, float] = option({}, IF_SET, "numbers that the weighting declares beside beta")
     extractor: str = option("weighted", IF_SET, "names of hvd.method.extraction.EXTRACTORS: value run -> rows, weights")
     extractor_params: dict[str, float] = option({}, IF_SET, "numbers that the extractor declares")
+    score: Literal["td", "ratio", "both"] = option("td", IF_SET, "filter, soft: by A, the expert ratio, ranks of both")
+    score_levels: Literal["own", "chain", "joint", "mean"] = option("own", IF_SET, "chain: given the parents' actions")
+    gate: Literal["none", "success", "reward"] = option("none", IF_SET, "weighted rows whose episode succeeds, is paid")
     # FREE: its digest is among the run's inputs
     value_run: str = option("", FREE, NO_MEMORY, 'folder of a complete value run; "" = the experiment\'s own')
     advantage: Literal["q_minus_v", "marginal"] = option("q_minus_v", IN_TABLE)

@@ -13,10 +13,11 @@ from hvd.method import value_run
 STAGES = ("all", "value", "policy", "evaluate")
 
 # Imitation by the same code: which data and which weights a baseline has. Results are compared by these names.
+_UNWEIGHTED = ("--policy.weighting", "none", "--policy.extractor", "weighted", "--policy.gate", "none")
 BASELINES: dict[str, tuple[str, ...]] = {
-    "imitation-expert": ("--policy.weighting", "none", "--policy.suboptimal_share", "0"),
-    "imitation-mixed": ("--policy.weighting", "none"),
-    "imitation-success": ("--policy.weighting", "none", "--suboptimal_data.success_only", "true"),
+    "imitation-expert": (*_UNWEIGHTED, "--policy.suboptimal_share", "0"),
+    "imitation-mixed": _UNWEIGHTED,
+    "imitation-success": (*_UNWEIGHTED, "--suboptimal_data.success_only", "true"),
 }
 
 

@@ -14,6 +14,7 @@ from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.evaluate import credit as evaluate_credit
 from hvd.evaluate import offline as evaluate_offline
+from hvd.evaluate import scores as evaluate_scores
 from hvd.evaluate.policies import Loader, nothing, trained
 from hvd.evaluate.results import (
     NOTHING,
@@ -26,6 +27,8 @@ from hvd.evaluate.results import (
     write_json,
 )
 from hvd.evaluate.statistics import bootstrap, wilson
+from hvd.method import extraction
+from hvd.method.value_run import needed
 from hvd.train.complete import check_complete
 
 GROUP = 10  # rollouts that share a policy call; fixed, so that results do not depend on the number of workers
@@ -43,8 +46,9 @@ def main(cfg: Experiment, load: Loader | None = None) -> None:
     results = roll_out(cfg, cfg.policy.run_name, load or trained, run)
     control = _control(cfg)
     print_table([results, control])
-    if cfg.policy.weighting != "none":
+    if needed(cfg):
         evaluate_credit.main(cfg)
+        evaluate_scores.main(cfg)
 
 
 def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], videos: int | None = None) -> dict:
@@ -101,7 +105,7 @@ def _results(
         "config": cfg.name,
         "task": cfg.sim.task,
         "prompt": task.prompt,
-        "weighting": "" if control else cfg.policy.weighting,
+        "weighting": "" if control else extraction.label(cfg),
         "observes": None if control else observes(cfg),
         "seeds": [settings.seed, settings.num_rollouts],
         "num_rollouts": len(rollouts),

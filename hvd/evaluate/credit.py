@@ -46,6 +46,8 @@ class Frames:
         onset: [n, robot levels] whether a mistake of that level is about to begin or has just begun.
         share: [n, robot levels] share of the chunk's real actions that lie in a mistake of that level.
         clean: [n] whether no action of the chunk lies in any mistake.
+        success: [n] whether the episode succeeded.
+        at: [n] which of the set's rows of the table.
     """
 
     episode: Int[np.ndarray, " n"]
@@ -55,6 +57,8 @@ class Frames:
     onset: Bool[np.ndarray, "n m"]
     share: Float[np.ndarray, "n m"]
     clean: Bool[np.ndarray, " n"]
+    success: Bool[np.ndarray, " n"]
+    at: Int[np.ndarray, " n"]
 
 
 def main(cfg: Experiment) -> dict | None:
@@ -111,8 +115,8 @@ def tables(frames: Frames, robot_levels: tuple[str, ...], levels: tuple[str, ...
             others = np.any([mask for name, mask in at_fault.items() if name != level], axis=0) & ~positive
             result[kind][level] = {
                 f"{letter}_{name}": {
-                    "rest": _separation(-score[:, i], frames.episode, positive, frames.clean),
-                    "other": _separation(-score[:, i], frames.episode, positive, others),
+                    "rest": separation(-score[:, i], frames.episode, positive, frames.clean),
+                    "other": separation(-score[:, i], frames.episode, positive, others),
                 }
                 for i, name in enumerate(levels)
             }
@@ -123,7 +127,7 @@ def tables(frames: Frames, robot_levels: tuple[str, ...], levels: tuple[str, ...
     return result
 
 
-def _separation(
+def separation(
     score: Float32[np.ndarray, " n"],
     episode: Int[np.ndarray, " n"],
     positive: Bool[np.ndarray, " n"],
@@ -157,13 +161,14 @@ def read_frames(cfg: Experiment) -> Frames | None:
     level_names, horizon = get_robot(cfg.robot).level_names, cfg.model.action_horizon
     n = len(frame)
     onset, share = np.zeros((n, len(level_names)), bool), np.zeros((n, len(level_names)))
-    clean, found = np.zeros(n, bool), np.zeros(n, bool)
+    clean, found, success = np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, bool)
     for number in np.unique(episode):
         path = episode_path(labels_dir, int(number))
         if not path.exists():
             continue
         mine = np.flatnonzero(episode == number)
-        at, mistakes = frame[mine], load_labels(path).mistakes
+        labels = load_labels(path)
+        at, mistakes, success[mine] = frame[mine], labels.mistakes, labels.success
         by_level, anywhere = chunk_shares(mistakes, level_names, int(at.max()) + 1, horizon)
         found[mine], clean[mine], share[mine] = True, anywhere[at] == 0, by_level[at]
         for mistake in mistakes:
@@ -172,7 +177,7 @@ def read_frames(cfg: Experiment) -> Frames | None:
                 onset[mine[near], level_names.index(mistake.level)] = True
     if not found.any():
         return None
-    return Frames(*(x[found] for x in (episode, a, marginal, omega, onset, share, clean)))
+    return Frames(*(x[found] for x in (episode, a, marginal, omega, onset, share, clean, success, np.arange(n))))
 
 
 def chunk_shares(

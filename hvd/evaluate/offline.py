@@ -22,6 +22,7 @@ from hvd.errors import UserError
 from hvd.evaluate.policies import Loader, trained
 from hvd.evaluate.results import folder, observes, print_rows, write_json
 from hvd.evaluate.statistics import bootstrap, spearman
+from hvd.method import extraction
 from hvd.method.table import Advantages
 from hvd.robots import get_robot
 from hvd.train.complete import check_complete
@@ -51,7 +52,7 @@ def main(cfg: Experiment, load: Loader | None = None) -> dict:
         "kind": "offline",
         "run_name": cfg.policy.run_name,
         "config": cfg.name,
-        "weighting": cfg.policy.weighting,
+        "weighting": extraction.label(cfg),
         "observes": observes(cfg),
         "action_horizon": cfg.model.action_horizon,
         "policy_digest": run["digest"],

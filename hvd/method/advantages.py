@@ -2,10 +2,12 @@
 
 The value model is frozen by now, so the policy stage needs no value network. V and Q are keyed by the value
 checkpoint, the datasets and the rows; A and omega follow from them and the policy's weighting, so a change of the
-weighting runs no network. A table whose key is the present one is used as it is.
+weighting runs no network. The expert ratio is fitted here too, where policy.score asks for it. A table whose key is the
+present one is used as it is.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,7 +27,7 @@ from hvd.data import normalize
 from hvd.data.dataset import Dataset, split_episodes
 from hvd.errors import Lost, UserError
 from hvd.fields import Mark, leaves, to_plain
-from hvd.method import objectives, table, value_run, weights
+from hvd.method import expert_ratio, extraction, objectives, table, value_run, weights
 from hvd.method.table import Advantages
 from hvd.runtime import preemption, watchdog
 from hvd.train import mesh, stage_data, value_pass
@@ -91,21 +93,30 @@ def ensure(cfg: Experiment, devices: Devices, value: Complete, datasets: Mapping
     key = values_key(value.digest, datasets, rows)
     meta = {"key": key, "value_digest": value.digest, "datasets": {name: d.digest for name, d in datasets.items()}}
     meta |= weighting_key(cfg)
+    compared = None
+    if extraction.needs_ratio(cfg):
+        compared = expert_ratio.Compared.open(cfg, datasets, values_key)
+        meta["ratio"] = compared.key
     known = table.read_meta(folder) or {}
     if devices.from_main(np.asarray(all(known.get(name) == content for name, content in meta.items()))):
         if devices.is_main:
             print(f"{folder}: up to date, {known['rows']} frames", flush=True)
         return meta
     check_writable(cfg.advantages_dir)
-    shards = value_pass.Shards(folder / "shards" / key[:16])
+    seen = compared is not None and compared.needs_seen
+    shards = value_pass.Shards(folder / "shards" / (key[:16] + "-seen" * seen), seen)
     if devices.is_main:
-        for killed in (folder, folder / "shards" / key[:16]):
+        for killed in (folder, shards.folder):
             files.remove_left_over(killed)
     with preemption.deferred(), watchdog.watch(cfg.hang_timeout):
         values = value_pass.evaluate(cfg, devices, datasets, rows, shards)
+        ratios = compared.fit(cfg, devices, value.digest, values, folder / "shards") if compared else {}
     if devices.is_main:
         held_out = {n: split_episodes(d, cfg.evaluate.val_fraction, cfg.seed)[1] for n, d in datasets.items()}
-        made = [weigh(cfg, name, datasets[name], values[name], held_out[name]) for name in sorted(values)]
+        made = [
+            dataclasses.replace(weigh(cfg, n, datasets[n], values[n], held_out[n]), **ratios.get(n, {}))
+            for n in sorted(values)
+        ]
         Advantages.joined(made).write(folder, meta)
         _print_summary(folder)
     devices.barrier("advantages")

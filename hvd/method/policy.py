@@ -92,18 +92,18 @@ def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
 def main(cfg: Experiment, overwrite: bool = False) -> None:
     """Train, or go on training, the policy run of the experiment; ends when complete.json is written."""
     with preemption.catch():
-        if not value_run.needed(cfg):
+        value = value_run.check(cfg) if value_run.needed(cfg) else None
+        if value is None and cfg.policy.gate == "none":
             return run_stage(cfg, "policy", make_program, overwrite=overwrite)
-        value = value_run.check(cfg)
 
         def choose_rows(data: StageData, devices: Devices) -> tuple[StageData, Weights]:
             """The rows and weights that the extractor makes of the value run's table."""
             datasets = {name: data.datasets[name] for name in mixture.weighted(cfg)}
-            made = advantages.ensured(cfg, devices, value, datasets)
-            frames = {name: dataset.num_frames for name, dataset in datasets.items()}
-            extracted = extraction.extract(cfg, made, frames)
+            made = advantages.ensured(cfg, devices, value, datasets) if value else None
+            outcomes = {name: extraction.Outcomes.of(dataset) for name, dataset in datasets.items()}
+            extracted = extraction.extract(cfg, made, outcomes)
             keep = {name: e.keep for name, e in extracted.items() if e.keep is not None}
             return data.only(keep), {name: e.weights for name, e in extracted.items()}
 
-        predecessors = {"value": value.digest}
+        predecessors = {"value": value.digest} if value else {}
         run_stage(cfg, "policy", make_program, overwrite=overwrite, predecessors=predecessors, choose_rows=choose_rows)

@@ -1,7 +1,8 @@
 """advantages.parquet: V, Q_i, A_i and omega_i of every frame, one row a frame; and meta.json, written after it.
 
     dataset (the set's name), split ("train" | "val"), episode, frame, row (of the dataset), V, then for level i:
-    Q_i (minimum of the twins), A_i, omega_i; the levels' names are in the file's metadata.
+    Q_i (minimum of the twins), A_i, omega_i; the levels' names are in the file's metadata. With the expert ratio
+    (hvd.method.ratio) also ratio_i, that of levels 0..i, and alone_i.
 
 A table without its meta.json is not there: it is being written. Imports no jax.
 """
@@ -25,6 +26,7 @@ PARQUET = "advantages.parquet"
 META = "meta.json"
 _COLUMNS = {"dataset": "dataset", "split": "split", "episode": "episode", "frame": "frame", "row": "row", "V": "v"}
 _OF_LEVELS = {"Q": "q", "A": "a", "omega": "omega"}
+_OF_RATIO = {"ratio": "ratio", "alone": "alone"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Advantages:
     q: Float32[np.ndarray, "n l"]
     a: Float32[np.ndarray, "n l"]
     omega: Float32[np.ndarray, "n l"]
+    ratio: Float32[np.ndarray, "n l"] | None = None
+    alone: Float32[np.ndarray, "n l"] | None = None
 
     @classmethod
     def read(cls, folder: epath.PathLike) -> "Advantages":
@@ -70,22 +74,26 @@ class Advantages:
     @classmethod
     def joined(cls, parts: Sequence["Advantages"]) -> "Advantages":
         """One table of the rows of several."""
-        columns = [f.name for f in fields(cls) if f.name != "levels"]
         return cls(
-            parts[0].levels, **{name: np.concatenate([getattr(part, name) for part in parts]) for name in columns}
+            parts[0].levels,
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0]._columns()},
         )
 
     def where(self, chosen: Shaped[np.ndarray, " n"]) -> "Advantages":
         """The chosen rows, by a mask or by their numbers."""
-        columns = {f.name: getattr(self, f.name)[chosen] for f in fields(self) if f.name != "levels"}
-        return Advantages(self.levels, **columns)
+        return Advantages(self.levels, **{name: getattr(self, name)[chosen] for name in self._columns()})
+
+    def _columns(self) -> list[str]:
+        names = [f.name for f in fields(self) if f.name != "levels"]
+        return [name for name in names if getattr(self, name) is not None]
 
     def of(self, *datasets: str) -> "Advantages":
         """The rows of the sets of these names."""
         return self.where(np.isin(self.dataset.astype(str), datasets))
 
     def by_row(self, column: str, frames: int) -> Float32[np.ndarray, "frames *l"]:
-        """A column (v, q, a, omega) of one set in the order of the dataset's `frames` rows; NaN where it has no row."""
+        """A column (v, q, a, omega, ...) of one set in the order of the dataset's `frames` rows; NaN where it has no
+        row."""
         values = getattr(self, column)
         if len(self.row) and not 0 <= self.row.min() <= self.row.max() < frames:
             raise UserError(
@@ -101,7 +109,7 @@ class Advantages:
         import pyarrow.parquet as pq
 
         columns: dict[str, Any] = {column: getattr(self, name) for column, name in _COLUMNS.items()}
-        for letter, name in _OF_LEVELS.items():
+        for letter, name in (_OF_LEVELS | (_OF_RATIO if self.ratio is not None else {})).items():
             columns |= {f"{letter}_{i}": getattr(self, name)[:, i] for i in range(len(self.levels))}
         described = {"hvd": json.dumps({"levels": list(self.levels)})}
         sink, root = io.BytesIO(), epath.Path(folder)
@@ -150,15 +158,16 @@ def _columns(data: bytes) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
         raise UserError(f"{file.metadata.num_rows} rows in {len(data)} bytes")
     levels = documents.decode((file.schema_arrow.metadata or {})[b"hvd"], _Described, "its levels").levels
     kinds = dict.fromkeys(("dataset", "split"), pa.string()) | dict.fromkeys(("episode", "frame", "row"), pa.int64())
-    kinds |= {name: pa.float32() for name in ("V", *(f"{x}_{i}" for x in _OF_LEVELS for i in range(len(levels))))}
+    of_levels = _OF_LEVELS | (_OF_RATIO if "ratio_0" in file.schema_arrow.names else {})
+    kinds |= {name: pa.float32() for name in ("V", *(f"{x}_{i}" for x in of_levels for i in range(len(levels))))}
     table = file.read(list(kinds)).select(list(kinds)).cast(pa.schema(kinds))
     if any(column.null_count for column in table.columns):
         raise UserError("it has empty cells")
     arrays = {name: table[name].to_numpy() for name in kinds}
     columns = {name: arrays[column] for column, name in _COLUMNS.items()}
-    for letter, name in _OF_LEVELS.items():
+    for letter, name in of_levels.items():
         columns[name] = np.stack([arrays[f"{letter}_{i}"] for i in range(len(levels))], axis=1)
-    if not all(np.isfinite(columns[name]).all() for name in ("v", *_OF_LEVELS.values())):
+    if not all(np.isfinite(columns[name]).all() for name in ("v", *of_levels.values())):
         raise UserError("a number in it is not finite")
     if not set(columns["split"]) <= {"train", "val"} or min(columns[n].min() for n in ("episode", "frame", "row")) < 0:
         raise UserError("its splits are others than train and val, or a row is negative")

@@ -99,14 +99,14 @@ class ValueModel(nnx.Module):
         valid = valid.reshape(-1, n, valid.shape[-1])
         return [Prefix((k[:, :, i], v[:, :, i]), valid[:, i]) for i in range(n)]
 
-    def __call__(
+    def judge(
         self,
         obs: Observation,
         actions: Float[Array, "b k a"],
         action_mask: Bool[Array, "b k"],
         prefix: Prefix | None = None,
-    ) -> tuple[Float[Array, "b"], Float[Array, "b l 2"]]:
-        """V [b] and the twin Q of every level [b, levels, 2], float32.
+    ) -> tuple[Float[Array, "b"], Float[Array, "b l 2"], Float[Array, "b d"]]:
+        """V [b], the twin Q of every level [b, levels, 2], and what V is read from (s, as the model sees it), float32.
 
         Args:
             obs: a batch of observations (hvd.models.trunk.Observation).
@@ -125,7 +125,17 @@ class ValueModel(nnx.Module):
         ends = np.cumsum([b.starts.size for b in blocks]) - 1  # the read-out token is each block's last
         v = self.v_head(out[:, ends[:1]])[:, 0]
         q = self.q_heads(out[:, ends[1:]])
-        return v, q.reshape(-1, len(self.levels), TWINS)
+        return v, q.reshape(-1, len(self.levels), TWINS), out[:, ends[0]].astype(jnp.float32)
+
+    def __call__(
+        self,
+        obs: Observation,
+        actions: Float[Array, "b k a"],
+        action_mask: Bool[Array, "b k"],
+        prefix: Prefix | None = None,
+    ) -> tuple[Float[Array, "b"], Float[Array, "b l 2"]]:
+        """V [b] and the twin Q of every level [b, levels, 2], float32 (arguments as of `judge`)."""
+        return self.judge(obs, actions, action_mask, prefix)[:2]
 
     def state_value(self, obs: Observation, prefix: Prefix | None = None) -> Float[Array, "b"]:
         """V [b] alone: the same as that of the full call, without any action token."""

@@ -91,22 +91,30 @@ class Policy:
 
 
 class ValueFunction:
-    """A trained value model on the mesh it was loaded onto."""
+    """A trained value model on the mesh it was loaded onto; `seen`: `evaluate` also gives what V is read from."""
 
-    def __init__(self, cfg: Experiment, transform: InputTransform, graph: Graph, params: Tree, devices: Devices):
+    def __init__(
+        self,
+        cfg: Experiment,
+        transform: InputTransform,
+        graph: Graph,
+        params: Tree,
+        devices: Devices,
+        seen: bool = False,
+    ):
         self.cfg, self.transform, self.levels = cfg, transform, cfg.levels()
         self._params = params
 
-        def evaluate(params: Tree, batch: Mapping[str, Any], flags: Array) -> tuple[Array, Array, Array]:
-            v, q = graph.module(params)(batch["observation"], batch["actions"], batch["action_mask"])
-            return v, q, jnp.max(flags)
+        def evaluate(params: Tree, batch: Mapping[str, Any], flags: Array) -> tuple[Array, ...]:
+            model = graph.module(params)
+            judge = model.judge if seen else model
+            return jnp.max(flags), *judge(batch["observation"], batch["actions"], batch["action_mask"])
 
         self._evaluate = jax.jit(devices.ambient(evaluate), out_shardings=devices.replicated)
 
-    def evaluate(
-        self, batch: Mapping[str, Any], flags: Array
-    ) -> tuple[Float[Array, "b"], Float[Array, "b l 2"], Array]:
-        """V, twin Q, and whether any process was asked to stop, of a batch of the loader; not waited for."""
+    def evaluate(self, batch: Mapping[str, Any], flags: Array) -> tuple[Array, ...]:
+        """Whether any process was asked to stop, V [b], twin Q [b,l,2] and, with `seen`, what V is read from [b,d], of
+        a batch of the loader; not waited for."""
         return self._evaluate(self._params, batch, flags)
 
     def __call__(
@@ -114,7 +122,7 @@ class ValueFunction:
     ) -> tuple[Float32[np.ndarray, "b"], Float32[np.ndarray, "b l"]]:
         """V and Q_i (minimum of the twins) of normalised inputs as the loader makes them."""
         batch = {"observation": observation, "actions": actions, "action_mask": action_mask}
-        v, q, _ = jax.device_get(self.evaluate(batch, jnp.zeros(1, jnp.int32)))
+        v, q = jax.device_get(self.evaluate(batch, jnp.zeros(1, jnp.int32))[1:3])
         return v, q.min(axis=-1)
 
     def ask(
@@ -143,13 +151,15 @@ def load_policy(run: Experiment | os.PathLike | str, *, devices: Devices | None 
     return Policy(cfg, transform, params)
 
 
-def load_value(run: Experiment | os.PathLike | str, *, devices: Devices | None = None) -> ValueFunction:
+def load_value(
+    run: Experiment | os.PathLike | str, *, devices: Devices | None = None, seen: bool = False
+) -> ValueFunction:
     """The value function of a run folder, or of an experiment (its value_dir). UserError unless the run is complete."""
     cfg, transform, step, folder = _open(run, "value")
     dtype_of = precision.inference(cfg.model.dtype)
     graph = Graph(lambda rngs: ValueModel(cfg.model, cfg.levels(), rngs), dtype_of=dtype_of)
     devices = devices or _local()
-    return ValueFunction(cfg, transform, graph, _params(graph, folder, step, devices), devices)
+    return ValueFunction(cfg, transform, graph, _params(graph, folder, step, devices), devices, seen)
 
 
 def pad_mask(cfg: Experiment) -> Float32[np.ndarray, " a"]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Float32, Int64
+from jaxtyping import Float16, Float32, Int64
 from tqdm import tqdm
 
 from hvd import files
@@ -32,21 +32,22 @@ _FORWARD = 4  # times a training step's rows: without gradients there is room, a
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """What the value model says about rows of one dataset."""
+    """What the value model says about rows of one dataset; `seen`, where it is kept: what V is read from."""
 
     rows: Int64[np.ndarray, " n"]
     v: Float32[np.ndarray, " n"]
     q: Float32[np.ndarray, "n l 2"]
+    seen: Float16[np.ndarray, "n d"] | None = None
 
 
 class Shards:
-    """Finished parts of a pass: <set>-<number>.npz with row, v, q."""
+    """Finished parts of a pass: <set>-<number>.npz with rows, v, q, and with `seen` where that is kept."""
 
-    def __init__(self, folder: epath.PathLike):
-        self._folder = epath.Path(folder)
+    def __init__(self, folder: epath.PathLike, seen: bool = False):
+        self.folder, self.seen = epath.Path(folder), seen
 
     def path(self, name: str, number: int) -> epath.Path:
-        return self._folder / f"{name}-{number:06d}.npz"
+        return self.folder / f"{name}-{number:06d}.npz"
 
     def read(self, name: str, number: int, rows: np.ndarray) -> Values | None:
         path = self.path(name, number)
@@ -54,14 +55,16 @@ class Shards:
             return None
         try:
             with np.load(io.BytesIO(path.read_bytes())) as stored:
-                values = Values(stored["rows"], stored["v"], stored["q"])
+                seen = stored["seen"] if self.seen else None
+                values = Values(stored["rows"], stored["v"], stored["q"], seen)
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None  # damaged: it is computed again
         return values if np.array_equal(values.rows, rows) else None
 
     def write(self, name: str, number: int, values: Values) -> None:
         sink = io.BytesIO()
-        np.savez(sink, rows=values.rows, v=values.v, q=values.q)
+        columns = {name: x for name, x in dataclasses.asdict(values).items() if x is not None}
+        np.savez(sink, allow_pickle=False, **columns)
         files.write_atomic(self.path(name, number), sink.getvalue())
 
 
@@ -78,7 +81,7 @@ def evaluate(
     missing = devices.from_main(np.asarray([values.get(part) is None for part in parts]))
     todo = [part for part, absent in zip(parts, missing, strict=True) if absent]
     if todo:
-        model = inference.load_value(cfg.policy.value_run or cfg, devices=devices)
+        model = inference.load_value(cfg.policy.value_run or cfg, devices=devices, seen=shards.seen)
         spec = SampleSpec(model.transform, num_levels=len(cfg.levels()), image_cache=cfg.image_cache)
         batchers = {name: Batcher([Source(data, rows[name], 0)], spec) for name, data in datasets.items()}
         size = batch_rows(cfg, devices, max(map(len, parts.values())))
@@ -93,7 +96,8 @@ def evaluate(
     result = {}
     for name in datasets if devices.is_main else ():
         done = [shard for (of, _), shard in values.items() if of == name and shard is not None]
-        result[name] = Values(rows[name], np.concatenate([x.v for x in done]), np.concatenate([x.q for x in done]))
+        columns = [[getattr(x, column) for x in done] for column in ("v", "q", *(("seen",) if shards.seen else ()))]
+        result[name] = Values(rows[name], *map(np.concatenate, columns))
     return result
 
 
@@ -116,14 +120,16 @@ def _shard(
     n+1 runs.
     """
     v, q = np.zeros(len(rows), np.float32), np.zeros((len(rows), len(model.levels), 2), np.float32)
+    seen: list[np.ndarray] = []
     pending: tuple[slice, Any] | None = None
     waited = 0.0
 
     def fetch() -> None:
         where, out = pending  # pyright: ignore[reportGeneralTypeIssues]
         count = where.stop - where.start
-        got_v, got_q, stop = jax.device_get(out)
-        v[where], q[where] = got_v[:count], got_q[:count]
+        stop, *judged = jax.device_get(out)
+        v[where], q[where] = (x[:count] for x in judged[:2])
+        seen.extend(x[:count].astype(np.float16) for x in judged[2:])
         bar.update(count)
         watchdog.progress()
         if stop:
@@ -139,7 +145,7 @@ def _shard(
         pending = where, out
     fetch()
     bar.set_postfix(wait=f"{waited:.2f}s")
-    return Values(rows, v, q)
+    return Values(rows, v, q, np.concatenate(seen) if seen else None)
 
 
 def _ahead(

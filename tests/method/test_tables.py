@@ -95,19 +95,20 @@ def test_a_weighting_with_a_parameter(monkeypatch):
 def test_an_extractor_with_a_parameter(monkeypatch):
     """It keeps the rows whose smallest advantage is above a quantile, unweighted."""
 
-    def best(cfg, p, table, frames):
-        least = np.nan_to_num(table.by_row("a", frames).min(axis=1), nan=-np.inf)
-        return Extracted(np.ones((frames, len(table.levels)), np.float32), least >= np.quantile(least, p["below"]))
+    def best(cfg, p, table, outcomes):
+        least = np.nan_to_num(table.by_row("a", outcomes.frames).min(axis=1), nan=-np.inf)
+        ones = np.ones((outcomes.frames, len(table.levels)), np.float32)
+        return Extracted(ones, least >= np.quantile(least, p["below"]))
 
     monkeypatch.setitem(EXTRACTORS, "best", Extractor(best, {"below": Parameter(0.5)}))
     cfg = parse("--policy.extractor best --policy.extractor_params.below 0.75")
-    kept = extraction.extract(cfg, small_table(), {"suboptimal": 8})["suboptimal"]
+    kept = extraction.extract(cfg, small_table(), {"suboptimal": outcomes(8)})["suboptimal"]
     assert kept.keep is not None and kept.keep.tolist() == [False] * 6 + [True] * 2
     np.testing.assert_array_equal(kept.weights, 1.0)
 
 
 def test_the_weighted_extractor_gives_omega_to_each_row():
-    got = extraction.extract(parse(""), small_table(), {"suboptimal": 9})["suboptimal"]
+    got = extraction.extract(parse(""), small_table(), {"suboptimal": outcomes(9)})["suboptimal"]
     np.testing.assert_array_equal(got.weights[:8], small_table().omega)
     assert np.isnan(got.weights[8]).all() and got.keep is None
 
@@ -115,7 +116,7 @@ def test_the_weighted_extractor_gives_omega_to_each_row():
 def test_an_unknown_extractor_is_refused():
     from hvd.method import value_run
 
-    with pytest.raises(UserError, match=r"policy\.extractor 'wieghted' is not one of weighted; nearest: weighted"):
+    with pytest.raises(UserError, match=r"policy\.extractor 'wieghted' is not one of weighted, .*; nearest: weighted"):
         value_run.needed(parse("--policy.extractor wieghted"))
 
 
@@ -130,6 +131,10 @@ def test_no_table_needs_jax():
         "checks.check_config(overrides.experiment(['--config', 'demo'])); assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def outcomes(frames: int) -> extraction.Outcomes:
+    return extraction.Outcomes(np.ones(frames, bool), np.ones(frames, bool))
 
 
 def small_table() -> Advantages:

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 from hvd.data.dataset import split_episodes
 from hvd.data.loader import Batcher, SampleSpec, Source
 from hvd.errors import Lost, Stopped, UserError
-from hvd.method import advantages, extraction, policy, weights
+from hvd.method import advantages, extraction, policy, ratio, weights
 from hvd.method.table import Advantages
 from hvd.train import complete, inference, mesh, stage_data, value_pass
 from hvd.train import run_dir as runs
@@ -64,8 +64,9 @@ def test_table_holds_the_value_models_numbers(trained):
 
 def test_weights_of_a_batch_are_those_of_its_rows(trained):
     data = stage_data.open_data(trained, "policy")
-    table, frames = Advantages.read(trained.advantages_dir), {"suboptimal": data.datasets["suboptimal"].num_frames}
-    omega = extraction.extract(trained, table, frames)["suboptimal"].weights
+    table = Advantages.read(trained.advantages_dir)
+    outcomes = {"suboptimal": extraction.Outcomes.of(data.datasets["suboptimal"])}
+    omega = extraction.extract(trained, table, outcomes)["suboptimal"].weights
     batches = data.loader(0, mesh.make_devices(1), {"suboptimal": omega})
     _, batch = next(batches)
     batches.close()
@@ -251,3 +252,39 @@ def test_what_a_killed_pass_left_is_removed(copied):
         "shards",
         ".advantages.parquet.notes",
     }
+
+
+def test_the_outcomes_of_a_datasets_frames(trained):
+    data = stage_data.open_dataset(trained, "suboptimal")
+    found = extraction.Outcomes.of(data)
+    for episode in data.all_episodes:
+        span = slice(episode.start, episode.stop)
+        assert (found.success[span] == episode.success).all()
+        rewards = data.rewards[span]
+        assert found.rewarded[span].tolist() == [bool((rewards[i:] > 0).any()) for i in range(len(rewards))]
+
+
+def test_a_policy_filtered_by_the_expert_ratio(copied, monkeypatch, capsys):
+    """The table gains the ratio without another pass of the value model, and the policy sees only the rows kept."""
+    monkeypatch.setattr(ratio, "_STEPS", 20)
+    computed = values_computed(monkeypatch)
+    cfg = with_policy(
+        copied, extractor="filter", score="ratio", score_levels="joint", gate="success", run_name="filtered"
+    )
+    before = Advantages.read(copied.advantages_dir)
+    policy.main(cfg)
+    table, data = Advantages.read(cfg.advantages_dir), stage_data.open_data(cfg, "policy")
+    assert computed == [] and table.ratio is not None and np.isfinite(table.ratio).all()
+    np.testing.assert_array_equal(table.v, before.v)
+    kept = extraction.extract(cfg, table, {"suboptimal": extraction.Outcomes.of(data.datasets["suboptimal"])})
+    keep = kept["suboptimal"].keep
+    success = extraction.Outcomes.of(data.datasets["suboptimal"]).success
+    assert keep is not None and not keep[~success].any() and keep.sum() == -(-success[table.row].sum() // 2)
+    _, batch = next(data.only({"suboptimal": keep}).loader(0, mesh.make_devices(1), {}))
+    index = np.asarray(batch["index"])[np.asarray(batch["source"]) == 1]
+    assert len(index) and keep[index].all()
+    assert "frames of experts" in capsys.readouterr().out
+    # asked again, it is up to date; the published weighting takes the same table
+    advantages.main(cfg)
+    advantages.main(copied)
+    assert capsys.readouterr().out.count("up to date") == 2

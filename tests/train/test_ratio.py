@@ -1,0 +1,105 @@
+"""The expert ratio on a small world whose mistakes are known: it finds them, at the level that errs."""
+
+import numpy as np
+import pytest
+
+from hvd.evaluate.statistics import auc
+from hvd.method import ratio
+
+FRAMES, HORIZON = 24, 8
+
+
+def world(episodes: int, wrong: bool, seed: int, noise: float = 0.3):
+    """(state, actions [n, 8, 2], episode, wrong [n, 2]): two levels, each of which follows two dims of the state; with
+    `wrong` one level of each episode is off in two fifths of its chunks."""
+    rng = np.random.default_rng(seed)
+    n = episodes * FRAMES
+    state = rng.normal(size=(n, 6)).astype(np.float32)
+    episode = np.repeat(np.arange(episodes), FRAMES)
+    aims = state @ np.array([[1, -0.5, 0, 0, 0, 0], [0, 0, 1, 0.5, 0, 0]]).T
+    errs = (rng.random((n, 2)) < 0.4) & (np.arange(2) == (episode % 2)[:, None]) & wrong
+    aims = aims + errs * rng.choice([-1.5, 1.5], (n, 2))
+    actions = np.repeat(aims[:, None], HORIZON, 1) + noise * rng.normal(size=(n, HORIZON, 2))
+    return state, actions.astype(np.float32), episode, errs
+
+
+def joined(experts, mixed) -> ratio.Rows:
+    state, actions = (np.concatenate([experts[i], mixed[i]]) for i in (0, 1))
+    episode = np.concatenate([experts[2], mixed[2] + 1000])
+    expert = np.arange(len(state)) < len(experts[0])
+    patches, real = ratio.patches(actions, np.ones(actions.shape[:2], bool))
+    return ratio.Rows(state, patches, real, episode, expert, ~expert)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    with pytest.MonkeyPatch.context() as quick:
+        quick.setattr(ratio, "_STEPS", 900)
+        quick.setattr(ratio, "REPEATS", 1)
+        mixed = world(40, True, 2)
+        rows = joined(world(15, False, 1), mixed)
+        return rows, ratio.fit(rows, [(0,), (1,)], 0), mixed[3]
+
+
+def test_wrong_chunks_have_the_lower_ratio(fitted):
+    rows, found, errs = fitted
+    joint = found.prefix[~rows.expert, -1].astype(float)
+    assert auc(-joint, errs.any(axis=1)) > 0.9
+    assert found.prefix[rows.expert, -1].mean() > joint[~errs.any(axis=1)].mean() - 0.5 > joint[errs.any(axis=1)].mean()
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_each_levels_ratio_says_who_erred(fitted, level):
+    rows, found, errs = fitted
+    chain = np.diff(found.prefix, axis=1, prepend=np.float32(0))
+    one = errs.any(axis=1)
+    for of_levels in (found.alone, chain):
+        assert auc(-of_levels[~rows.expert][one, level].astype(float), errs[one, level]) > 0.9
+
+
+def test_the_chain_sums_to_the_whole(fitted):
+    _, found, _ = fitted
+    chain = np.diff(found.prefix, axis=1, prepend=np.float32(0))
+    np.testing.assert_allclose(chain.sum(axis=1), found.prefix[:, -1], atol=1e-5)
+    np.testing.assert_array_equal(found.alone[:, 0], found.prefix[:, 0])
+
+
+def test_the_ratio_is_calibrated(fitted):
+    """Among chunks whose log ratio is near r, experts are e^r times as likely as others (round 1's classes)."""
+    rows, found, _ = fitted
+    joint = found.prefix[:, -1]
+    high, low = joint > np.quantile(joint, 0.8), joint < np.quantile(joint, 0.2)
+    share = [np.mean(rows.expert[chosen]) for chosen in (low, high)]
+    assert share[1] > 2 * share[0] and np.abs(joint).max() < 30
+
+
+def test_no_network_judges_an_episode_it_was_trained_on(monkeypatch):
+    """Labels of pure chance: a network that knew its episodes would tell them apart."""
+    monkeypatch.setattr(ratio, "_STEPS", 300)
+    monkeypatch.setattr(ratio, "ROUNDS", 1)
+    rows = joined(world(12, False, 3), world(12, False, 4))
+    found = ratio.fit(rows, [(0,), (1,)], 0)
+    assert abs(auc(found.prefix[:, -1].astype(float), rows.expert) - 0.5) < 0.1
+
+
+def test_a_ratio_that_trusts_one_episode_says_so():
+    rows = joined(world(2, False, 5), world(20, False, 6))
+    joint = np.zeros(len(rows.episode), np.float32)
+    joint[rows.episode == 1003] = 1
+    assert ratio._effective_episodes(rows, joint) == pytest.approx(1 / 20)
+    joint = np.random.default_rng(0).normal(size=len(joint)).astype(np.float32)
+    assert ratio._effective_episodes(rows, joint) > 0.7
+
+
+def test_what_is_not_real_counts_for_nothing():
+    actions = np.arange(12, dtype=np.float32).reshape(1, 6, 2)
+    mask = np.array([[True, True, True, False, False, False]])
+    patches, real = ratio.patches(actions, mask)
+    np.testing.assert_array_equal(patches, [[[2, 3], [0, 0]]])
+    np.testing.assert_array_equal(real, [[0.75, 0]])
+
+
+def test_one_demonstration_is_enough(monkeypatch):
+    monkeypatch.setattr(ratio, "_STEPS", 100)
+    rows = joined(world(1, False, 7), world(6, True, 8))
+    assert np.isfinite(ratio.fit(rows, [(0,), (1,)], 0).prefix).all()
