@@ -24,6 +24,7 @@ LAYERS = (
     ("train",),
     ("method",),
     ("plan", "sim", "evaluate", "report", "serve", "export", "prepare", "stages"),
+    ("client",),
     ("clusters", "jobs", "launch"),
     ("cli",),
 )

@@ -16,7 +16,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from hvd import cli, overrides
-from hvd.errors import EXIT_USER
+from hvd.client import Client, connect
+from hvd.errors import EXIT_USER, UserError
 from hvd.serve import command as serve
 from hvd.serve import sampler
 from hvd.serve.observation import default_prompt
@@ -129,6 +130,15 @@ def test_committed_actions_are_followed(policy):
     state = plain["state"][None]
     away = [np.abs(policy.transform.actions_in((x - old)[None, :2], state)).mean() for x in (free, soft, hard)]
     assert away[0] > away[1] > away[2]
+
+
+def test_hvds_own_client(server, policy):
+    observation = served.observation(np.random.default_rng(6)) | {"seed": 8}
+    with connect(f"ws://127.0.0.1:{server.port}") as found:
+        client = Client(found.ask, found.about, rate=100.0)
+        np.testing.assert_allclose(client.next(lambda: observation), direct(policy, observation, 8)[0], **TOLERANCE)
+        with pytest.raises(UserError, match="unknown key 'stat'"):
+            found.ask({"stat": 1})
 
 
 def test_metadata_says_what_is_served(client, run_folder):
