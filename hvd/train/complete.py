@@ -169,7 +169,7 @@ def _present(root: epath.Path, files: manifest.Files) -> tuple[tuple[int, float]
     try:
         return manifest.check_present(root, files)
     except UserError as error:
-        raise UserError(f"{error}: the run is not whole, train it again") from None
+        raise UserError(f"{error}; the run is not whole, train it again") from None
 
 
 def _check_settings(root: epath.Path, found: Complete) -> None:
