@@ -163,7 +163,7 @@ def attempt(argv: Sequence[str]) -> End:
     except BrokenPipeError:  # `hvd configs | head`: the reader has gone, and nothing can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return End(128 + signal.SIGPIPE)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Stopped) as error:
         end = told(error)
         if end is None:
             raise

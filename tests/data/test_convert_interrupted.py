@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 from hvd.data.convert import ConvertConfig, convert
+from hvd.data.convert_plan import make_plan
 from hvd.data.convert_work import WorkFolder
-from hvd.errors import UserError
+from hvd.errors import Stopped, UserError
 from tests.data import joylo
 from tests.folders import ROOT
 from tests.small_disk import need_small_disk, run_on_small_disk
@@ -36,6 +37,18 @@ def test_sigkill_at_any_file_operation(tmp_path):
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "12 kills" in done.stdout
+
+
+def test_a_signal_is_no_damage_of_the_recording_that_was_looked_at(tmp_path):
+    class Signalled(joylo.Here):
+        def __call__(self, function, *args, **kwargs):
+            raise Stopped("by SIGTERM")
+
+    joylo.write_folder(tmp_path / "raw", (5,))
+    for skip_bad in (False, True):
+        config = ConvertConfig((str(tmp_path / "raw"),), "me/set", root=str(tmp_path / "set"), skip_bad=skip_bad)
+        with pytest.raises(Stopped):
+            make_plan(config, Signalled())
 
 
 @pytest.mark.slow
