@@ -372,3 +372,16 @@ def test_no_joylo_recording_of_a_humanoid(tmp_path):
     joylo.write_recording(tmp_path / "demo.hdf5")
     with pytest.raises(UserError, match="robot g1: no JoyLo recording has its 'left_shoulder_pitch'"):
         open_recording(RecordingRef(tmp_path / "demo.hdf5", "joylo"), get_robot("g1"))
+
+
+def test_a_chunk_that_is_too_short_is_not_filled_from_memory(tmp_path):
+    path = tmp_path / "demo.hdf5"
+    joylo.write_recording(path, 6)
+    with h5py.File(path, "r+") as file:
+        width = file["action/torso"].shape[1]
+        del file["action/torso"]
+        data = file.create_dataset("action/torso", (6, width), "f8", chunks=(6, width))
+        data.id.write_direct_chunk((0, 0), bytes(16))
+    (ref,) = episodes_of(path)
+    with pytest.raises(UserError, match="was declared but not all of it was written"):
+        open_recording(ref, get_robot("r1")).actions()

@@ -239,6 +239,9 @@ def _is_written(data: h5py.Dataset) -> bool:
     if data.chunks is None:
         return data.id.get_storage_size() >= data.size * data.dtype.itemsize
     wanted = math.prod(-(-size // chunk) for size, chunk in zip(data.shape, data.chunks, strict=True))
+    if not data.id.get_create_plist().get_nfilters():  # HDF5 fills a chunk that is too short from whatever memory
+        wanted_bytes = wanted * math.prod(data.chunks) * data.dtype.itemsize
+        return data.id.get_num_chunks() >= wanted and data.id.get_storage_size() >= wanted_bytes
     return data.id.get_num_chunks() >= wanted
 
 
