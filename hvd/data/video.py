@@ -10,6 +10,7 @@ Encoders run with one thread each: the output is then a pure function of the fra
 the fastest way to fill a machine.
 """
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -90,6 +91,8 @@ def encode_video(
                 stream.pix_fmt = _pixel_format(spec, width, height)
                 stream.time_base = Fraction(1, fps)
                 stream.codec_context.thread_count = 1
+                stream.codec_context.open()
+                _ordinary_scheduling()
             for image in block:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
                 frame.pts, frame.time_base = count, Fraction(1, fps)
@@ -102,6 +105,15 @@ def encode_video(
         container.mux(stream.encode(None))
     _verify(path, count)
     return count
+
+
+def _ordinary_scheduling() -> None:
+    """Give all threads of this process the ordinary scheduling. SVT-AV1, opened by root, makes its own and the calling
+    thread real-time ones (SCHED_FIFO): on few cores nothing else runs then, and every child inherits it."""
+    for thread in os.listdir("/proc/self/task") if hasattr(os, "sched_setscheduler") else ():
+        with contextlib.suppress(OSError):  # it has ended, or may not change
+            if os.sched_getscheduler(int(thread)) != os.SCHED_OTHER:
+                os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
 def join_videos(segments: Iterable[str | os.PathLike[str]], path: str | os.PathLike[str], fps: int) -> int:

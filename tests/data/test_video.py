@@ -1,6 +1,7 @@
 """Videos: every frame comes back at its time, close to what went in, also after joining."""
 
 import itertools
+import os
 
 import av
 import numpy as np
@@ -87,3 +88,17 @@ def test_bad_arguments(tmp_path):
         video.get_codec("vp9")
     with pytest.raises(ValueError, match="at least one frame"):
         video.encode_video(tmp_path / "a.mp4", iter(()), 10)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="Linux alone has it")
+@pytest.mark.parametrize("codec", ["h264", "av1"])
+def test_an_encoder_does_not_make_the_process_real_time(tmp_path, codec):
+    """SVT-AV1 does, where root opens it: children inherited SCHED_FIFO, and no ordinary process ran beside them."""
+    seen = []
+
+    def look(_):
+        seen.extend(os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task"))
+
+    frames = np.zeros((3, 64, 64, 3), np.uint8)
+    video.encode_video(tmp_path / "video.mp4", [frames], 10, codec, on_frames=look)
+    assert set(seen) == {os.SCHED_OTHER} and os.sched_getscheduler(0) == os.SCHED_OTHER
