@@ -292,8 +292,8 @@ def test_a_signal_that_a_library_swallows(run_folder, monkeypatch, capsys):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("not reached")
-        except Exception:
-            pass  # as a callback of a compiler may
+        except BaseException:
+            pass  # as a callback of a compiler does
 
     monkeypatch.setattr(sampler.Sampler, "warm", warm)
     assert cli.main(["serve", "--run", str(run_folder), "--port", "0"]) == 0
@@ -370,7 +370,7 @@ def test_help_names_every_option(capsys):
     assert cli.main(["serve", "--help"]) == 0
     printed = capsys.readouterr().out
     for field in dataclasses.fields(serve.ServeOptions):
-        assert f"--{field.name.replace('_', '-')} " in printed
+        assert re.search(rf"--{field.name.replace('_', '-')}[ ,]", printed)
 
 
 def test_an_open_host_without_a_key_is_said(run_folder):
