@@ -1,5 +1,6 @@
 """Named processes that another process can find and end, and what /proc says about them."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -37,20 +38,21 @@ class Daemons:
     def kill(self, name: str) -> None:
         """SIGKILL for its process group, or for the first process of its PID namespace; returns when all are gone."""
         if self.alive(name):
-            pid = self.pids[name][0]
-            init = self._init(name)
-            # A PID namespace ends with its PID 1, and `unshare`, its parent, only when everything in it is gone.
-            try:
-                os.kill(init, signal.SIGKILL) if init else os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            wait_until(lambda: not self.alive(name), 20, f"the end of {name}")
+            wait_until(lambda: self._ended(name), 20, f"the end of {name}")
         child = self._children.pop(name, None)
         if child:
             child.wait(timeout=20)
             if child.stdin:
                 child.stdin.close()
         self.pids.pop(name, None)
+
+    def _ended(self, name: str) -> bool:
+        """Kill it once more: its PID 1 may not have been there yet, or may have just gone."""
+        init = self._init(name)
+        # A PID namespace ends with its PID 1, and `unshare`, its parent, only when everything in it is gone.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(init, signal.SIGKILL) if init else os.killpg(self.pids[name][0], signal.SIGKILL)
+        return not self.alive(name)
 
     def inside(self, name: str) -> list[tuple[int, str]]:
         """(pid on this machine, command line) of everything in the daemon's PID namespace; zombies are left out."""
