@@ -208,7 +208,7 @@ def overrides(good: Path) -> Door:
         named = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
         for name, leaf in leaves(type(start)).items():
             before, now = leaf.of(start), leaf.of(found)
-            follows = name.endswith(("_data.root", "_data.repo_id")) and named & {"runs_dir", "exp_name"}
+            follows = name.endswith(("_data.root", "_data.repo_id")) and named & {"runs_dir", "exp_name", "sim.task"}
             if (
                 before != now
                 and not follows
