@@ -8,8 +8,8 @@
             robot.send(client.next(observe))       # sleeps until the next tick; observe() -> {"state": ..., ...}
 
 Works with any server of openpi's protocol. A server with --real-time-chunking is told what is not executed yet and how
-long an answer takes; of every answer, the actions whose time is over are skipped. Imports numpy, msgpack and websockets
-alone.
+long an answer takes; of every answer, the actions whose time is over are skipped. Needs numpy, jaxtyping, msgpack and
+websockets; imports no jax.
 """
 
 import contextlib
@@ -130,9 +130,7 @@ class Client:
         self._period, self._step, self._every, self._policy_rate = 1 / rate, policy_rate / rate, every, policy_rate
         self._chunk = np.zeros((0, 0), np.float32)
         self._at = 0.0  # in the chunk, counted in actions of the policy
-        self._asked: tuple[futures.Future[Any], float, float] | None = (
-            None  # the answer, when asked, where in the chunk
-        )
+        self._asked: tuple[futures.Future[Any], float, float] | None = None  # the answer, when, where in the chunk
         self._delays: deque[float] = deque(maxlen=10)  # seconds
         self._last = pose
         self._due: float | None = None

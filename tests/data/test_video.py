@@ -90,7 +90,7 @@ def test_bad_arguments(tmp_path):
         video.encode_video(tmp_path / "a.mp4", iter(()), 10)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="Linux alone has it")
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="needs os.sched_getscheduler, which Linux has")
 @pytest.mark.parametrize("codec", ["h264", "av1"])
 def test_an_encoder_does_not_make_the_process_real_time(tmp_path, codec):
     """SVT-AV1 does, where root opens it: children inherited SCHED_FIFO, and no ordinary process ran beside them."""
