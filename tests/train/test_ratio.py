@@ -64,22 +64,22 @@ def test_the_chain_sums_to_the_whole(fitted):
     np.testing.assert_array_equal(found.alone[:, 0], found.prefix[:, 0])
 
 
-def test_the_ratio_is_calibrated(fitted):
-    """Among chunks whose log ratio is near r, experts are e^r times as likely as others (round 1's classes)."""
-    rows, found, _ = fitted
-    joint = found.prefix[:, -1]
-    high, low = joint > np.quantile(joint, 0.8), joint < np.quantile(joint, 0.2)
-    share = [np.mean(rows.expert[chosen]) for chosen in (low, high)]
-    assert share[1] > 2 * share[0] and np.abs(joint).max() < 30
+def test_logits_are_calibrated():
+    """Logits three times too large, and moved, become the log odds that they are of."""
+    rng = np.random.default_rng(0)
+    odds = rng.normal(size=20_000)
+    truth = rng.random(20_000) < 1 / (1 + np.exp(-odds))
+    scale, shift = ratio._platt(3 * odds + 1, truth)
+    assert scale == pytest.approx(1 / 3, rel=0.1) and shift == pytest.approx(-1 / 3, abs=0.1)
 
 
-def test_no_network_judges_an_episode_it_was_trained_on(monkeypatch):
-    """Labels of pure chance: a network that knew its episodes would tell them apart."""
-    monkeypatch.setattr(ratio, "_STEPS", 300)
-    monkeypatch.setattr(ratio, "ROUNDS", 1)
-    rows = joined(world(12, False, 3), world(12, False, 4))
-    found = ratio.fit(rows, [(0,), (1,)], 0)
-    assert abs(auc(found.prefix[:, -1].astype(float), rows.expert) - 0.5) < 0.1
+def test_no_network_is_trained_on_an_episode_that_it_judges():
+    rows, rng = joined(world(9, False, 3), world(12, True, 4)), np.random.default_rng(0)
+    fold = ratio._folds(rng, rows)
+    assert all(len(set(fold[rows.episode == e])) == 1 for e in rows.episode)
+    for out in (fold == f for f in range(ratio.FOLDS)):
+        drawn = ratio._draw(rng, out, rows.expert, ~rows.expert)
+        assert not out[drawn].any() and rows.expert[drawn].mean() == 0.5
 
 
 def test_a_ratio_that_trusts_one_episode_says_so():
