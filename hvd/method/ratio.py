@@ -235,7 +235,7 @@ def _platt(logit: Float[np.ndarray, " n"], truth: Shaped[np.ndarray, " n"]) -> t
     """(scale, shift) of Platt's calibration on held-out logits, both classes counting alike, by Newton's steps."""
     weight = np.where(truth, 0.5 / max(truth.sum(), 1), 0.5 / max((~truth).sum(), 1))
     design = np.stack([logit, np.ones_like(logit)], axis=1)
-    found = np.array([1.0, 0.0])
+    found = np.zeros(2)  # from 0 Newton's steps converge; from 1 they may overshoot
     for _ in range(20):
         p = 1 / (1 + np.exp(-np.clip(design @ found, -30, 30)))
         gradient = design.T @ (weight * (p - truth)) + 1e-6 * (found - [1, 0])
