@@ -1,4 +1,4 @@
-"""python -m tests.fuzz [--doors NAME...] [--inputs N] [--seconds S] [--seed N] [--jobs N] [--keep FOLDER]
+"""python -m tests.fuzz [--doors NAME...] [--inputs N] [--seconds S] [--seed N] [--jobs N] [--workers N] [--keep FOLDER]
 
 Gives each reader damaged inputs, and counts what becomes of them.
 
@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # a process with threads must not fork
 
 from tests.fuzz.doors import DOORS
-from tests.fuzz.harness import WRONGLY, run
+from tests.fuzz.harness import WRONGLY, run_shared
 
 
 def main() -> int:
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="for each door at most")
     parser.add_argument("--seed", type=int, default=0, help="of the first input; those that follow have the next ones")
     parser.add_argument("--jobs", type=int, default=1, help="doors at once")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the inputs of a door")
     parser.add_argument("--keep", type=Path, help="folder for the files of each input that ended wrongly")
     options = parser.parse_args()
     names = options.doors or list(DOORS)
@@ -52,7 +53,7 @@ def _started(lane: list[str], options: argparse.Namespace) -> int:
 def _door(name: str, options: argparse.Namespace) -> int:
     """A line for one door; how many inputs ended wrongly."""
     begin = time.monotonic()
-    tally = run(name, options.inputs, options.seconds, options.seed, options.keep)
+    tally = run_shared(name, options.inputs, options.seconds, options.seed, options.keep, options.workers)
     ends, bad = tally.ends, sum(tally.ends[end] for end in WRONGLY)
     seconds = time.monotonic() - begin
     row = f"{name:<11}{ends.total():>7}{ends['refused']:>8}{ends['same']:>7}{bad:>8}{seconds:>6.0f}{tally.peak:>6}"

@@ -4,7 +4,9 @@ import collections
 import contextlib
 import dataclasses
 import faulthandler
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -16,6 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from hvd.errors import Failed, Lost, UserError
@@ -54,6 +57,33 @@ def run(name: str, inputs: int, seconds: float, seed: int, keep: Path | None = N
                     tally.examples.setdefault(place_of, f"--doors {name} --inputs 1 --seed {at}: {found['text']}")
                 at += 1
     return tally
+
+
+def run_shared(name: str, inputs: int, seconds: float, seed: int, keep: Path | None, workers: int) -> Tally:
+    """`run` by several processes, each of which takes inputs that follow each other; their tallies as one."""
+    if workers == 1:
+        return run(name, inputs, seconds, seed, keep)
+    context, bounds = multiprocessing.get_context("fork"), [seed + inputs * i // workers for i in range(workers + 1)]
+    pipes = []
+    for first, last in itertools.pairwise(bounds):
+        reading, writing = context.Pipe(duplex=False)
+        arguments = (writing, name, last - first, seconds, first, keep)
+        with warnings.catch_warnings():  # as in _batch
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.Process(target=_send, args=arguments).start()
+        writing.close()
+        pipes.append(reading)
+    tally = Tally()
+    for pipe in pipes:  # one that died sends nothing: EOFError
+        part: Tally = pipe.recv()
+        tally.ends += part.ends
+        tally.examples = part.examples | tally.examples
+        tally.peak = max(tally.peak, part.peak)
+    return tally
+
+
+def _send(pipe: Connection, name: str, inputs: int, seconds: float, seed: int, keep: Path | None) -> None:
+    pipe.send(run(name, inputs, seconds, seed, keep))
 
 
 def _copy(work: Path, to: Path) -> None:

@@ -276,7 +276,8 @@ def store(good: Path) -> Door:
         if {path.name for path in folder.iterdir()} != {"listing.json", "cache"}:
             return "files beside the cache"
         for path in place.rglob("*"):
-            if path.is_file() and path.read_bytes() != files.get(f"params/{path.relative_to(place)}", b""):
+            name = f"params/{path.relative_to(place)}"
+            if path.is_file() and path.read_bytes() != files.get(name, b"") and name not in _empty(answers["listing"]):
                 return f"other bytes in {path.name}"
         missing = [name for name in files if not (place.parent / name).is_file()]
         if missing and all(json.dumps(name)[1:-1].encode() in answers["listing"] for name in missing):
@@ -286,6 +287,15 @@ def store(good: Path) -> Door:
         return ""
 
     return Door(damage, read)
+
+
+def _empty(listing: bytes) -> set[str]:
+    """What a listing gives as empty, with the checksum of nothing: its word stands against nobody's."""
+    try:
+        items = json.loads(listing)["items"]
+        return {each["name"] for each in items if str(each["size"]) == "0" and each["crc32c"] == "AAAAAA=="}
+    except (ValueError, TypeError, LookupError):
+        return set()
 
 
 def _crc32c(data: bytes) -> str:

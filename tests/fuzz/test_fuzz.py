@@ -20,7 +20,7 @@ from hvd.storage.remote import Busy, listing_errors
 from tests.fuzz import harness, mutations
 from tests.fuzz.door import Door
 from tests.fuzz.doors import DOORS
-from tests.fuzz.harness import run
+from tests.fuzz.harness import run, run_shared
 
 ENDS = ("same", "refused", "wrong", "traceback", "memory", "hang", "crash")
 
@@ -41,7 +41,7 @@ def _ending(end: str) -> str:
     return "other numbers" if end == "wrong" else ""
 
 
-def each_end(keep: str) -> dict:
+def each_end(keep: str, workers: int = 1) -> dict:
     """24 inputs of a door whose readers end in every way."""
 
     def door(good: Path) -> Door:
@@ -51,7 +51,7 @@ def each_end(keep: str) -> dict:
 
     DOORS["each"] = door
     harness.SECONDS = 0.5
-    return vars(run("each", 24, 60, 0, Path(keep)))
+    return vars(run_shared("each", 24, 60, 0, Path(keep), workers))
 
 
 def ends_of(*names: str) -> dict[str, dict[str, int]]:
@@ -64,9 +64,10 @@ def fresh(call: str):
     return json.loads(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout)
 
 
-def test_each_end_is_told(tmp_path):
+@pytest.mark.parametrize("workers", (1, 3))
+def test_each_end_is_told(tmp_path, workers):
     expected = [random.Random(f"each {seed}").choice(ENDS) for seed in range(24)]
-    tally = fresh(f"each_end({str(tmp_path)!r})")
+    tally = fresh(f"each_end({str(tmp_path)!r}, {workers})")
     assert {end: expected.count(end) for end in ENDS} == tally["ends"] and set(expected) == set(ENDS)
     kept = {f"each-{seed}" for seed, end in enumerate(expected) if end in harness.WRONGLY}
     assert {path.name for path in tmp_path.iterdir()} == kept
