@@ -270,10 +270,15 @@ def test_the_launcher_applies_and_follows(kubernetes, calm):
     place = ["--stage", "all", "--cluster", "kubernetes", "--kubernetes.overlay", str(ROOT / "k8s/overlays/smoke")]
     for attempt in range(2):
         done = kubernetes.call(sys.executable, "launch/submit.py", *place, *flags, cwd=ROOT)
-        assert "hvd-value: COMPLETED" in done.stdout and "hvd-awr: COMPLETED" in done.stdout, (
+        assert "hvd-calm-value: COMPLETED" in done.stdout and "hvd-calm-awr: COMPLETED" in done.stdout, (
             f"{attempt}: {done.stdout}"
         )
-    assert "nothing to do" in kubernetes.logs("hvd-awr")
+    assert "nothing to do" in kubernetes.logs("hvd-calm-awr")
+    uids = {job["metadata"]["name"]: job["metadata"]["uid"] for job in kubernetes.get("jobs")["items"]}
+    other = [*place, *flags, "--value.batch_size", "8"]
+    refused = kubernetes.call(sys.executable, "launch/submit.py", *other, cwd=ROOT, check=False)
+    assert refused.returncode == 2 and "Job hvd-calm-value is there already and has other arguments" in refused.stderr
+    assert uids == {job["metadata"]["name"]: job["metadata"]["uid"] for job in kubernetes.get("jobs")["items"]}
     bad = kubernetes.call(
         sys.executable,
         "launch/submit.py",
@@ -288,6 +293,7 @@ def test_the_launcher_applies_and_follows(kubernetes, calm):
     )
     assert bad.returncode == 2 and "the cluster refuses the manifests" in bad.stderr
     assert "x-value" not in kubernetes.kubectl("get", "jobs")
+    kubernetes.kubectl("delete", "jobs,roles,rolebindings,serviceaccounts", "-l", "app.kubernetes.io/name=hvd")
 
 
 SMOKE = [

@@ -100,7 +100,7 @@ def test_two_pods_train_and_save_together(kubernetes, job):
     until(lambda: phases(kubernetes, names)[names[1]] == "gone", logs, 90)
     pod = kubernetes.get("pod", names[0])
     assert pod["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"] == 143
-    said = kubernetes.storage / "runs" / ".jobs" / "uid-of-hvd-value" / "exit"
+    said = kubernetes.storage / "runs" / ".jobs" / "uid-of-hvd-two-value" / "exit"
     assert {path.name: path.read_text().strip() for path in said.iterdir()} == {"0": "143", "1": "143"}
     kubernetes.kubectl("delete", "pod", names[0])
     stopped = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()][-1]

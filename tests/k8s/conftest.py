@@ -1,5 +1,6 @@
 """A kubectl that writes down its calls and says what the test wants (a real cluster: tests/clusters)."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -18,9 +19,10 @@ with (here / "calls").open("a") as file:
     file.write(json.dumps([args, text]) + "\\n")
 names = [" ".join(args[:2]), args[0] + " --dry-run" if "--dry-run=server" in args else args[0]]
 said = next((here / name for name in names if (here / name).exists()), None)
-code, _, answer = said.read_text().partition("\\n") if said else ("0", "", '{{"items": []}}')
-print(answer, file=sys.stderr if int(code) else sys.stdout)
-sys.exit(int(code))
+code, answer, error = json.loads(said.read_text()) if said else (0, '{{"items": []}}', "")
+print(answer)
+print(error, file=sys.stderr)
+sys.exit(code)
 """
 Object = dict[str, Any]
 
@@ -34,9 +36,11 @@ class Kubectl:
         program.chmod(0o755)
         self.answer("config", "a-cluster")
 
-    def answer(self, to: str, text: str, code: int = 0) -> None:
-        """From now on, to calls that begin with these words; "apply --dry-run" is one of them."""
-        (self._folder / to).write_text(f"{code}\n{text}")
+    def answer(self, to: str, text: str, code: int = 0, error: str = "") -> None:
+        """From now on, to calls that begin with these words; "apply --dry-run" is one of them. With a code and no
+        `error` the text is what it complains of."""
+        said = [code, "", text] if code and not error else [code, text, error]
+        (self._folder / to).write_text(json.dumps(said))
 
     def has(self, jobs: list[Object], pods: list[Object] = [], log: str = "") -> None:  # noqa: B006
         for kind, items in (("jobs", jobs), ("pods", pods)):
@@ -70,6 +74,15 @@ def a_job(name: str, component: str, *, condition: str = "", args: tuple[str, ..
         "spec": {"parallelism": 1, **spec, "template": {"spec": {"containers": [{"args": list(args)}]}}},
         "status": {"conditions": [end | {"lastTransitionTime": "2026-01-01T00:00:00Z"}] if condition else []},
     }
+
+
+def live(doc: Object, *, condition: str = "", parallelism: int | None = None) -> Object:
+    """A Job as the API has it once kubectl has applied the manifest."""
+    made = a_job(doc["metadata"]["name"], "", condition=condition)
+    spec = doc["spec"] | ({} if parallelism is None else {"parallelism": parallelism})
+    applied = {"kubectl.kubernetes.io/last-applied-configuration": json.dumps(doc)}
+    metadata = made["metadata"] | doc["metadata"] | {"annotations": applied}
+    return {"metadata": metadata, "spec": copy.deepcopy(spec), "status": made["status"]}
 
 
 def a_gate(condition: str = "") -> Object:

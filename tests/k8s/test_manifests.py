@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_options_go_to_every_container_and_overwrite_to_the_training():
     assert args(docs, "value", 0) == ["prepare", *options]
     assert args(docs, "value") == ["train-value", *options, "--overwrite"]
     assert args(docs, "policy") == ["train-policy", *options, "--overwrite"]
-    gate = ["gate", "--value-job", "hvd-value", "--policy-job", "hvd-awr", "--pods", "1"]
+    gate = ["gate", "--value-job", "hvd-x-value", "--policy-job", "hvd-x-awr", "--pods", "1"]
     assert args(docs, "gate") == [*gate, *options]
 
 
@@ -113,6 +114,40 @@ def test_another_name_for_all_of_an_experiment():
     assert args(docs, "value")[-2:] == ["--exp_name", "hvd-value"]
     text = json.dumps(docs).replace('"--exp_name", "hvd-value"', "")
     assert "hvd-value" not in text and "hvd-awr" not in text and "hvd-credentials" in text and "hvd-storage" in text
+
+
+def test_names_are_made_of_the_experiment_and_of_the_user(monkeypatch):
+    def names(*argv: str, user: str = "root") -> list[str]:
+        monkeypatch.setattr("getpass.getuser", lambda: user)
+        return [one["metadata"]["name"] for one in jobs(render(*argv))]
+
+    assert names() == names(user="anna") == ["hvd-value", "hvd-awr", "hvd-awr-gate"], "the files' own experiment"
+    assert names("--exp-name=a") == ["hvd-a-value", "hvd-a-awr", "hvd-a-awr-gate"]
+    assert names("--exp_name", "a", user="anna")[0] == "hvd-anna-a-value"
+    alike = ["tau0.7", "tau0_7", "tau0-7", "Tau0-7", "x" * 90, "x" * 91, "日本", "日", f"{'x' * 37}-y", f"{'x' * 37}-z"]
+    made = [names("--exp_name", name)[0] for name in alike]
+    assert len({*made}) == len(alike) and made[2] == "hvd-tau0-7-value"
+    for name in made:
+        keeps(
+            render(name=name.removesuffix("-value")), but=("references", "network")
+        )  # it keeps --kubernetes.name's rule
+        manifests.settings(overrides.split_flags(["--kubernetes.name", name.removesuffix("-value")]))
+    services = [doc for doc in render("--exp_name=a", nodes=2) if doc["kind"] == "Service"] if shipped.kubectl() else []
+    assert {doc["metadata"]["name"] for doc in services} <= {"hvd-a-value", "hvd-a-awr"}
+
+
+def test_a_second_experiment_by_hand(tmp_path):
+    """The lines of docs/kubernetes.md, run word for word: what they write is what the launcher would apply."""
+    page = (shipped.ROOT / "docs" / "kubernetes.md").read_text()
+    lines = [line.strip() for line in page.splitlines() if line.startswith("    sed ")]
+    assert len(lines) == 2
+    shutil.copytree(shipped.K8S, tmp_path / "k8s")
+    for line in lines:
+        subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True)
+    written = [
+        doc for name in ("b-value", "b-awr") for doc in yaml.safe_load_all((tmp_path / f"{name}.yaml").read_text())
+    ]
+    assert written == render("--exp_name", "b", name="b")
 
 
 @pytest.mark.parametrize(

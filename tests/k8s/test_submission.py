@@ -1,5 +1,6 @@
 """What is handed to kubectl, and what is left as it is."""
 
+import copy
 import json
 
 import pytest
@@ -8,8 +9,8 @@ import yaml
 from hvd.clusters.kubernetes.submission import submit
 from hvd.errors import Failed, UserError
 from hvd.launch.submit import main
-from tests.k8s.conftest import a_gate, a_job
-from tests.k8s.render import Document, documents
+from tests.k8s.conftest import live
+from tests.k8s.render import Document, containers, documents, find
 
 THREE = ["hvd-value", "hvd-awr", "hvd-awr-gate"]
 
@@ -18,22 +19,35 @@ def both() -> list[Document]:
     return [doc for doc in documents("base") if doc["kind"] != "PersistentVolumeClaim"]
 
 
-def applied(kubectl, kind: str = "Job") -> list[list[str]]:
-    """Names of the objects of each apply, the dry run first."""
-    texts = [text for _, text in kubectl.calls("apply")]
-    return [[doc["metadata"]["name"] for doc in yaml.safe_load_all(text) if doc["kind"] == kind] for text in texts]
+def named(docs: list[Document], kind: str = "Job") -> list[str]:
+    return [doc["metadata"]["name"] for doc in docs if doc["kind"] == kind]
+
+
+def handed(kubectl, kind: str = "Job") -> list[list[str]]:
+    """Names of the objects of each apply and create, the dry run first."""
+    return [named(list(yaml.safe_load_all(text)), kind) for _, text in kubectl.calls("apply", "create")]
+
+
+def found(kubectl, *there: tuple[str, dict]) -> list[Document]:
+    """The cluster has these Jobs of `both`: (name, what `live` takes)."""
+    docs = both()
+    kubectl.has([live(find(docs, "Job", name), **state) for name, state in there])
+    return docs
 
 
 def test_a_dry_run_by_the_server_comes_first(kubectl):
     assert submit(both()) == [("value", "hvd-value"), ("policy", "hvd-awr")]
-    assert [args[0] for args, _ in kubectl.calls()] == ["get", "apply", "apply"]
+    assert [args[0] for args, _ in kubectl.calls()] == ["get", "apply", "apply", "create"]
     assert ["--dry-run=server" in args for args, _ in kubectl.calls("apply")] == [True, False]
-    assert applied(kubectl) == [THREE] * 2
+    assert handed(kubectl) == [THREE, [], THREE]
 
 
 def test_what_the_server_refuses_changes_nothing(kubectl):
-    kubectl.answer("apply --dry-run", "Error from server (Forbidden): jobs.batch is forbidden", 1)
-    with pytest.raises(UserError, match="the cluster refuses the manifests: Error from server"):
+    said = "Error from server (Forbidden): error when creating:\nroles is forbidden: User ben cannot"
+    kubectl.answer("apply --dry-run", said, 1)
+    with pytest.raises(
+        UserError, match=r"the cluster refuses the manifests: Error .* creating: roles is forbidden.*not"
+    ):
         submit(both())
     assert [args[0] for args, _ in kubectl.calls()] == ["get", "apply"]
 
@@ -45,28 +59,121 @@ def test_a_silent_server_is_no_mistake_of_the_users(kubectl, call):
         submit(both())
 
 
-def test_a_job_that_lives_is_left_alone(kubectl, capsys):
+def test_jobs_that_do_the_same_are_left_alone(kubectl, capsys):
     """To apply a policy Job that the gate has released would pause it."""
-    kubectl.has([a_job("hvd-awr", "policy"), a_job("hvd-value", "value"), a_gate()])
-    submit(both())
-    assert applied(kubectl) == [[]] * 2
-    assert "Job hvd-awr is at work already; it is left as it is" in capsys.readouterr().out
+    value, policy, gate = THREE
+    docs = found(kubectl, (policy, {"parallelism": 1}), (value, {"condition": "Complete"}), (gate, {}))
+    submit(docs)
+    assert handed(kubectl) == [] and not kubectl.calls("delete")
+    assert "Job hvd-awr is there already and does the same; it is left as it is" in capsys.readouterr().out
+
+
+def test_the_rest_of_the_stage_is_added_to_a_value_job_that_lives(kubectl):
+    submit(found(kubectl, ("hvd-value", {})))
+    assert handed(kubectl)[-1] == ["hvd-awr", "hvd-awr-gate"] and not kubectl.calls("delete")
 
 
 @pytest.mark.parametrize(
     "policy, gate",
     [
-        (a_job("hvd-awr", "policy", parallelism=0), a_gate("Failed")),
+        ({"parallelism": 0}, {"condition": "Failed"}),
         # the gate is about to end: it has seen the policy Job's end, and would not release the successor
-        (a_job("hvd-awr", "policy", condition="Complete"), a_gate()),
+        ({"condition": "Complete"}, {}),
     ],
 )
 def test_jobs_that_have_ended_make_room_for_their_successors(kubectl, policy, gate):
-    kubectl.has([a_job("hvd-value", "value", condition="Complete"), policy, gate])
-    submit(both())
+    submit(found(kubectl, ("hvd-value", {"condition": "Complete"}), ("hvd-awr", policy), ("hvd-awr-gate", gate)))
     ((deleted, _),) = kubectl.calls("delete")
     assert deleted[:2] == ["delete", "jobs"] and set(deleted[2:5]) == set(THREE)
-    assert applied(kubectl)[1] == THREE
+    assert handed(kubectl) == [[f"{name}-dry-run" for name in THREE], [], THREE]
+
+
+def test_a_failed_value_job_whose_gate_does_not_know_yet(kubectl):
+    docs = found(kubectl, ("hvd-value", {"condition": "Failed"}), ("hvd-awr", {}), ("hvd-awr-gate", {}))
+    with pytest.raises(UserError, match="hvd-value has failed, and hvd-awr has not ended yet"):
+        submit(docs)
+    assert not kubectl.calls("delete", "apply", "create")
+
+
+def trainer(doc: Document) -> Document:
+    return containers(doc)[-1]
+
+
+OTHERS = {
+    "belongs to experiment a": lambda job: trainer(job)["args"].extend(["--exp-name", "a"]),
+    r"other arguments \(value.batch_size 8\)": lambda job: trainer(job)["args"].extend(["--value.batch_size", "8"]),
+    r"another volume claim \(mine\)": lambda job: job["spec"]["template"]["spec"]["volumes"][0].update(
+        persistentVolumeClaim={"claimName": "mine"}
+    ),
+    "is none of hvd's": lambda job: job["metadata"].update(labels={}),
+}
+OF_THE_LIVING = {
+    r"runs another image \(.*other:1\)": lambda job: trainer(job).update(image="other:1"),
+    r"other arguments \(train-value --overwrite\)": lambda job: trainer(job)["args"].append("--overwrite"),
+    "another spec.template.spec.containers.0..resources.limits.memory": lambda job: trainer(job)["resources"][
+        "limits"
+    ].update(memory="9Gi"),
+}
+
+
+@pytest.mark.parametrize("condition", ["", "Complete", "Failed"])
+@pytest.mark.parametrize("said", [*OTHERS, *OF_THE_LIVING])
+@pytest.mark.parametrize("stage", [("hvd-value",), tuple(THREE)])
+def test_a_job_that_does_something_else_is_refused_by_name(kubectl, said, condition, stage):
+    """All of it: nothing is followed, replaced or deleted, and nothing else of the stage is submitted."""
+    docs = both()
+    theirs = copy.deepcopy(find(docs, "Job", "hvd-value"))
+    (OTHERS | OF_THE_LIVING)[said](theirs)
+    kubectl.has([live(theirs, condition=condition)])
+    mine = [doc for doc in docs if doc["metadata"]["name"] in stage]
+    if condition and said in OF_THE_LIVING:  # the successor of one that has ended may be larger
+        submit(mine)
+        assert kubectl.calls("delete")[0][0][2] == "hvd-value"
+        return
+    with pytest.raises(UserError, match=f"Job hvd-value is there already and .*{said}.*--kubernetes.name"):
+        submit(mine)
+    assert not kubectl.calls("apply", "create", "delete")
+
+
+def test_the_same_arguments_written_otherwise_are_the_same(kubectl):
+    docs = both()
+    theirs = copy.deepcopy(find(docs, "Job", "hvd-value"))
+    for container in containers(theirs):
+        container["args"] += ["--value.batch-size=64", "--model.method=td"]
+    mine = find(docs, "Job", "hvd-value")
+    for container in containers(mine):
+        container["args"] += ["--model.method", "td", "--value.batch_size", "64"]
+    kubectl.has([live(theirs)])
+    submit([mine])
+    assert handed(kubectl) == []
+
+
+def test_another_job_on_the_same_run_is_named(kubectl):
+    theirs = copy.deepcopy(find(both(), "Job", "hvd-value"))
+    theirs["metadata"]["name"] = "anna-value"
+    kubectl.has([live(theirs)])
+    with pytest.raises(UserError, match="Job anna-value works on the same run as hvd-value would"):
+        submit(both())
+    assert not kubectl.calls("apply", "create")
+    theirs["spec"]["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] = "annas"
+    kubectl.has([live(theirs)])  # the same folder of another volume
+    submit(both())
+    theirs["spec"]["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] = "hvd-storage"
+    kubectl.has([live(theirs, condition="Failed")])
+    submit(both())
+    assert handed(kubectl)[-1] == THREE
+
+
+def test_nothing_is_left_of_what_the_server_takes_half(kubectl):
+    """Such as a Job of that name which somebody else has made in the same second."""
+    kubectl.answer("apply", "role.rbac.authorization.k8s.io/hvd-awr-gate created\nserviceaccount/x unchanged")
+    kubectl.answer("create", "job.batch/hvd-awr created", 1, 'jobs.batch "hvd-value" already exists')
+    with pytest.raises(UserError, match=r'jobs.batch "hvd-value" already exists; nothing of it is left behind'):
+        submit(both())
+    assert [args[1] for args, _ in kubectl.calls("delete")] == [
+        "job.batch/hvd-awr",
+        "role.rbac.authorization.k8s.io/hvd-awr-gate",
+    ]
 
 
 def test_a_claim_that_is_there_is_left_alone(kubectl):
@@ -74,11 +181,11 @@ def test_a_claim_that_is_there_is_left_alone(kubectl):
     submit([claim, *both()])
     kubectl.answer("get persistentvolumeclaims", json.dumps({"items": [claim]}))
     submit([claim, *both()])
-    assert applied(kubectl, "PersistentVolumeClaim") == [["hvd-storage"]] * 2 + [[]] * 2
+    assert handed(kubectl, "PersistentVolumeClaim") == [["hvd-storage"]] * 2 + [[]] * 4
 
 
 def test_the_launcher_applies_and_follows(kubectl, capsys):
-    kubectl.has([a_job("hvd-value", "value", condition="Complete")])
+    found(kubectl, ("hvd-value", {"condition": "Complete"}))
     assert main(["--stage", "value", "--cluster", "kubernetes"]) == 0
     said = capsys.readouterr().out
     assert "job hvd-value" in said and "hvd-value: COMPLETED" in said

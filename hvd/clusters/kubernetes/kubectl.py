@@ -8,6 +8,7 @@ from hvd.clusters.base import Unreachable
 from hvd.errors import UserError
 
 _ANSWER_S = 120.0
+_SAID = 1500  # characters of an answer: a refused change shows both objects in full
 _SILENCE = re.compile(r"connection refused|no such host|timeout|unable to connect", re.IGNORECASE)
 
 
@@ -32,19 +33,23 @@ def ask(*argv: str) -> str:
     return done.stdout
 
 
-def apply(manifests: str, *flags: str) -> str:
-    """`kubectl apply` of YAML; what it prints.
+def hand_over(verb: str, manifests: str, *flags: str) -> tuple[list[str], str]:
+    """`kubectl apply` or `kubectl create` of YAML: (what it has created, as kind/name, and all of its complaint).
+
+    The complaint is "" where the cluster has taken everything.
 
     Raises:
-        UserError: the cluster refuses them.
         Unreachable: it does not answer.
     """
-    done = _run("apply", "-f", "-", *flags, stdin=manifests)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("Warning")]
-        text = lines[0] if lines else f"kubectl ended with {done.returncode}"
-        raise (Unreachable if _SILENCE.search(text) else UserError)(f"the cluster refuses the manifests: {text}")
-    return done.stdout
+    done = _run(verb, "-f", "-", *flags, stdin=manifests)
+    created = [line.split()[0] for line in done.stdout.splitlines() if re.fullmatch(r"\S+ created", line)]
+    if not done.returncode:
+        return created, ""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and not line.startswith("Warning")]
+    text = " ".join(lines) or f"kubectl ended with {done.returncode}"
+    if _SILENCE.search(text) and not created:
+        raise Unreachable(f"kubectl {verb}: {text[:_SAID]}")
+    return created, text if len(text) <= _SAID else f"{text[:_SAID]}..."
 
 
 def show(*argv: str) -> None:

@@ -1,8 +1,11 @@
 """The manifests of k8s/ with what the user asked for put in. The files are the one source.
 
-Without options that is what `kubectl apply -f k8s/value-job.yaml -f k8s/awr-job.yaml` applies.
+Without options that is what `kubectl apply -f k8s/value-job.yaml -f k8s/awr-job.yaml` applies. Another experiment
+than the files' own has names of its own, so that two of them never meet in a namespace.
 """
 
+import getpass
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +17,8 @@ import yaml
 from hvd import gpu_environment, overrides
 from hvd.clusters.base import Request
 from hvd.clusters.kubernetes import kubectl
-from hvd.clusters.kubernetes.queue import COMPONENT
+from hvd.clusters.kubernetes.queue import COMPONENT, OWN, own_container, value_of
+from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.fields import Rule, check_rules, option
 from hvd.method.value_run import own_needed
@@ -26,6 +30,8 @@ GPU = "nvidia.com/gpu"
 # What belongs to one experiment, by component, and how the names of its objects end
 ENDINGS = {"value": "value", "policy": "awr", "gate": "awr-gate"}
 _OTHERS = {"all": (), "value": ("policy", "gate"), "policy": ("value",)}  # components that a stage leaves out
+
+_LONGEST = 38  # characters behind "hvd-"; a Job's name has 63, and its pods' names add to it
 
 Manifest = dict[str, Any]
 
@@ -45,7 +51,7 @@ class Settings:
 
     overlay: str = option("", "a kustomize folder to start from, such as k8s/overlays/smoke; none: k8s/*.yaml")
     image: str = option("", _WORD, "of the trainer")
-    name: str = option("", _NAME, "what the Jobs' names begin with; two experiments at a time need two")
+    name: str = option("", _NAME, "what the Jobs' names begin with; none: hvd, you and the experiment")
     claim: str = option("", _NAME, "name of the volume claim that all stages share")
     gpus_per_node: int = option(-1, Rule(lambda x: x >= -1, "must not be negative"), "0: a job on CPUs")
     gpu: str = option("", "its kind, such as h100-80gb: settings of XLA and NCCL, and the memory plan")
@@ -70,17 +76,41 @@ def settings(flags: Sequence[overrides.Flag]) -> Settings:
 def render(request: Request, asked: Settings) -> list[Manifest]:
     """The manifests of the stage. Its `options` go to every container."""
     docs = _source(request.nodes, asked)
-    docs = _renamed(docs, asked.name) if asked.name else docs
+    name = asked.name or own_name(request.cfg, docs)
+    docs = _renamed(docs, name) if name else docs
     left_out = set(_OTHERS[request.stage])
     if request.stage != "value" and not own_needed(request.cfg):  # imitation, and a value run that is given: no wait
         left_out |= {"gate", "value"} if request.cfg.policy.value_run else {"gate"}
     docs = [doc for doc in docs if component(doc) not in left_out]
     for doc in docs:
-        if doc["kind"] == "Job":
+        if doc["kind"] == "Job" and component(doc) in ENDINGS:
             _fill_in(doc, request, asked)
         elif doc["kind"] == "Role" and request.after:  # the gate reads that Job instead of the files' one
             doc["rules"][0]["resourceNames"] = [request.after]
     return docs
+
+
+def own_name(cfg: Experiment, docs: Sequence[Manifest]) -> str:
+    """What the names of the experiment's objects begin with: hvd, the user (if not root) and the experiment.
+
+    "" for the experiment that the files themselves are about (demo): their names stay. A digest tells apart what would
+    be the same name in Kubernetes' letters, such as tau0.7 and tau0_7.
+    """
+    run = cfg.exp_name or cfg.name
+    jobs = [doc for doc in docs if doc["kind"] == "Job" and component(doc) in ENDINGS]
+    files = {value_of(own_container(doc).get("args", ()), "exp_name", "config") for doc in jobs}
+    if run in files:
+        return ""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container without /etc/passwd
+        user = ""
+    text = f"{user}-{run}" if user not in ("", "root") else run
+    short = re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
+    if short != text or len(short) > _LONGEST:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+        short = f"{short[: _LONGEST - 7].strip('-')}-{digest}".strip("-")
+    return f"hvd-{short}"
 
 
 def component(doc: Manifest) -> str:
@@ -92,7 +122,7 @@ def gpus(manifests: Sequence[Manifest]) -> int:
     """GPUs of a training pod."""
     for doc in manifests:
         if doc["kind"] == "Job" and component(doc) in ("value", "policy"):
-            return int(doc["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"].get(GPU, 0))
+            return int(own_container(doc)["resources"]["limits"].get(GPU, 0))
     return 0
 
 
@@ -144,9 +174,9 @@ def _renamed(docs: Sequence[Manifest], name: str) -> list[Manifest]:
 
 
 def _containers(doc: Manifest) -> Iterator[Manifest]:
+    """Those of hvd; an overlay's others are left as they are."""
     pod = doc["spec"]["template"]["spec"]
-    yield from pod.get("initContainers", ())
-    yield from pod["containers"]
+    yield from (one for one in [*pod.get("initContainers", ()), *pod["containers"]] if one["name"] in OWN)
 
 
 def _fill_in(doc: Manifest, request: Request, asked: Settings) -> None:
@@ -162,7 +192,7 @@ def _fill_in(doc: Manifest, request: Request, asked: Settings) -> None:
         if asked.claim and volume["name"] == "storage" and "persistentVolumeClaim" in volume:
             volume["persistentVolumeClaim"]["claimName"] = asked.claim
     if component(doc) == "gate":
-        args = pod["containers"][0]["args"]
+        args = own_container(doc)["args"]
         args[args.index("--pods") + 1] = str(nodes)
         if request.stage == "policy":  # without a value Job beside it the run on the storage is all there is to look at
             args[args.index("--value-job") + 1] = request.after
@@ -181,7 +211,7 @@ def _fill_in(doc: Manifest, request: Request, asked: Settings) -> None:
         pod["priorityClassName"] = asked.priority
     for container in _containers(doc):
         _set(container, "HVD_NUM_PROCESSES", str(nodes))
-    _size(pod["containers"][0], nodes, asked)
+    _size(own_container(doc), nodes, asked)
 
 
 def _size(container: Manifest, nodes: int, asked: Settings) -> None:
@@ -203,6 +233,6 @@ def _size(container: Manifest, nodes: int, asked: Settings) -> None:
 
 def _set(container: Manifest, name: str, value: str) -> None:
     """Another value for a variable that the container has."""
-    for variable in container["env"]:
+    for variable in container.get("env", ()):
         if variable["name"] == name:
             variable["value"] = value

@@ -19,6 +19,7 @@ from hvd.errors import Failed, UserError, nearest
 
 OURS = "app.kubernetes.io/name=hvd"
 COMPONENT = "app.kubernetes.io/component"
+OWN = ("prepare", "train", "gate")  # containers of hvd; an overlay may add others
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,250}[a-z0-9])?")
 # The trainer's bar: `value:  52%|####  | 31/60 [00:15<00:14,  2.03step/s, loss=5.4]`
 _BAR = re.compile(r"(\d+)/(\d+) \[[^\[\]]*?,\s*([\d.]+)(step/s|s/step)")
@@ -77,15 +78,14 @@ class KubernetesJob:
         names = {pod["spec"].get("nodeName", "") for pod in self.pods if pod["status"].get("phase") == "Running"}
         return ",".join(sorted(names - {""}))
 
-    def option(self, flag: str) -> str:
-        """What the container's arguments give for the flag; "" for nothing."""
-        args = self.job["spec"]["template"]["spec"]["containers"][0].get("args") or ()
-        for name, value in zip(args, [*args[1:], ""], strict=False):
-            if name == flag:
-                return value
-            if name.startswith(f"{flag}="):
-                return name.partition("=")[2]
-        return ""
+    @property
+    def args(self) -> Sequence[str]:
+        """Of the container of hvd."""
+        return own_container(self.job).get("args") or ()
+
+    def option(self, *names: str) -> str:
+        """What the container's arguments give for the first option that they have; "" for none."""
+        return value_of(self.args, *names)
 
     def within(self, days: float | None) -> bool:
         """Does the Job live, or has it ended within the last days?"""
@@ -97,6 +97,22 @@ class KubernetesJob:
         """The condition that says that it has ended."""
         conditions = self.job["status"].get("conditions") or ()
         return next((c for c in conditions if c["type"] in ("Complete", "Failed") and c["status"] == "True"), None)
+
+
+def own_container(job: Mapping[str, Any]) -> Any:
+    """The one of hvd that is no init container."""
+    containers = job["spec"]["template"]["spec"]["containers"]
+    return next((one for one in containers if one.get("name") in OWN), containers[0])
+
+
+def value_of(args: Sequence[str], *names: str) -> str:
+    """What the arguments give for the first of the options (`exp_name`) that they have; "" for none."""
+    given = {}
+    for word, following in zip(args, [*args[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            given[name[2:].replace("-", "_")] = value if equals else following
+    return next((given[name] for name in names if given.get(name)), "")
 
 
 def _words(*texts: str | None) -> str:
@@ -146,7 +162,7 @@ class Queue:
             name = job["metadata"]["name"]
             self.jobs[name] = KubernetesJob(job, [p for p in pods if p["metadata"]["labels"]["job-name"] == name])
         gates = [job for job in self.jobs.values() if job.component == "gate"]
-        self.gates = {gate.option("--policy-job"): gate for gate in gates}
+        self.gates = {gate.option("policy_job"): gate for gate in gates}
 
     def job(self, name: str) -> KubernetesJob:
         """UserError where there is none of that name."""
@@ -159,7 +175,7 @@ class Queue:
         """What `hvd jobs` shows. Without `steps` the Job's log is not read."""
         job = self.job(name)
         gate = job if job.component == "gate" else self.gates.get(name)
-        after = gate.option("--value-job") if gate else ""
+        after = gate.option("value_job") if gate else ""
         step, total, rate = progress(job) if steps else (None, None, None)
         left = None if job.ended or step is None or total is None or not rate else (total - step) / rate
         state = JobState(
@@ -167,7 +183,7 @@ class Queue:
             state=job.state,
             stage=job.component,
             name=name,
-            experiment=job.option("--exp_name") or job.option("--exp-name") or job.option("--config"),
+            experiment=job.option("exp_name", "config"),
             reason=job.reason,
             exit_code=job.exit_code if job.ended else None,
             nodes=job.nodes,
@@ -191,7 +207,7 @@ class Queue:
         """The Job and those that cannot go on without it: its gate, and what that holds back."""
         names = [self.job(name).name]
         for policy, gate in self.gates.items():
-            if name in (gate.option("--value-job"), policy, gate.name):
+            if name in (gate.option("value_job"), policy, gate.name):
                 names += [other for other in (gate.name, policy) if other in self.jobs and other not in names]
         return names
 
@@ -206,7 +222,8 @@ def progress(job: KubernetesJob) -> tuple[int | None, int | None, float | None]:
     if job.component != "gate" and job.pods and job.state != "PENDING":
         with contextlib.suppress(Failed):
             name = job.pods[-1]["metadata"]["name"]
-            bars = _BAR.findall(kubectl.ask("logs", name, "--tail=1", "--limit-bytes=200000"))
+            own = ("-c", own_container(job.job).get("name", "train"))
+            bars = _BAR.findall(kubectl.ask("logs", name, *own, "--tail=1", "--limit-bytes=200000"))
             if bars:
                 step, total, number, unit = bars[-1]
                 rate = float(number) if unit == "step/s" else 1 / float(number) if float(number) else None

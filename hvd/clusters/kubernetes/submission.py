@@ -1,58 +1,139 @@
-"""Handing manifests to Kubernetes, beside what the cluster has already."""
+"""Handing manifests to Kubernetes, beside what the cluster has already: all of them, or nothing.
 
+A Job that is there is never changed, and is replaced only where it has ended and would do the same again.
+"""
+
+import contextlib
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hvd.clusters.kubernetes import kubectl
-from hvd.clusters.kubernetes.manifests import Manifest, component, to_yaml
-from hvd.clusters.kubernetes.queue import KubernetesJob
+from hvd.clusters.kubernetes.difference import difference, same_run
+from hvd.clusters.kubernetes.manifests import ENDINGS, Manifest, component, to_yaml
+from hvd.clusters.kubernetes.queue import OURS, KubernetesJob
+from hvd.errors import Failed, UserError
+
+_DRY_RUN = "-dry-run"  # behind the name of a Job that another one must make room for
 
 
 def submit(manifests: Sequence[Manifest]) -> list[tuple[str, str]]:
-    """Apply the manifests, after the cluster has looked at them; (stage, name) of the stages' Jobs in their order.
+    """Create what is not there, after the cluster has looked at it; (stage, name) of the stages' Jobs in their order.
 
-    A Job that lives is left as it is: to apply a released policy Job would pause it. One that has ended makes room for
-    its successor, which goes on where the run stopped. A volume claim that is there holds the users' data and stays.
+    A Job that lives and does what is asked is left as it is: to apply a released policy Job would pause it. One that
+    has ended makes room for its successor, which goes on where the run stopped. A volume claim that is there holds the
+    users' data and stays.
 
     Raises:
-        UserError: the cluster refuses them; nothing has been changed then.
+        UserError: a Job of that name does something else, another one works on the run, or the cluster refuses a
+            manifest; nothing has been changed then.
         Unreachable: it does not answer.
     """
-    living, ended = _present(manifests)
-    kept = {("Job", name) for name in living} | {("PersistentVolumeClaim", name) for name in _claims(manifests)}
-    wanted = [doc for doc in manifests if (doc["kind"], doc["metadata"]["name"]) not in kept]
-    fresh = [doc for doc in wanted if doc["kind"] != "Job" or doc["metadata"]["name"] not in ended]
-    _apply(fresh, "--dry-run=server")
-    for name in living:
-        print(f"Job {name} is at work already; it is left as it is", flush=True)
+    jobs = {doc["metadata"]["name"]: doc for doc in manifests if doc["kind"] == "Job" and component(doc) in ENDINGS}
+    present = {name: KubernetesJob(job) for name, job in _items("jobs").items()}
+    over = {name for name, job in present.items() if _over(job, present)}
+    _refuse_others(jobs, present, over)
+    kept = _kept(jobs, present, over)
+    ended = [name for name in jobs if name in present and name not in kept]
+    wanted = [doc for name, doc in jobs.items() if name not in kept]
+    rest = [doc for doc in manifests if doc["metadata"]["name"] not in jobs or doc["kind"] != "Job"]
+    claims = _claims(rest)
+    rest = [doc for doc in rest if doc["kind"] != "PersistentVolumeClaim" or doc["metadata"]["name"] not in claims]
+    rest = rest if wanted else []
+    _hand_over("apply", [*rest, *(_aside(doc, ended) for doc in wanted)], "--dry-run=server")
+    for name in kept:
+        print(f"Job {name} is there already and does the same; it is left as it is", flush=True)
     if ended:
         kubectl.ask("delete", "jobs", *ended, "--ignore-not-found")
-    for line in _apply(wanted).splitlines():
-        print(line, flush=True)
-    stages = {component(doc): doc["metadata"]["name"] for doc in manifests if doc["kind"] == "Job"}
+    made = _hand_over("apply", rest)
+    try:
+        # "create" fails where somebody else has been quicker; "apply" would change their Job
+        made += _hand_over("create", wanted, "--save-config")
+    except _Half as half:
+        _take_back([*made, *half.made])
+        raise UserError(f"{half}; nothing of it is left behind") from None
+    for name in made:
+        print(f"{name} created", flush=True)
+    stages = {component(doc): name for name, doc in jobs.items()}
     return [(stage, stages[stage]) for stage in ("value", "policy") if stage in stages]  # kustomize sorts by name
 
 
-def _apply(manifests: Sequence[Manifest], *flags: str) -> str:
-    return kubectl.apply(to_yaml(manifests), *flags) if manifests else ""
+class _Half(UserError):
+    """The cluster refuses some of what it was given. `made`: kind/name of what it has taken before."""
+
+    def __init__(self, text: str, made: Sequence[str]):
+        super().__init__(text)
+        self.made = made
 
 
-def _present(manifests: Sequence[Manifest]) -> tuple[list[str], list[str]]:
-    """Of the manifests' Jobs the cluster has: (names of those that live, of those that have ended)."""
-    names = [doc["metadata"]["name"] for doc in manifests if doc["kind"] == "Job"]
-    present = {name: KubernetesJob(job) for name, job in _items("jobs").items()}
-    ours = [present[name] for name in names if name in present]
-    gates = {job.option("--policy-job"): job for job in ours if job.component == "gate"}
+def _hand_over(verb: str, manifests: Sequence[Manifest], *flags: str) -> list[str]:
+    """Kind/name of what is new."""
+    if not manifests:
+        return []
+    made, refused = kubectl.hand_over(verb, to_yaml(manifests), *flags)
+    if refused:
+        raise _Half(f"the cluster refuses the manifests: {refused}", made)
+    return made
 
-    def over(job: KubernetesJob) -> bool:
-        if job.component == "gate":  # one whose policy Job has ended is about to end, and releases no successor
-            held = present.get(job.option("--policy-job"))
-            return job.ended or held is None or held.ended
-        # a policy Job whose gate has given up will never be released
-        return job.ended or (job.state == "PAUSED" and job.name in gates and gates[job.name].ended)
 
-    ended = [job.name for job in ours if over(job)]
-    return [job.name for job in ours if job.name not in ended], ended
+def _take_back(made: Sequence[str]) -> None:
+    for name in reversed([name for name in made if not name.startswith("persistentvolumeclaim")]):
+        with contextlib.suppress(Failed):
+            kubectl.ask("delete", name, "--ignore-not-found", "--wait=false")
+
+
+def _aside(doc: Manifest, ended: Sequence[str]) -> Manifest:
+    """The Job by another name for the dry run, where one of its name has yet to make room."""
+    name = doc["metadata"]["name"]
+    if name not in ended:
+        return doc
+    doc = copy.deepcopy(doc)
+    doc["metadata"]["name"] = name + _DRY_RUN
+    return doc
+
+
+def _over(job: KubernetesJob, present: Mapping[str, KubernetesJob]) -> bool:
+    """Has it ended, or can it only end?"""
+    if job.component == "gate":  # one whose policy Job has ended is about to end, and releases no successor
+        held = present.get(job.option("policy_job"))
+        return job.ended or held is None or held.ended
+    gates = [one for one in present.values() if one.component == "gate" and one.option("policy_job") == job.name]
+    # a policy Job whose gate has given up will never be released
+    return job.ended or (job.state == "PAUSED" and any(gate.ended for gate in gates))
+
+
+def _refuse_others(jobs: Mapping[str, Manifest], present: Mapping[str, KubernetesJob], over: set[str]) -> None:
+    """UserError for a Job of such a name that is about something else, and for another one that works on the run."""
+    for name, doc in jobs.items():
+        if name in present and (other := difference(present[name], doc, living=name not in over)):
+            mine = "" if other.startswith("belongs") else f", or remove that one first (hvd jobs cancel {name})"
+            raise UserError(
+                f"Job {name} is there already and {other}; nothing is submitted. Give this one another name with "
+                f"--kubernetes.name{mine}"
+            )
+        for there in present.values():
+            ours = there.job["metadata"].get("labels", {}).get(OURS.partition("=")[0]) == OURS.partition("=")[2]
+            if ours and there.name not in jobs and there.name not in over and same_run(there, doc):
+                raise UserError(
+                    f"Job {there.name} works on the same run as {name} would; nothing is submitted. Wait for it "
+                    f"(hvd jobs wait {there.name}), or give this run another --exp_name"
+                )
+
+
+def _kept(jobs: Mapping[str, Manifest], present: Mapping[str, KubernetesJob], over: set[str]) -> list[str]:
+    """Names of those that stay: the living ones, and a complete value Job that the policy has begun behind.
+
+    Raises:
+        UserError: the value Job has failed and its gate does not know yet.
+    """
+    living = [name for name in jobs if name in present and name not in over]
+    behind = [name for name in living if component(jobs[name]) != "value"]
+    for name, doc in jobs.items():
+        if component(doc) == "value" and name in over and behind:
+            if present[name].state == "FAILED":
+                raise UserError(f"Job {name} has failed, and {behind[0]} has not ended yet: try again in a minute")
+            living.append(name)
+    return living
 
 
 def _claims(manifests: Sequence[Manifest]) -> list[str]:
