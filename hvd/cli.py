@@ -97,6 +97,9 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
             "in a Kubernetes pod: release the policy Job after the value Job",
             own_flags=True,
         ),
+        "benchmark": Step(
+            "hvd.benchmark.command", "a matrix of policies on simulated tasks, with statistics", own_flags=True
+        ),
         "verify": Step("hvd.train.complete", "is the run complete, undamaged and finite?"),
     }
 )

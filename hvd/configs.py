@@ -244,6 +244,7 @@ class EvaluateConfig:
     action_samples: int = option(8, AT_LEAST_1, FREE, "held-out action error: also of the mean of so many chunks")
     baselines: bool = option(False, FREE, "also imitation on the expert set, the mixed set, successes only")
     val_fraction: float = option(0.1, DECAY, "of the episodes of every dataset, held out from training")
+    checks: bool = option(True, FREE, "simulated tasks: also doing nothing, who erred, which chunks a score trusts")
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ class SimConfig:
     task: str = option("", one_of(lambda: ("", *SIM_TASKS)), "a module of hvd/sim/tasks; empty = no simulation")
     num_optimal: int = option(40, AT_LEAST_1)
     num_mixed: int = option(160, AT_LEAST_1)
-    image_size: int = option(96, AT_LEAST_1)
+    image_size: int = option(96, NOT_NEGATIVE, "of the recorded cameras, pixels; 0 = no cameras")
     seed: int = option(0, NOT_NEGATIVE)
     horizon: int = option(200, AT_LEAST_1, "control steps of an episode at most, at 10 Hz")
     workers: int = option(2, AT_LEAST_1)

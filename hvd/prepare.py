@@ -42,6 +42,7 @@ def conversions(cfg: Experiment) -> list[tuple[str, list[str]]]:
             [
                 *("--raw-dirs", os.path.join(cfg.exp_dir, "recordings", folders[role])),
                 *("--repo-id", data.repo_id, "--root", str(data.path())),
+                *(() if cfg.sim.image_size else ("--cameras",)),
             ],
         )
         for role, data in cfg.datasets()

@@ -26,6 +26,7 @@ LAYERS = (
     ("plan", "sim", "evaluate", "report", "serve", "export", "prepare", "stages"),
     ("client",),
     ("clusters", "jobs", "launch"),
+    ("benchmark",),
     ("cli",),
 )
 RUNTIME_MAY_IMPORT = ("errors", "files", "documents")

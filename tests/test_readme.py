@@ -10,6 +10,7 @@ import pytest
 
 import hvd.experiments as experiments
 from hvd import cli, export, overrides
+from hvd.benchmark import command as benchmark
 from hvd.checks import check_config, check_devices
 from hvd.clusters import base
 from hvd.clusters.kubernetes import manifests as kubernetes
@@ -102,7 +103,8 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
 
 def test_every_option_that_is_named_exists():
     known = {*leaves(Experiment), *leaves(submit.Submit), *leaves(convert.ConvertConfig)}
-    for own in (serve.ServeOptions, export.Export, plan.Options, overrides.Choice, overrides.RunDirectory):
+    commands = (serve.ServeOptions, export.Export, plan.Options, benchmark.Options)
+    for own in (*commands, overrides.Choice, overrides.RunDirectory):
         known |= {*leaves(own)}
     known |= {"help", "extra", "no_push_to_hub"}
     # of a table "there | here" the first column is another code base's

@@ -44,9 +44,8 @@ def main(cfg: Experiment, load: Loader | None = None) -> None:
         found = check_complete(cfg.policy_dir, stage="policy", cfg=cfg)
         run = {"digest": found.digest, "step": found.step}
     results = roll_out(cfg, cfg.policy.run_name, load or trained, run)
-    control = _control(cfg)
-    print_table([results, control])
-    if needed(cfg):
+    print_table([results, _control(cfg)] if cfg.evaluate.checks else [results])
+    if cfg.evaluate.checks and needed(cfg):
         evaluate_credit.main(cfg)
         evaluate_scores.main(cfg)
 

@@ -115,7 +115,7 @@ class Runner:
                 env |= node_environment(coordinator, count, index)
             argv = [*self.command, *step.words(self.options)]
             print(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(argv)}", file=log, flush=True)
-            with _affinity(cores_of[index]):
+            with affinity(cores_of[index]):
                 process = subprocess.Popen(
                     argv,
                     env=env,
@@ -274,9 +274,13 @@ def devices(nodes: int) -> int:
 
 def core_shares(steps: int) -> list[set[int]]:
     """The cores for each of the steps that run at a time; one share with all cores where a GPU does the work."""
+    return shares(1 if gpus() else max(1, min(steps, _cpu_count(), AT_A_TIME)))
+
+
+def shares(parts: int) -> list[set[int]]:
+    """This process's cores in `parts` shares; each has all of them where there are fewer cores than parts."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(_cpu_count()))
-    at_a_time = 1 if gpus() else max(1, min(steps, len(cores), AT_A_TIME))
-    return _split(cores, at_a_time)
+    return _split(cores, parts) if parts <= len(cores) else [set(cores) for _ in range(parts)]
 
 
 def _split(items: list, parts: int) -> list:
@@ -299,7 +303,7 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _affinity(cores: set[int]) -> Iterator[None]:
+def affinity(cores: set[int]) -> Iterator[None]:
     """A process that is started inside has these cores; it inherits them from the thread that starts it."""
     if not hasattr(os, "sched_setaffinity"):
         yield

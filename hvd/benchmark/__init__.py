@@ -1,0 +1,1 @@
+"""`hvd benchmark`: a matrix of policies on simulated tasks, with the statistics of their differences."""

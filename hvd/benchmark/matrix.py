@@ -1,0 +1,240 @@
+"""The matrix of a benchmark: a TOML file -> data, value runs, tables and policies as items that wait for each other.
+
+    title = "..."                     tasks = ["tote", "pick"]          data_seeds = [21, 22]
+    config = "demo"                   rollouts = 100                    first_start = 2_000_000
+    [common]                          # fields of every experiment, by dotted names
+    "sim.num_optimal" = 5
+    [values.flat]                     # a further value run; the one without a name is always there
+    "model.network_type" = "q"
+    [policies.filter]                 # one policy; `value` names its value run
+    "policy.extractor" = "filter"
+    [[comparisons]]
+    better = "filter"  than = "mixed"  kind = "primary"  at_least = 0.1
+
+What policies share is made once: the data of a task and a data seed, a value run, the table of advantages.
+"""
+
+import dataclasses
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field
+
+from hvd import documents, overrides
+from hvd.checks import check_config
+from hvd.configs import SIM_TASKS, EvaluateConfig, Experiment, PolicyConfig
+from hvd.documents import Count
+from hvd.errors import UserError, nearest
+from hvd.experiments import get_config
+from hvd.fields import Leaf, Mark, leaves, to_plain
+from hvd.method.extraction import needs_ratio
+from hvd.method.value_run import needed
+from hvd.overrides import Flag
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,60}$")]
+Fields = dict[str, Any]  # dotted name of a field -> value
+_SEEDS_APART = 10_000  # the training seeds of a policy seed, from those of the one before it
+
+
+# no constraint on these texts: msgspec 0.22 crashes, now and then, over a constrained type inside such a union
+class Comparison(Struct, forbid_unknown_fields=True):
+    """Success of `better` minus success of `than`; of several names the one with the higher mean counts.
+
+    Attributes:
+        kind: primary ones are corrected for their number (Holm); a gate says whether the data can tell at all.
+        at_least: the difference that was named beforehand.
+    """
+
+    better: str | list[str]
+    than: str | list[str]
+    kind: Literal["primary", "secondary", "gate"] = "secondary"
+    at_least: float = 0.0
+
+
+class Matrix(Struct, forbid_unknown_fields=True):
+    """The file's form."""
+
+    title: str
+    config: str
+    tasks: Annotated[list[str], Meta(min_length=1)]
+    data_seeds: Annotated[list[Count], Meta(min_length=1)]
+    policies: Annotated[dict[Name, Fields], Meta(min_length=1)]
+    policy_seeds: Annotated[list[Count], Meta(min_length=1)] = field(default_factory=lambda: [0])
+    rollouts: Annotated[int, Meta(ge=1)] = 100
+    first_start: Count = 2_000_000
+    common: Fields = {}
+    values: dict[Name, Fields] = {}
+    comparisons: list[Comparison] = []
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One policy: trained on one data set with one seed, tried out from the common starts."""
+
+    task: str
+    data_seed: int
+    policy: str
+    policy_seed: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One piece of work: commands of hvd that run one after the other on the same config.
+
+    Attributes:
+        name: of its config, log and result.
+        needs: names of the items that come first.
+        steps: commands of hvd.
+        cell: what its result is about; None for what cells share.
+    """
+
+    name: str
+    cfg: Experiment
+    steps: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    cell: Cell | None = None
+
+
+def read(path: str) -> Matrix:
+    """The matrix in the file; UserError where it is none, or names what is not there."""
+    try:
+        found = tomllib.loads(documents.read_bytes(Path(path).expanduser(), 1 << 20).decode())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    matrix = documents.convert(found, Matrix, path)
+    for task in matrix.tasks:
+        if task not in SIM_TASKS:
+            raise UserError(f"{path}: tasks: unknown task {task!r}{nearest(task, SIM_TASKS)}")
+    for name, values in (("tasks", matrix.tasks), ("data_seeds", matrix.data_seeds), ("seeds", matrix.policy_seeds)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{path}: {name}: one of them stands there twice")
+    for comparison in matrix.comparisons:
+        for name in (*names(comparison.better), *names(comparison.than)):
+            if name not in matrix.policies:
+                raise UserError(f"{path}: comparisons: unknown policy {name!r}{nearest(name, matrix.policies)}")
+    return matrix
+
+
+def names(one_or_more: str | list[str]) -> list[str]:
+    return [one_or_more] if isinstance(one_or_more, str) else one_or_more
+
+
+def items(matrix: Matrix) -> list[Item]:
+    """All items, in an order in which none waits for a later one; those of one task and data seed stand together.
+
+    Raises:
+        UserError: a field that is not there, or a config that `hvd` would refuse.
+    """
+    return [item for seed in matrix.data_seeds for task in matrix.tasks for item in _of_data(matrix, task, seed)]
+
+
+def _of_data(matrix: Matrix, task: str, seed: int) -> Iterator[Item]:
+    """The items of one task and data seed."""
+    data = _data(matrix, task, seed)
+    yield Item(f"{data.exp_name}-data", _shared(data), ("prepare",))
+    known: dict[str, str] = {}  # folder of a table -> its item
+    for name, fields in matrix.policies.items():
+        for policy_seed in matrix.policy_seeds:
+            cfg, value = _policy(matrix, data, name, fields, policy_seed)
+            before = f"{data.exp_name}-data"
+            if needed(cfg):
+                if value.exp_name not in known:
+                    before = f"{value.exp_name}-value"
+                    known[value.exp_name] = before
+                    yield Item(before, _shared(value), ("train-value",), (f"{data.exp_name}-data",))
+                before = f"{cfg.exp_name}-table"
+                if before not in known:
+                    known[before] = before
+                    yield _table(matrix, data, cfg, before, known[value.exp_name], policy_seed)
+            cell = Cell(task, seed, name, policy_seed)
+            own = f"{data.exp_name}-{name}" + (f"-r{policy_seed}" if policy_seed else "")
+            yield Item(own, cfg, ("train-policy", "evaluate"), (before,), cell)
+
+
+def _table(matrix: Matrix, data: Experiment, cfg: Experiment, name: str, value: str, policy_seed: int) -> Item:
+    """The table of the policies that share the folder of `cfg`: with the expert ratio where one of them needs it."""
+    sharing = [_policy(matrix, data, *policy, policy_seed)[0] for policy in matrix.policies.items()]
+    sharing = [other for other in sharing if other.exp_name == cfg.exp_name and needed(other)]
+    kept = {leaf.name.partition(".")[2]: leaf.of(cfg) for leaf in _in_table()} | {"value_run": cfg.policy.value_run}
+    policy = dataclasses.replace(PolicyConfig(), **{name: kept[name] for name in kept if hasattr(cfg.policy, name)})
+    if any(needs_ratio(other) for other in sharing):
+        policy = dataclasses.replace(policy, extractor="filter", score="ratio")
+    return Item(name, dataclasses.replace(cfg, policy=policy, evaluate=EvaluateConfig()), ("advantages",), (value,))
+
+
+def _data(matrix: Matrix, task: str, seed: int) -> Experiment:
+    """The experiment that makes the data and, without changes, the value run."""
+    name = f"{task}-{seed}"
+    fields = {"sim.seed": seed, "seed": seed, "sim.image_size": 0, "sim.workers": 1, **matrix.common}
+    fields |= {"sim.task": task, "exp_name": name, "runs_dir": "runs", "assets_dir": f"assets/{name}"}
+    fields |= {"evaluate.num_rollouts": matrix.rollouts, "evaluate.seed": matrix.first_start}
+    fields |= {"evaluate.baselines": False, "evaluate.workers": 1, "evaluate.videos": 0}
+    return _changed(get_config(matrix.config), fields, "common").resolved()
+
+
+def _policy(
+    matrix: Matrix, data: Experiment, name: str, fields: Fields, policy_seed: int
+) -> tuple[Experiment, Experiment]:
+    """A policy's experiment and that of its value run. Policies whose tables differ have folders of their own."""
+    own = dict(fields)
+    which = str(own.pop("value", ""))
+    if which and which not in matrix.values:
+        raise UserError(f"policies.{name}: unknown value run {which!r}{nearest(which, matrix.values)}")
+    value = _changed(data, matrix.values.get(which, {}), f"values.{which}")
+    if which:
+        value = dataclasses.replace(value, exp_name=f"{data.exp_name}-{which}")
+    cfg = _changed(value, {"evaluate.checks": False, **own}, f"policies.{name}")
+    for leaf in leaves(Experiment).values():
+        group = leaf.name.partition(".")[0]
+        if group not in ("policy", "suboptimal_data", "evaluate") and leaf.of(cfg) != leaf.of(value):
+            raise UserError(f"policies.{name}: {leaf.name} is not the policy's own; a [values.NAME] may change it")
+    cfg = dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, run_name=name))
+    shown = [leaf for leaf in leaves(Experiment).values() if leaf.name.startswith("suboptimal_data.")]
+    differing = [leaf for leaf in (*_in_table(), *shown) if leaf.of(cfg) != leaf.of(value)]
+    apart = "".join(f"-{_word(leaf.of(cfg))}" for leaf in differing) if needed(cfg) else ""
+    apart += f"-r{policy_seed}" if policy_seed else ""
+    if apart and needed(cfg):
+        taken = dataclasses.replace(cfg.policy, value_run=cfg.policy.value_run or value.value_dir)
+        cfg = dataclasses.replace(cfg, policy=taken)
+    cfg = dataclasses.replace(cfg, exp_name=value.exp_name + apart, seed=data.seed + _SEEDS_APART * policy_seed)
+    check_config(cfg)
+    return cfg, value
+
+
+def _in_table() -> list[Leaf]:
+    """The policy's fields that a table of advantages depends on."""
+    found = leaves(Experiment).values()
+    return [leaf for leaf in found if Mark.IN_TABLE in leaf.marks and leaf.name.startswith("policy.")]
+
+
+def _shared(cfg: Experiment) -> Experiment:
+    """What data and value runs depend on: the same for every policy and every number of rollouts."""
+    return dataclasses.replace(cfg, policy=PolicyConfig(), evaluate=EvaluateConfig())
+
+
+def _changed(cfg: Experiment, fields: Mapping[str, Any], where: str) -> Experiment:
+    """The experiment with fields by their dotted names, as on a command line."""
+    words = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+    try:
+        return overrides.apply(
+            cfg, [Flag(f"--{name}", name.replace("-", "_"), (word,)) for name, word in words.items()]
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _word(value: Any) -> str:
+    """A value as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", str(value)).strip("_")
+
+
+def plain(cfg: Experiment) -> str:
+    """The config of an item as its file says it."""
+    import yaml
+
+    return yaml.safe_dump(to_plain(cfg), sort_keys=False)
