@@ -257,6 +257,10 @@ class SimConfig:
     image_size: int = option(96, NOT_NEGATIVE, "of the recorded cameras, pixels; 0 = no cameras")
     seed: int = option(0, NOT_NEGATIVE)
     horizon: int = option(200, AT_LEAST_1, "control steps of an episode at most, at 10 Hz")
+    operator: str = option("casual", "who records the mixed set: names of hvd.sim.operators.OPERATORS")
+    mistake_rate: float = option(1.0, SHARE, "chance that an opportunity of a bad level is a mistake; not of casual")
+    noticed: float = option(0.5, SHARE, "chance that a mistake which ends the attempt is noticed first; not of casual")
+    operator_noise: Literal["clumsy", "steady"] = option("clumsy", "steady: acts and sees as exactly as the expert")
     workers: int = option(2, AT_LEAST_1)
 
 

@@ -2,12 +2,14 @@
 
     {"task": "move the box", "success": true, "quality": "teleop",
      "subtasks": [{"name": "grasped", "start": 0, "end": 41, "reward": 1.0}],
-     "terminal": true, "mistakes": [{"level": "torso", "start": 12, "end": 20, "kind": "late"}]}
+     "terminal": true, "mistakes": [{"level": "torso", "start": 12, "end": 20, "kind": "late"}],
+     "waiting": [{"level": "arms", "start": 15, "end": 21}]}
 
-`task` and `success` are required, and the keys of a sub-task (but its reward, 1 by itself) and of a mistake. Frames are
-indices into the episode, `end` is exclusive; a sub-task's reward is given at its last frame (`end - 1`). `terminal`
-says that the task is over at the last frame, by success or by an irrecoverable failure; without it an episode is
-terminal when it succeeded. `mistakes` is the simulator's ground truth: evaluation reads it, training never does.
+`task` and `success` are required, and all keys of a span but a sub-task's reward (1 by itself). Frames are indices
+into the episode, `end` is exclusive; a sub-task's reward is given at its last frame (`end - 1`). `terminal` says that
+the task is over at the last frame, by success or by an irrecoverable failure; without it an episode is terminal when it
+succeeded. `mistakes` and `waiting` are the simulator's ground truth: evaluation reads them, and of
+training only the extractor `oracle`, an experiment's upper bound.
 
 Reading is strict: an unknown key, a wrong type, a boundary outside the episode or two sub-tasks that share a frame are
 errors that name the file and the field.
@@ -55,6 +57,15 @@ class Mistake:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """Frames `start` to `end` (exclusive) in which `level` stood still because another level's mistake held it up."""
+
+    level: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Labels:
     """The labels of one episode. `terminal` None means: as `success`."""
 
@@ -64,6 +75,7 @@ class Labels:
     quality: Quality = "teleop"
     terminal: bool | None = None
     mistakes: tuple[Mistake, ...] = ()
+    waiting: tuple[Waiting, ...] = ()
 
     @property
     def is_terminal(self) -> bool:
@@ -115,8 +127,8 @@ def parse_labels(data: Any, where: str, num_frames: int | None = None) -> Labels
     labels = from_plain(Labels, data, where)
     if not labels.task.strip():
         raise UserError(f"{where}: task is empty; say in words what the robot was to do")
-    for name, spans in (("subtasks", labels.subtasks), ("mistakes", labels.mistakes)):
-        for i, span in enumerate(spans):
+    for name in ("subtasks", "mistakes", "waiting"):
+        for i, span in enumerate(getattr(labels, name)):
             _check_span(span, f"{where}: {name}[{i}]", num_frames)
     _check_overlap(labels.subtasks, where)
     if labels.success and labels.terminal is False:
@@ -127,14 +139,16 @@ def parse_labels(data: Any, where: str, num_frames: int | None = None) -> Labels
 def write_labels(path: str | os.PathLike[str], labels: Labels) -> None:
     """Write a sidecar atomically, after the same checks as when reading it (boundaries excepted).
 
-    What says nothing (no mistakes, `terminal` as `success`) is left out.
+    What says nothing (no mistakes, no waiting, `terminal` as `success`) is left out.
     """
-    data = to_plain(labels, keep=lambda field, value: value is not None and (field.name, value) != ("mistakes", ()))
+    data = to_plain(
+        labels, keep=lambda field, value: value is not None and not (field.name in ("mistakes", "waiting") and not value)
+    )
     parse_labels(data, str(path))
     write_atomic(path, json.dumps(data, indent=1) + "\n")
 
 
-def _check_span(span: Subtask | Mistake, where: str, num_frames: int | None) -> None:
+def _check_span(span: Subtask | Mistake | Waiting, where: str, num_frames: int | None) -> None:
     start, end = span.start, span.end
     if not 0 <= start < end:
         raise UserError(f"{where}: start {start} and end {end} must satisfy 0 <= start < end (end is exclusive)")

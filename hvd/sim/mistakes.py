@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hvd.data.labels import Mistake
+from hvd.data.labels import Mistake, Waiting
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,38 @@ class PlannedMistake:
 
 @dataclass
 class Log:
-    """Collects the frames in which a mistake's action differed from the right one."""
+    """Collects the frames in which a mistake's action differed from the right one, and those of waiting."""
 
     mistakes: list[Mistake] = field(default_factory=list)
-    _open: tuple[PlannedMistake, int, int] | None = None  # plan, first wrong frame, last wrong frame
+    waiting: list[Waiting] = field(default_factory=list)
+    # by level: plan, first wrong frame, last wrong frame
+    _open: dict[str, tuple[PlannedMistake, int, int]] = field(default_factory=dict)
 
     def wrong(self, plan: PlannedMistake, frame: int) -> None:
-        first = frame if self._open is None else self._open[1]
-        self._open = (plan, first, frame)
+        first = self._open[plan.level][1] if plan.level in self._open else frame
+        self._open[plan.level] = (plan, first, frame)
 
-    def close(self) -> None:
-        """The mistake is over (noticed, or the recording ends)."""
-        if self._open is not None:
-            plan, first, last = self._open
-            self.mistakes.append(Mistake(plan.level, first, last + 1, plan.kind))
-            self._open = None
+    def is_wrong(self, level: str, frame: int) -> bool:
+        return level in self._open and self._open[level][2] == frame
+
+    def waits(self, level: str, frame: int) -> None:
+        for i, span in enumerate(self.waiting):
+            if (span.level, span.end) == (level, frame):
+                self.waiting[i] = Waiting(level, span.start, frame + 1)
+                return
+        self.waiting.append(Waiting(level, frame, frame + 1))
+
+    def close(self, *levels: str) -> None:
+        """The mistakes (of `levels`) are over: noticed, or the recording ends."""
+        for level in levels or tuple(self._open):
+            if level in self._open:
+                plan, first, last = self._open.pop(level)
+                self.mistakes.append(Mistake(level, first, last + 1, plan.kind))
 
 
 # How often: an episode of the mixed set has one mistake at a random level, sometimes a second one later, rarely none.
 _P_NONE, _P_SECOND, _P_NOTICED = 0.1, 0.25, 0.45
-_LEVELS = ("base", "torso", "arms")
+LEVELS = ("base", "torso", "arms")
 _ORDER = ("approach", "reach", "grasp", "lift", "back_away", "sidestep", "advance", "lower")
 
 
@@ -81,11 +93,90 @@ class Sizes:
     released_early_in: tuple[str, ...] = ("lift", "back_away", "sidestep", "advance")
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way to go wrong: ranges (metres; steps) that are drawn from uniformly.
+
+    Attributes:
+        ahead, up, aside: the offset of PlannedMistake: (aside, up) of the hands, (ahead, aside) of the others.
+        either_side: `aside` is to the left or to the right.
+        late: what `kind` is called when it is noticed, if not the same.
+    """
+
+    kind: str
+    ahead: tuple[float, float] = (0.0, 0.0)
+    aside: tuple[float, float] = (0.0, 0.0)
+    up: tuple[float, float] = (0.0, 0.0)
+    either_side: bool = False
+    delay: tuple[int, int] = (0, 0)
+    late: str = ""
+
+
+@dataclass(frozen=True)
+class Opportunity:
+    """A place in the task at which a level may err.
+
+    Attributes:
+        phases: one of them, at random.
+        ways: one of them, at random.
+        frames: frames of wrong action until the mistake is noticed, a range.
+        final: the attempt fails where it is not noticed; other mistakes are always noticed.
+        share: of the episodes whose operator is bad at this level.
+        hopeless: it cannot be noticed in time.
+    """
+
+    level: str
+    phases: tuple[str, ...]
+    ways: tuple[Way, ...]
+    frames: tuple[int, int]
+    final: bool = True
+    share: float = 1.0
+    hopeless: bool = False
+
+    def plan(self, rng: np.random.Generator, noticed: float) -> PlannedMistake:
+        """A mistake made here; a final one is noticed with probability `noticed`."""
+        way = self.ways[rng.integers(len(self.ways))]
+        seen = not self.hopeless and (not self.final or bool(rng.random() < noticed))
+        ahead, aside, up = (float(rng.uniform(*each)) for each in (way.ahead, way.aside, way.up))
+        if way.either_side and rng.random() < 0.5:
+            aside = -aside
+        return PlannedMistake(
+            self.level,
+            way.late if seen and way.late else way.kind,
+            str(rng.choice(self.phases)),
+            int(rng.integers(way.delay[0], way.delay[1] + 1)),
+            (aside, up) if self.level == "arms" else (ahead, aside),
+            int(rng.integers(self.frames[0], self.frames[1] + 1)) if seen else 0,
+        )
+
+
+def carry_opportunities(sizes: Sizes) -> tuple[Opportunity, ...]:
+    """Where the levels may err in a task that carries an object from the shelf to the table."""
+
+    def away(least: float, most: float) -> tuple[Way, Way]:
+        return Way("stops_short", ahead=(-most, -least)), Way("off_to_side", aside=(least, most), either_side=True)
+
+    high, wide = Way("too_high", up=sizes.too_high), Way("too_wide", aside=sizes.too_wide, either_side=sizes.to_either_side)
+    detour = Way("detour", ahead=(-0.35, -0.35), aside=(0.5, 0.5), either_side=True, delay=(4, 8))
+    releases = Way("releases_early", delay=(3, 6))
+    return (
+        Opportunity("base", ("approach",), away(0.4, 0.65), (15, 30)),
+        Opportunity("base", ("sidestep",), (detour,), (14, 26), final=False),
+        Opportunity("base", ("advance",), away(0.30, 0.42), (15, 30)),
+        Opportunity("torso", ("approach",), (Way("no_bend", late="late_bend"),), (15, 30)),
+        Opportunity("torso", ("lift",), (Way("late_rise"),), (15, 30), final=False),
+        Opportunity("torso", ("sidestep",), (Way("leans", ahead=(0.25, 0.4), delay=(4, 8)),), (15, 30), final=False),
+        Opportunity("arms", ("reach",), (high, wide), (12, 28)),
+        Opportunity("arms", sizes.released_early_in[1:], (releases,), (1, 1), share=0.4, hopeless=True),
+        Opportunity("arms", ("reach", "lower"), (Way("hesitates", delay=(2, 2)),), (14, 28), final=False),
+    )
+
+
 def carry_mistakes(rng: np.random.Generator, sizes: Sizes) -> tuple[PlannedMistake, ...]:
     """The mistakes of one episode of the mixed set, in the order in which they will happen."""
     if rng.random() < _P_NONE:
         return ()
-    levels = list(rng.permutation(_LEVELS))[: 2 if rng.random() < _P_SECOND else 1]
+    levels = list(rng.permutation(LEVELS))[: 2 if rng.random() < _P_SECOND else 1]
     plans = sorted((_sample(rng, str(level), sizes) for level in levels), key=lambda plan: _ORDER.index(plan.phase))
     if len(plans) == 2 and plans[0].phase == plans[1].phase:
         return (plans[0],)

@@ -18,11 +18,15 @@ from hvd.configs import SIM_TASKS, Experiment, SimConfig
 from hvd.errors import UserError
 from hvd.files import write_atomic
 from hvd.sim.env import Env
+from hvd.sim.operators import operator_of
 from hvd.sim.recording import RecordedEpisode, roll_out, write
 from hvd.sim.render import Backend, Cameras, available_backend
 from hvd.sim.workers import run_jobs
 
 SETS = ("optimal", "mixed")
+# What identifies recordings, and what those say that are older than a field
+_STAMPED = ("task", "seed", "image_size", "horizon", "operator", "mistake_rate", "noticed", "operator_noise")
+_OLDER = {name: getattr(SimConfig(), name) for name in _STAMPED[4:]}
 _MAX_ATTEMPTS = 20  # for a clean success; the clean operator succeeds nearly always
 
 
@@ -34,6 +38,7 @@ def main(cfg: Experiment) -> None:
         raise UserError(f"config {cfg.name}: sim.task is not set: set it to {tasks}, or convert your recordings")
     if "://" in cfg.exp_dir:
         raise UserError(f"runs_dir {cfg.runs_dir}: recordings are HDF5 files and need a local folder")
+    operator_of(sim)
     root = Path(cfg.exp_dir) / "recordings"
     _check_folder(root, sim)
     jobs = []
@@ -64,14 +69,15 @@ def _check_folder(root: Path, sim: SimConfig) -> None:
                 f"{root / name} holds {present} recordings, sim.num_{name} is {count}: "
                 "choose another exp_name or delete the folder"
             )
-    wanted = {name: getattr(sim, name) for name in ("task", "seed", "image_size", "horizon")}
+    wanted = {name: getattr(sim, name) for name in _STAMPED}
     stamp = root / "simulation.json"
     if stamp.exists():
         made = documents.read(stamp, dict[str, Any])
         for name, value in wanted.items():
-            if made.get(name) != value:
+            before = made.get(name, _OLDER.get(name))
+            if before != value:
                 raise UserError(
-                    f"{root} was recorded with sim.{name} {made.get(name)}, not {value}: "
+                    f"{root} was recorded with sim.{name} {before}, not {value}: "
                     "choose another exp_name or delete the folder"
                 )
         return
@@ -98,9 +104,11 @@ def record_episode(sim: SimConfig, name: str, index: int, env: Env, cameras: Cam
         env.reset(seed)
         if mixed:
             rng = np.random.default_rng([3, *seed])
-            plans = env.task.mistakes(rng)
-            retries = bool(rng.random() < 0.7)
-            operator = env.task.operator(env, seed, float(rng.uniform(0.1, 0.7)), retries, plans)
+            chosen = operator_of(sim)
+            plans = chosen.plans(rng, env.task, sim, index)
+            retries, quality = bool(rng.random() < 0.7), float(rng.uniform(0.1, 0.7))
+            quality = quality if sim.operator_noise == "clumsy" else 0.0
+            operator = env.task.operator(env, seed, quality, retries, plans, chosen.concurrent)
             return roll_out(env, operator, cameras, "teleop" if retries else "rollout")
         operator = env.task.operator(env, seed)
         episode = roll_out(env, operator, cameras, "expert")

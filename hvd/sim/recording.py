@@ -76,6 +76,7 @@ def roll_out(env: Env, operator: Teleoperator, cameras: Cameras | None, quality:
         # An operator who has given up stands still for good: nothing more is to be won, as after a drop to the floor.
         terminal=step.success or step.dropped or operator.done,
         mistakes=tuple(operator.log.mistakes),
+        waiting=tuple(operator.log.waiting),
     )
     return RecordedEpisode(
         **{name: np.stack(rows).astype(np.float32) for name, rows in columns.items()},

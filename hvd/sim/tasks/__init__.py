@@ -11,7 +11,7 @@ import numpy as np
 
 from hvd.configs import SIM_TASKS
 from hvd.errors import UserError, nearest
-from hvd.sim.mistakes import PlannedMistake
+from hvd.sim.mistakes import Opportunity, PlannedMistake
 
 
 @runtime_checkable
@@ -40,8 +40,10 @@ class Task:
         turned: the object starts turned by at most so many radians either way.
         subtasks: names in the order of completion; the last one completed is success.
         progress: called with the Env, gives the judge of these sub-tasks.
-        operator: called with (env, seed, quality, retries, plans) after env.reset, gives the scripted teleoperator.
-        mistakes: called with a random generator, gives the mistakes of one episode of the mixed set.
+        operator: called with (env, seed, quality, retries, plans, concurrent) after env.reset, gives the scripted
+            teleoperator.
+        mistakes: called with a random generator, gives the mistakes of one episode that a `casual` operator records.
+        opportunities: where each level may err (hvd.sim.operators), in the order of the task.
     """
 
     prompt: str
@@ -55,6 +57,7 @@ class Task:
     progress: Callable[[Any], Progress]
     operator: Callable[..., Any]
     mistakes: Callable[[np.random.Generator], tuple[PlannedMistake, ...]]
+    opportunities: tuple[Opportunity, ...] = ()
 
 
 def get_task(name: str) -> Task:

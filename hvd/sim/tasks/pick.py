@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from hvd.sim.carry import SUBTASKS, Carry
 from hvd.sim.kinematics import Pose, rot_y, rot_z
-from hvd.sim.mistakes import Sizes, carry_mistakes
+from hvd.sim.mistakes import Sizes, carry_mistakes, carry_opportunities
 from hvd.sim.scene import HALF_TURNS, QUARTER_TURNS, RIGHT_GRIPPER, SHELF_HEIGHT, TABLE_HEIGHT, TABLE_XY
 from hvd.sim.tasks import Task
 from hvd.sim.teleoperator import CARRY, CROUCH, STAND, STUCK, TURN_X, Teleoperator
@@ -48,7 +48,7 @@ class PickOperator(Teleoperator):
     def phase_reach(self, action):
         self.drive(action, self._base_for(self.object), 0.2)
         error = self.hands_to(action, self._hand(self.object + self._before), CROUCH)
-        if (error < 0.015 and self.steps > 3) or self.steps > (30 if self._mistake is None else 15):
+        if (error < 0.015 and self.steps > 3) or self.late(30):
             self.go("grasp")
 
     def phase_grasp(self, action):
@@ -143,6 +143,15 @@ class PickOperator(Teleoperator):
         return reached
 
 
+_SIZES = Sizes(
+    out_of_reach=(0.73, 0.80),
+    too_high=(0.11, 0.15),
+    too_wide=(0.05, 0.07),
+    to_either_side=True,
+    # one arm reaches the goal from where it advances: letting go there is no mistake
+    released_early_in=("lift", "back_away", "sidestep"),
+)
+
 TASK = Task(
     prompt="pick the yellow bar from the shelf and place it on the green goal on the table",
     half=np.array([0.022, 0.022, 0.05]),
@@ -154,15 +163,6 @@ TASK = Task(
     subtasks=SUBTASKS,
     progress=PickProgress,
     operator=PickOperator,
-    mistakes=functools.partial(
-        carry_mistakes,
-        sizes=Sizes(
-            out_of_reach=(0.73, 0.80),
-            too_high=(0.11, 0.15),
-            too_wide=(0.05, 0.07),
-            to_either_side=True,
-            # one arm reaches the goal from where it advances: letting go there is no mistake
-            released_early_in=("lift", "back_away", "sidestep"),
-        ),
-    ),
+    mistakes=functools.partial(carry_mistakes, sizes=_SIZES),
+    opportunities=carry_opportunities(_SIZES),
 )

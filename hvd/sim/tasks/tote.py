@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from hvd.sim.carry import SUBTASKS, Carry
 from hvd.sim.kinematics import Pose, rot_x, rot_z
-from hvd.sim.mistakes import Sizes, carry_mistakes
+from hvd.sim.mistakes import Sizes, carry_mistakes, carry_opportunities
 from hvd.sim.scene import HALF_TURNS, SHELF_HEIGHT, SIDES, TABLE_HEIGHT, TABLE_XY
 from hvd.sim.tasks import Task
 from hvd.sim.teleoperator import CARRY, CROUCH, STAND, STUCK, TURN_X, Teleoperator
@@ -53,7 +53,7 @@ class ToteOperator(Teleoperator):
     def phase_reach(self, action):
         self.drive(action, self._front(), 0.2)
         error = self.hands_to(action, self._hands(self.object, self.object_yaw, self._wide), CROUCH)
-        if (error < 0.02 and self.steps > 4) or self.steps > (30 if self._mistake is None else 15):
+        if (error < 0.02 and self.steps > 4) or self.late(30):
             self.go("grasp")
 
     def phase_grasp(self, action):
@@ -164,6 +164,8 @@ class ToteOperator(Teleoperator):
         return reached
 
 
+_SIZES = Sizes(out_of_reach=(0.62, 0.68), too_high=(0.13, 0.18), too_wide=(0.03, 0.06))
+
 TASK = Task(
     prompt="carry the red tote from the shelf to the green goal on the table",
     half=np.array([0.09, 0.17, 0.07]),
@@ -175,7 +177,6 @@ TASK = Task(
     subtasks=SUBTASKS,
     progress=ToteProgress,
     operator=ToteOperator,
-    mistakes=functools.partial(
-        carry_mistakes, sizes=Sizes(out_of_reach=(0.62, 0.68), too_high=(0.13, 0.18), too_wide=(0.03, 0.06))
-    ),
+    mistakes=functools.partial(carry_mistakes, sizes=_SIZES),
+    opportunities=carry_opportunities(_SIZES),
 )
