@@ -178,9 +178,7 @@ class StageConfig:
         "none", FREE, "what the backward pass recomputes: nothing, all but matrix products, all"
     )
     augment_images: bool = option(True)
-    crop: float = option(
-        0.95, SIZE, "augmentation: side of the random crop, as a part of the image's; not of wrist cameras"
-    )
+    crop: float = option(0.95, SIZE, "augmentation: side of the random crop, part of the image's; not of wrist cameras")
     rotation: float = option(5.0, NOT_NEGATIVE, "augmentation: degrees at most, either way")
     wrist_cameras: tuple[str, ...] = option(
         ("wrist",), IF_SET, "cameras whose name holds one of these are fixed to a hand: neither cropped nor turned"
@@ -219,15 +217,14 @@ class PolicyConfig(StageConfig):
     extractor_params: dict[str, float] = option({}, IF_SET, "numbers that the extractor declares")
     score: Literal["td", "ratio", "both"] = option("td", IF_SET, "filter, soft: by A, the expert ratio, ranks of both")
     score_levels: Literal["own", "chain", "joint", "mean"] = option("own", IF_SET, "chain: given the parents' actions")
+    oracle_waiting: bool = option(False, IF_SET, "oracle: a level that waits for another's mistake is wrong too")
     gate: Literal["none", "success", "reward"] = option("none", IF_SET, "weighted rows whose episode succeeds, is paid")
     # FREE: its digest is among the run's inputs
     value_run: str = option("", FREE, NO_MEMORY, 'folder of a complete value run; "" = the experiment\'s own')
     advantage: Literal["q_minus_v", "marginal"] = option("q_minus_v", IN_TABLE)
     beta: float = option(3.0, POSITIVE, IN_TABLE, 'of "awr"')
     weight_clip: float = option(100.0, POSITIVE, IN_TABLE)
-    bc_lambda: float = option(
-        1.0, NOT_NEGATIVE, "L = L_RL(suboptimal) + bc_lambda * L_BC(optimal); L_RL scales as alpha^2"
-    )
+    bc_lambda: float = option(1.0, NOT_NEGATIVE, "L = L_RL(suboptimal) + bc_lambda L_BC(optimal); L_RL ~ alpha^2")
     suboptimal_share: float = option(0.5, SHARE, "of each batch; 0 = the optimal set alone, 1 = the suboptimal alone")
     num_flow_steps: int = option(10, AT_LEAST_1, FREE, "Euler steps when acting")
 
@@ -280,9 +277,7 @@ class Experiment:
     image_cache: bool = option(False, FREE, "decode each video once into a memory-mapped file of model-sized frames")
     wandb: bool = option(False, FREE, NO_MEMORY, "log to Weights & Biases too")
     accelerator: Literal["gpu", "cpu"] = option("gpu", FREE, "what the launcher asks a cluster for")
-    hang_timeout: float = option(
-        1800.0, NOT_NEGATIVE, FREE, "seconds without a step until a run prints all stacks and ends; 0 = never"
-    )
+    hang_timeout: float = option(1800.0, NOT_NEGATIVE, FREE, "seconds without a step, then stacks and end; 0 = never")
     model: ModelConfig = group(ModelConfig)
     norm: NormConfig = group(NormConfig)
     optimal_data: DataConfig = group(DataConfig, NO_MEMORY)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int32, Int64, UInt8
 
 from hvd.configs import DataConfig, KeyMap
 from hvd.data.columns import dim_names, load_columns
 from hvd.data.digest import digest
 from hvd.data.frames import Camera, Frames
+from hvd.data.labels import chunk_shares, episode_path, load_labels
 from hvd.data.layout import Layout, read_info, read_layout, read_schema
 from hvd.errors import UserError, nearest
 from hvd.robots import ROBOTS, get_robot
@@ -46,6 +47,7 @@ class Dataset:
         task_ids: int32 [N] into `tasks`, the prompts.
         cameras: the model's cameras that this dataset has; the others are zero images with mask False.
         digest: sha256 of the dataset's contents.
+        labels_dir: where its label files are, if it has any.
         state_dims, action_dims: a name for each dim: "observation.state[3] elbow", or without the last word where
             info.json has none.
     """
@@ -68,6 +70,7 @@ class Dataset:
     camera_frames: Mapping[str, Frames]
     state_dims: tuple[str, ...] = ()
     action_dims: tuple[str, ...] = ()
+    labels_dir: Path = Path()
 
     @classmethod
     def open(cls, cfg: DataConfig, *, cameras: tuple[str, ...], robot: str = "", horizon: int = 0) -> "Dataset":
@@ -127,6 +130,7 @@ class Dataset:
             camera_frames={name: camera.open(columns["time"], episode_of) for name, camera in opened.items()},
             state_dims=dim_names(layout.features, cfg.keys.state, columns["state"].shape[1]),
             action_dims=action_dims,
+            labels_dir=Path(cfg.labels_dir) if cfg.labels_dir else layout.root / "labels",
         )
 
     @property
@@ -149,6 +153,22 @@ class Dataset:
         if camera not in self.camera_frames:
             raise UserError(f"{self.name}: camera {camera!r} was not opened{nearest(camera, self.camera_frames)}")
         return self.camera_frames[camera](rows)
+
+    def wrong_shares(self, levels: tuple[str, ...], horizon: int, waiting: bool) -> Float[np.ndarray, "n m"]:
+        """Of the chunk of `horizon` actions at each row, the share that the label files call a mistake of each level of
+        the robot, waiting for another's mistake included or not. UserError where they name no mistake."""
+        shares, known = [], 0
+        for episode in self.all_episodes:
+            path = episode_path(self.labels_dir, episode.index)
+            labels = load_labels(path, episode.length) if path.exists() else None
+            if labels is None:
+                break
+            spans = labels.mistakes + (labels.waiting if waiting else ())
+            shares.append(chunk_shares(spans, levels, episode.length, horizon)[0])
+            known += len(labels.mistakes)
+        if not known or len(shares) < len(self.all_episodes):
+            raise UserError(f"{self.labels_dir} names no mistakes: only simulated recordings' label files do")
+        return np.concatenate(shares)
 
     def task_of(self, row: int | np.integer) -> str:
         """The prompt of a row."""

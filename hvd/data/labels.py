@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from hvd import documents
 from hvd.errors import UserError
@@ -142,10 +142,29 @@ def write_labels(path: str | os.PathLike[str], labels: Labels) -> None:
     What says nothing (no mistakes, no waiting, `terminal` as `success`) is left out.
     """
     data = to_plain(
-        labels, keep=lambda field, value: value is not None and not (field.name in ("mistakes", "waiting") and not value)
+        labels,
+        keep=lambda field, value: value is not None and not (field.name in ("mistakes", "waiting") and not value),
     )
     parse_labels(data, str(path))
     write_atomic(path, json.dumps(data, indent=1) + "\n")
+
+
+def chunk_shares(
+    spans: tuple[Mistake | Waiting, ...], levels: tuple[str, ...], length: int, horizon: int
+) -> tuple[Float[np.ndarray, "length m"], Float[np.ndarray, " length"]]:
+    """For the chunk of `horizon` actions that begins at each frame of an episode (cut at its end): the share of its
+    actions that lie in a span of each level, and in any."""
+    wrong = np.zeros((length, len(levels) + 1))
+    for span in spans:
+        at = slice(span.start, span.end)
+        wrong[at, -1] = 1
+        if span.level in levels:
+            wrong[at, levels.index(span.level)] = 1
+    summed = np.concatenate([np.zeros((1, wrong.shape[1])), np.cumsum(wrong, 0)])
+    starts = np.arange(length)
+    ends = np.minimum(starts + horizon, length)
+    shares = (summed[ends] - summed[starts]) / (ends - starts)[:, None]
+    return shares[:, :-1], shares[:, -1]
 
 
 def _check_span(span: Subtask | Mistake | Waiting, where: str, num_frames: int | None) -> None:

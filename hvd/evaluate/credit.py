@@ -23,7 +23,7 @@ from etils import epath
 from jaxtyping import Bool, Float, Float32, Int
 
 from hvd.configs import Experiment
-from hvd.data.labels import Mistake, episode_path, load_labels
+from hvd.data.labels import chunk_shares, episode_path, load_labels
 from hvd.evaluate.results import print_rows, write_json
 from hvd.evaluate.statistics import Estimate, auc
 from hvd.method.table import Advantages
@@ -48,6 +48,7 @@ class Frames:
         clean: [n] whether no action of the chunk lies in any mistake.
         success: [n] whether the episode succeeded.
         at: [n] which of the set's rows of the table.
+        waiting: [n, robot levels] share of the chunk's real actions in which that level waits for another's mistake.
     """
 
     episode: Int[np.ndarray, " n"]
@@ -59,6 +60,7 @@ class Frames:
     clean: Bool[np.ndarray, " n"]
     success: Bool[np.ndarray, " n"]
     at: Int[np.ndarray, " n"]
+    waiting: Float[np.ndarray, "n m"]
 
 
 def main(cfg: Experiment) -> dict | None:
@@ -160,7 +162,8 @@ def read_frames(cfg: Experiment) -> Frames | None:
     marginal = np.diff(table.q, axis=1, prepend=table.v[:, None])
     level_names, horizon = get_robot(cfg.robot).level_names, cfg.model.action_horizon
     n = len(frame)
-    onset, share = np.zeros((n, len(level_names)), bool), np.zeros((n, len(level_names)))
+    onset = np.zeros((n, len(level_names)), bool)
+    share, waiting = np.zeros((n, len(level_names))), np.zeros((n, len(level_names)))
     clean, found, success = np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, bool)
     for number in np.unique(episode):
         path = episode_path(labels_dir, int(number))
@@ -171,28 +174,13 @@ def read_frames(cfg: Experiment) -> Frames | None:
         at, mistakes, success[mine] = frame[mine], labels.mistakes, labels.success
         by_level, anywhere = chunk_shares(mistakes, level_names, int(at.max()) + 1, horizon)
         found[mine], clean[mine], share[mine] = True, anywhere[at] == 0, by_level[at]
+        waiting[mine] = chunk_shares(labels.waiting, level_names, int(at.max()) + 1, horizon)[0][at]
         for mistake in mistakes:
             if mistake.level in level_names:
                 near = (at >= mistake.start - horizon // 2) & (at <= mistake.start + horizon // 4) & (at < mistake.end)
                 onset[mine[near], level_names.index(mistake.level)] = True
     if not found.any():
         return None
-    return Frames(*(x[found] for x in (episode, a, marginal, omega, onset, share, clean, success, np.arange(n))))
-
-
-def chunk_shares(
-    mistakes: tuple[Mistake, ...], levels: tuple[str, ...], length: int, horizon: int
-) -> tuple[Float[np.ndarray, "length m"], Float[np.ndarray, " length"]]:
-    """For the chunk of `horizon` actions that begins at each frame of an episode (cut at its end): the share of its
-    actions that lie in a mistake of each level, and in any."""
-    wrong = np.zeros((length, len(levels) + 1))
-    for mistake in mistakes:
-        span = slice(mistake.start, mistake.end)
-        wrong[span, -1] = 1
-        if mistake.level in levels:
-            wrong[span, levels.index(mistake.level)] = 1
-    summed = np.concatenate([np.zeros((1, wrong.shape[1])), np.cumsum(wrong, 0)])
-    starts = np.arange(length)
-    ends = np.minimum(starts + horizon, length)
-    shares = (summed[ends] - summed[starts]) / (ends - starts)[:, None]
-    return shares[:, :-1], shares[:, -1]
+    return Frames(
+        *(x[found] for x in (episode, a, marginal, omega, onset, share, clean, success, np.arange(n), waiting))
+    )

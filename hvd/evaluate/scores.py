@@ -1,10 +1,11 @@
 """Which chunks does a score trust, and which does the policy learn from? For simulated data, whose labels know.
 
-A chunk is wrong where more than a tenth of its real actions lie in a mistake of some level, clean where none does. Of
-every score that the table has: the area under the ROC curve of wrong against clean chunks, over all episodes and within
-those that succeeded, where an outcome tells nothing; and, level by level at a mistake's onset, against the onsets of
-other levels' mistakes (who erred?). Of the weights that the policy trains with: their share on wrong and on onset
-chunks, and how many chunks they leave in effect. Intervals: bootstrap over episodes.
+A chunk is wrong where more than a tenth of its real actions lie in a mistake of some level, clean where none does and
+no level waits for another's mistake; waiting chunks, those that are not wrong and wait in more than a tenth, are
+counted apart. Of every score that the table has: the area under the ROC curve of wrong against clean chunks, over all
+episodes and within those that succeeded, where an outcome tells nothing; and, level by level at a mistake's onset,
+against the onsets of other levels' mistakes (who erred?). Of the weights that the policy trains with: their share on
+wrong, onset and waiting chunks, and how many chunks they leave in effect. Intervals: bootstrap over episodes.
 """
 
 import dataclasses
@@ -45,9 +46,9 @@ def main(cfg: Experiment) -> dict | None:
     write_json(epath.Path(cfg.exp_dir) / "evaluation" / "scores.json", result)
     print("\nscores: AUC of wrong chunks against clean ones | at onset against other levels' mistakes")
     print_rows(rows(result, names))
-    print(f"\nwhat {extraction.label(cfg)} leaves: weight on wrong and on onset chunks, effective share of chunks")
+    print(f"\nwhat {extraction.label(cfg)} leaves: weight on wrong, onset and waiting chunks, effective share")
     print_rows(
-        [("level", "wrong", "before", "onset", "before", "effective")]
+        [("level", "wrong", "before", "onset", "before", "waiting", "before", "effective")]
         + [(level, *(f"{found[key]:.2f}" for key in found)) for level, found in result["weights"].items()]
     )
     return result
@@ -63,15 +64,19 @@ def scores(cfg: Experiment, table: Advantages) -> Iterator[tuple[str, Float[np.n
 
 
 def judged(frames: Frames, score: Float[np.ndarray, "n l"]) -> dict[str, Any]:
-    """AUCs of a low score (the lowest level's) for wrong against clean chunks, over all and within successes."""
+    """AUCs of a low score (the lowest level's) for wrong against clean chunks, over all and within successes; and for
+    chunks of waiting against clean ones."""
     wrong, lowest = frames.share.max(axis=1) > _WRONG, score.min(axis=1)
-    masks = {"all": np.ones(len(wrong), bool), "success": frames.success}
-    return {name: separation(-lowest, frames.episode, wrong & m, frames.clean & m) for name, m in masks.items()}
+    waiting = (frames.waiting.max(axis=1) > _WRONG) & ~wrong
+    clean = frames.clean & (frames.waiting.max(axis=1) == 0)
+    masks = {"all": wrong, "success": wrong & frames.success, "waiting": waiting}
+    behind = {"success": clean & frames.success}
+    return {name: separation(-lowest, frames.episode, m, behind.get(name, clean)) for name, m in masks.items()}
 
 
 def weights(cfg: Experiment, frames: Frames, table: Advantages, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """By level: the share of the policy's weight on wrong and on onset chunks, beside that of even weights, and the
-    effective share of chunks, (sum w)^2 / (n sum w^2)."""
+    """By level: the share of the policy's weight on wrong, onset and waiting chunks, beside that of even weights, and
+    the effective share of chunks, (sum w)^2 / (n sum w^2)."""
     data = stage_data.open_dataset(cfg, "suboptimal")
     extracted = extraction.extract(cfg, table, {"suboptimal": extraction.Outcomes.of(data)})["suboptimal"]
     rows = table.row[frames.at]
@@ -80,11 +85,14 @@ def weights(cfg: Experiment, frames: Frames, table: Advantages, names: tuple[str
     for i, level in enumerate(names):
         own = np.where(kept, extracted.weights[rows, i if extracted.weights.shape[1] == len(names) else 0], 0.0)
         wrong, onset, total = frames.share[:, i] > _WRONG, frames.onset[:, i], max(own.sum(), 1e-12)
+        waiting = (frames.waiting[:, i] > _WRONG) & ~wrong
         found[level] = {
             "wrong": float(own[wrong].sum() / total),
             "wrong_even": float(wrong.mean()),
             "onset": float(own[onset].sum() / total),
             "onset_even": float(onset.mean()),
+            "waiting": float(own[waiting].sum() / total),
+            "waiting_even": float(waiting.mean()),
             "effective": float(total**2 / (len(own) * max(np.square(own).sum(), 1e-12))),
         }
     return found
@@ -96,10 +104,12 @@ def rows(result: dict, names: tuple[str, ...]) -> list[tuple[str, ...]]:
     def text(found: dict | None) -> str:
         return "-" if found is None else f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
-    lines: list[tuple[str, ...]] = [("score", "all", "within successes", *(f"{name}, who" for name in names))]
+    titles = ("score", "all", "within successes", "waiting")
+    lines: list[tuple[str, ...]] = [(*titles, *(f"{name}, who" for name in names))]
     for score, found in result["scores"].items():
         levels = result["levels"].get(score, {})
-        lines.append((score, text(found["all"]), text(found["success"]), *(text(levels.get(n)) for n in names)))
+        cells = (text(found[key]) for key in ("all", "success", "waiting"))
+        lines.append((score, *cells, *(text(levels.get(n)) for n in names)))
     return lines
 
 

@@ -16,6 +16,7 @@ from hvd.fields import POSITIVE, SHARE
 from hvd.method import weights
 from hvd.method.parameters import Parameter, Parameters, choose, resolve
 from hvd.method.table import Advantages
+from hvd.robots import get_robot
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class Outcomes:
     Attributes:
         success: the frame's episode is known to have succeeded.
         rewarded: a reward follows in its episode, at the frame itself or later.
+        wrong: (robot's levels, horizon, waiting) -> what the labels call wrong: hvd.data.dataset.Dataset.wrong_shares.
     """
 
     success: Bool[np.ndarray, " n"]
     rewarded: Bool[np.ndarray, " n"]
+    wrong: Callable[[tuple[str, ...], int, bool], np.ndarray] | None = None
 
     @classmethod
     def of(cls, data: Any) -> "Outcomes":
@@ -36,7 +39,8 @@ class Outcomes:
         starts, lengths = (np.asarray([getattr(e, x) for e in data.all_episodes]) for x in ("start", "length"))
         success = np.asarray([e.success for e in data.all_episodes], bool)[data.episode_of]
         paid = np.concatenate([[0], np.cumsum(data.rewards > 0)])
-        return cls(success, np.repeat(paid[starts + lengths], lengths) > paid[:-1])
+        rewarded = np.repeat(paid[starts + lengths], lengths) > paid[:-1]
+        return cls(success, rewarded, getattr(data, "wrong_shares", None))
 
     @property
     def frames(self) -> int:
@@ -62,15 +66,18 @@ class Extractor:
 
     Attributes:
         rows: (cfg, parameters, the table's rows of one set, outcomes of its frames) -> what the policy trains on of it.
+            The table is None where the policy needs no value run.
         parameters: by name, set by --policy.extractor_params.NAME.
         needs_value: whether this config's policy needs a value run and its table at all.
         scored: it goes by --policy.score.
+        labelled: it goes by the labels of simulated data: an upper bound for experiments.
     """
 
-    rows: Callable[[Experiment, Parameters, Advantages, Outcomes], Extracted]
+    rows: Callable[[Experiment, Parameters, Any, Outcomes], Extracted]
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     needs_value: Callable[[Experiment], bool] = lambda cfg: True
     scored: bool = False
+    labelled: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------- the scores
@@ -143,12 +150,28 @@ def soft(cfg: Experiment, p: Parameters, table: Advantages, outcomes: Outcomes) 
     return _normalised(np.minimum(np.exp(np.minimum(raised, 20)), p["clip"]), behind, table)
 
 
+def oracle(cfg: Experiment, p: Parameters, table: Advantages | None, outcomes: Outcomes) -> Extracted:
+    """Of the rows behind the gate, each level those whose chunk has hardly a labelled mistake of its own; with
+    policy.score_levels joint or mean, of any level."""
+    robot = get_robot(cfg.robot)
+    if outcomes.wrong is None:
+        raise UserError("policy.extractor oracle: the dataset's label files name no mistakes")
+    wrong = outcomes.wrong(robot.level_names, cfg.model.action_horizon, cfg.policy.oracle_waiting) > _WRONG
+    if cfg.policy.score_levels in ("joint", "mean"):
+        wrong = np.repeat(wrong.any(axis=1, keepdims=True), wrong.shape[1], axis=1)
+    own = [[not set(dims).isdisjoint(level) for dims in robot.level_dims] for level in cfg.levels()]
+    clean = np.stack([~wrong[:, mask].any(axis=1) for mask in own], axis=1)
+    return _normalised(clean.astype(np.float32), _gate(cfg, outcomes), table)
+
+
 EXTRACTORS: dict[str, Extractor] = {
     "weighted": Extractor(weighted, needs_value=lambda cfg: weights.weighting(cfg).needs_value),
     "normalised": Extractor(normalised),
     "filter": Extractor(filtered, {"quantile": Parameter(0.5, SHARE)}, scored=True),
     "soft": Extractor(soft, {"temperature": Parameter(1.0, POSITIVE), "clip": Parameter(5.0, POSITIVE)}, scored=True),
+    "oracle": Extractor(oracle, needs_value=lambda cfg: False, labelled=True),
 }
+_WRONG = 0.1  # share of a chunk from which on it counts as wrong
 
 
 def _gate(cfg: Experiment, outcomes: Outcomes) -> Bool[np.ndarray, " n"]:
@@ -170,12 +193,13 @@ def _scores(
     return scores, _gate(cfg, outcomes)
 
 
-def _normalised(raw: Float[np.ndarray, "n l"], behind: Bool[np.ndarray, " n"], table: Advantages) -> Extracted:
+def _normalised(raw: Float[np.ndarray, "n l"], behind: Bool[np.ndarray, " n"], table: Advantages | None) -> Extracted:
     """Rows with a weight above 0, each level's weights divided by their mean over these rows."""
     keep = behind & (np.nan_to_num(raw) > 0).any(axis=1)
     mean = raw[keep].mean(axis=0) if keep.any() else np.ones(raw.shape[1])
-    known = np.zeros(len(raw), bool)
-    known[table.row] = True
+    known = np.full(len(raw), table is None)
+    if table is not None:
+        known[table.row] = True
     scaled = np.where(behind[:, None], raw, 0) / np.maximum(mean, 1e-12)
     return Extracted(np.where(known[:, None], scaled, np.nan).astype(np.float32), keep)
 
@@ -191,17 +215,17 @@ def extract(cfg: Experiment, table: Advantages | None, outcomes: Mapping[str, Ou
     """What the policy trains on of each set in `outcomes`; the other sets are imitated whole. Without a table (the
     policy needs no value run) the rows behind the gate, all alike."""
     chosen, p = extractor(cfg)
-    if table is None:
+    if table is None and not chosen.labelled:
         ones = {name: np.ones((of.frames, len(cfg.levels())), np.float32) for name, of in outcomes.items()}
         return {name: Extracted(ones[name], _gate(cfg, of)) for name, of in outcomes.items()}
-    return {name: chosen.rows(cfg, p, table.of(name), of) for name, of in outcomes.items()}
+    return {name: chosen.rows(cfg, p, table and table.of(name), of) for name, of in outcomes.items()}
 
 
 def label(cfg: Experiment) -> str:
     """How the policy's rows are chosen and weighted, in a word or two for tables."""
     own = cfg.policy
-    scored = extractor(cfg)[0].scored
-    how = f"{own.extractor} {own.score}" if scored else own.weighting
-    if scored and own.score_levels != "own":
+    chosen, _ = extractor(cfg)
+    how = f"{own.extractor} {own.score}" if chosen.scored else own.extractor if chosen.labelled else own.weighting
+    if (chosen.scored or chosen.labelled) and own.score_levels != "own":
         how += f" {own.score_levels}"
     return how if own.gate == "none" else f"{how}, {own.gate} only"

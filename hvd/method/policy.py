@@ -93,7 +93,7 @@ def main(cfg: Experiment, overwrite: bool = False) -> None:
     """Train, or go on training, the policy run of the experiment; ends when complete.json is written."""
     with preemption.catch():
         value = value_run.check(cfg) if value_run.needed(cfg) else None
-        if value is None and cfg.policy.gate == "none":
+        if value is None and cfg.policy.gate == "none" and not extraction.extractor(cfg)[0].labelled:
             return run_stage(cfg, "policy", make_program, overwrite=overwrite)
 
         def choose_rows(data: StageData, devices: Devices) -> tuple[StageData, Weights]:

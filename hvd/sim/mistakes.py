@@ -70,7 +70,7 @@ class Log:
 
 # How often: an episode of the mixed set has one mistake at a random level, sometimes a second one later, rarely none.
 _P_NONE, _P_SECOND, _P_NOTICED = 0.1, 0.25, 0.45
-LEVELS = ("base", "torso", "arms")
+LEVELS: tuple[str, ...] = ("base", "torso", "arms")
 _ORDER = ("approach", "reach", "grasp", "lift", "back_away", "sidestep", "advance", "lower")
 
 
@@ -156,7 +156,10 @@ def carry_opportunities(sizes: Sizes) -> tuple[Opportunity, ...]:
     def away(least: float, most: float) -> tuple[Way, Way]:
         return Way("stops_short", ahead=(-most, -least)), Way("off_to_side", aside=(least, most), either_side=True)
 
-    high, wide = Way("too_high", up=sizes.too_high), Way("too_wide", aside=sizes.too_wide, either_side=sizes.to_either_side)
+    high, wide = (
+        Way("too_high", up=sizes.too_high),
+        Way("too_wide", aside=sizes.too_wide, either_side=sizes.to_either_side),
+    )
     detour = Way("detour", ahead=(-0.35, -0.35), aside=(0.5, 0.5), either_side=True, delay=(4, 8))
     releases = Way("releases_early", delay=(3, 6))
     return (

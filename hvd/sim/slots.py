@@ -7,16 +7,13 @@ are held up is written down as waiting.
 """
 
 import abc
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from hvd.sim.kinematics import BODY, Pose, base_velocity, rot_z
 from hvd.sim.mistakes import LEVELS, Log, PlannedMistake
 from hvd.sim.scene import BASE, LEFT_ARM, RIGHT_ARM, TORSO
-
-if TYPE_CHECKING:
-    from hvd.sim.teleoperator import Teleoperator
 
 ARMS = np.concatenate([LEFT_ARM, RIGHT_ARM])
 # A mistake is noted where it changed the action by more than this: base m/s (rad/s), torso rad; arms always.
@@ -30,14 +27,14 @@ _STILL = {"base": (BASE, 0.03), "torso": (TORSO, 0.01), "arms": (ARMS, 0.03)}  #
 
 
 class Slots(abc.ABC):
-    """The mistakes of `operator`, to be made as `plans` say.
+    """The mistakes of `operator` (hvd.sim.teleoperator.Teleoperator), to be made as `plans` say.
 
     Attributes:
         active: the mistakes that are being made, by level.
         log: the mistakes made so far, with frames.
     """
 
-    def __init__(self, operator: "Teleoperator", plans: tuple[PlannedMistake, ...]):
+    def __init__(self, operator: Any, plans: tuple[PlannedMistake, ...]):
         self.operator, self.env, self.log = operator, operator.env, Log()
         self.active: dict[str, PlannedMistake] = {}
         self._plans, self._steps = list(plans), dict.fromkeys(LEVELS, 0)
@@ -206,10 +203,11 @@ class OneSlot(Slots):
             self.log.wrong(plan, self.env.time)
         return (wrong[0], *right[1:]) if plan.kind == "detour" else wrong
 
+
 class Concurrent(Slots):
     """A mistake of each level at a time. A mistake lasts for so many frames of wrong action as its plan says."""
 
-    def __init__(self, operator: "Teleoperator", plans: tuple[PlannedMistake, ...]):
+    def __init__(self, operator: Any, plans: tuple[PlannedMistake, ...]):
         super().__init__(operator, plans)
         self._phase, self._clock = "", 0  # the phase, and control steps since it began
         self._at_fault: set[str] = set()  # levels that did wrong in this phase

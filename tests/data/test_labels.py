@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from hvd.data.labels import Labels, Mistake, Subtask, episode_path, load_labels, sidecar_path, write_labels
+from hvd.data.labels import Labels, Mistake, Subtask, Waiting, episode_path, load_labels, sidecar_path, write_labels
 from hvd.errors import UserError
 
 GOOD = {
@@ -27,6 +27,7 @@ def test_round_trip(tmp_path):
         "rollout",
         True,
         (Mistake("torso", 2, 5, "late"), Mistake("arms", 3, 9, "too high")),
+        (Waiting("base", 4, 7),),
     )
     write_labels(tmp_path / "a.labels.json", labels)
     assert load_labels(tmp_path / "a.labels.json", 9) == labels
@@ -101,6 +102,10 @@ BAD = {
     "mistake outside": (
         _changed(mistakes=[{"level": "base", "start": 0, "end": 11, "kind": "x"}]),
         "mistakes[0]: end 11 lies outside the episode of 10 frames",
+    ),
+    "empty waiting": (
+        _changed(waiting=[{"level": "base", "start": 3, "end": 3}]),
+        "waiting[0]: start 3 and end 3 must satisfy",
     ),
     "contradiction": (_changed(terminal=False), "terminal is false but success is true"),
 }

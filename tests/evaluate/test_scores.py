@@ -27,7 +27,8 @@ def table(**columns) -> Advantages:
 def frames() -> Frames:
     zeros = np.zeros((N, 3), np.float32)
     clean, success = LEVEL == 3, EPISODE < 5
-    return Frames(EPISODE, zeros, zeros, zeros, WRONG, WRONG * 0.5, clean, success, np.arange(N))
+    waiting = np.roll(WRONG, 1, axis=1) * 0.5 * (EPISODE < 1)[:, None]  # the next level, in the first episode
+    return Frames(EPISODE, zeros, zeros, zeros, WRONG, WRONG * 0.5, clean, success, np.arange(N), waiting)
 
 
 def config(*words: str):
@@ -63,3 +64,17 @@ def test_what_is_left_of_wrong_chunks(monkeypatch):
         assert found[name]["effective"] == pytest.approx(0.75)
     even = scores.weights(config(), frames(), knows, NAMES)
     assert even["arms"]["wrong"] == pytest.approx(0.25) and even["arms"]["effective"] == pytest.approx(1.0)
+
+
+def test_waiting_is_counted_apart(monkeypatch):
+    """A score that dislikes waiting is not blamed for it: waiting chunks are neither wrong nor clean."""
+    data = dataclasses.make_dataclass("Data", ("all_episodes", "episode_of", "rewards"))
+    episode = dataclasses.make_dataclass("Episode", ("start", "length", "success"))
+    opened = data([episode(6 * i, 6, True) for i in range(10)], EPISODE, np.zeros(N))
+    monkeypatch.setattr(stage_data, "open_dataset", lambda cfg, name: opened)
+    found = dataclasses.replace(frames(), share=np.zeros((N, 3)), clean=np.ones(N, bool))
+    waits = np.any(found.waiting > 0, axis=1)
+    judged = scores.judged(found, -waits[:, None].astype(np.float32))
+    assert judged["all"] is None and judged["waiting"]["mean"] == 1.0 and judged["waiting"]["n"] == waits.sum()
+    even = scores.weights(config(), frames(), table(), NAMES)
+    assert even["torso"]["waiting"] == pytest.approx((found.waiting[:, 1] > 0).mean()) and even["torso"]["waiting"] > 0

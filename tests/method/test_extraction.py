@@ -126,3 +126,33 @@ def test_what_a_policy_learns_from_has_a_name():
     assert extraction.label(parse("")) == "hvd"
     words = "--policy.extractor filter --policy.score ratio --policy.score_levels joint --policy.gate success"
     assert extraction.label(parse(words)) == "filter ratio joint, success only"
+
+
+WRONG = np.zeros((N + 1, 3))
+WRONG[1, 0], WRONG[2, 1], WRONG[3, 2] = 0.5, 0.2, 0.05  # the last one is too little to count
+
+
+def labelled(levels, horizon, waiting):
+    assert levels == ("base", "torso", "arms") and horizon == 20
+    return WRONG + waiting * np.eye(N + 1, 3, k=-5)
+
+
+def test_the_oracle_leaves_out_each_levels_labelled_mistakes():
+    """Without a value run; what is left weighs 1 on average."""
+    of = dataclasses.replace(outcomes(), wrong=labelled)
+    got = extracted("--policy.extractor oracle", None, of)
+    assert [np.flatnonzero(column == 0).tolist() for column in got.weights.T] == [[1], [2], []]
+    np.testing.assert_allclose(got.weights[:, 0].mean(), 1, rtol=1e-6)
+    flat = extracted("--policy.extractor oracle --policy.score_levels joint", None, of)
+    assert [np.flatnonzero(column == 0).tolist() for column in flat.weights.T] == [[1, 2]] * 3
+    assert flat.keep is not None and np.flatnonzero(~flat.keep).tolist() == [1, 2]
+    waiting = extracted("--policy.extractor oracle --policy.oracle_waiting true", None, of)
+    assert [np.flatnonzero(column == 0).tolist() for column in waiting.weights.T] == [[1, 5], [2, 6], [7]]
+    one = extracted("--policy.extractor oracle --model.network_type q", None, of)
+    assert one.weights.shape == (N + 1, 1) and np.flatnonzero(one.weights[:, 0] == 0).tolist() == [1, 2]
+    assert extraction.label(parse("--policy.extractor oracle --policy.score_levels joint")) == "oracle joint"
+
+
+def test_an_oracle_without_labels_is_refused():
+    with pytest.raises(UserError, match="name no mistakes"):
+        extracted("--policy.extractor oracle", None, outcomes())

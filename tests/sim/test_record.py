@@ -178,4 +178,5 @@ def test_state_only_recordings_have_no_camera_group(tmp_path):
     with h5py.File(tmp_path / "test/recordings/mixed/demo_0000.hdf5") as file:
         assert "obs/rgb" not in file and "obs/sim/environment_state" in file
     stamp = json.loads((tmp_path / "test/recordings/simulation.json").read_text())
-    assert stamp == {"task": "tote", "seed": 0, "image_size": 0, "horizon": 200}
+    who = {"operator": "casual", "mistake_rate": 1.0, "noticed": 0.5, "operator_noise": "clumsy"}
+    assert stamp == {"task": "tote", "seed": 0, "image_size": 0, "horizon": 200, **who}

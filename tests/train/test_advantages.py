@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from hvd.data.dataset import split_episodes
+from hvd.data.labels import Labels, Mistake, Waiting, episode_path, write_labels
 from hvd.data.loader import Batcher, SampleSpec, Source
 from hvd.errors import Lost, Stopped, UserError
 from hvd.method import advantages, extraction, policy, ratio, weights
@@ -288,3 +289,34 @@ def test_a_policy_filtered_by_the_expert_ratio(copied, monkeypatch, capsys):
     advantages.main(cfg)
     advantages.main(copied)
     assert capsys.readouterr().out.count("up to date") == 2
+
+
+def test_the_oracle_needs_labels_and_no_value_run(copied, monkeypatch):
+    """It trains on the rows that the label files call right, before any value run is there."""
+    data = stage_data.open_data(copied, "policy")
+    mixed = data.datasets["suboptimal"]
+    cfg = with_policy(copied, extractor="oracle", score_levels="joint", value_run="nowhere")
+    started = {}
+    monkeypatch.setattr(policy, "run_stage", lambda *args, **named: started.update(named))
+    policy.main(cfg)
+    with pytest.raises(UserError, match="names no mistakes: only simulated"):
+        started["choose_rows"](data, mesh.make_devices(1))
+    labels_dir = Path(copied.runs_dir) / "labels"
+    labels_dir.mkdir(parents=True)
+    for episode in mixed.all_episodes:
+        mistakes, waiting = (Mistake("base", 0, 4, "x"),), (Waiting("arms", 4, 8),)
+        labels = Labels("x", True, mistakes=mistakes, waiting=waiting)
+        write_labels(episode_path(labels_dir, episode.index), labels)
+    labelled = dataclasses.replace(mixed, labels_dir=labels_dir)
+    data = dataclasses.replace(data, datasets={**data.datasets, "suboptimal": labelled})
+    chosen, weights = started["choose_rows"](data, mesh.make_devices(1))
+    first = {e.start + i for e in mixed.all_episodes for i in range(4)}
+    assert first and not first & set(chosen.train["suboptimal"].tolist())
+    assert set(chosen.train["suboptimal"]) == set(data.train["suboptimal"]) - first
+    assert (weights["suboptimal"][sorted(first)] == 0).all() and started["predecessors"] == {}
+    horizon = cfg.model.action_horizon
+    with_waiting = labelled.wrong_shares(("base", "torso", "arms"), horizon, True)
+    start = mixed.all_episodes[0].start
+    assert (
+        with_waiting[start + 4, 2] > 0 == labelled.wrong_shares(("base", "torso", "arms"), horizon, False)[:, 2].max()
+    )
