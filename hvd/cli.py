@@ -256,15 +256,27 @@ def step_help(name: str, argv: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def stopped_by_signals():
-    """SIGTERM, SIGUSR1 and SIGUSR2 end a step that has no handler of its own with Stopped instead of a sudden death."""
+    """SIGTERM, SIGUSR1 and SIGUSR2 end a step that has no handler of its own with Stopped, not with a sudden death, and
+    SIGINT, where it is not ignored, with KeyboardInterrupt. So does an error that nobody knows after such a signal: a
+    library has made it of what the handler raised."""
 
     def stop(number, frame):
-        preemption.received(number)
-        raise Stopped(f"by {signal.Signals(number).name}")
+        if not preemption.later(number, frame):
+            preemption.received(number)
+            raise stopped(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    def stopped(name: str) -> BaseException:
+        return KeyboardInterrupt() if name == "SIGINT" else Stopped(f"by {name}")
+
+    interrupt = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
+    before = {number: signal.signal(number, stop) for number in (*STOP_SIGNALS, *interrupt)}
     try:
         yield
+    except Exception as error:
+        name = preemption.requested()
+        if name is None or told(error):
+            raise
+        raise stopped(name) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

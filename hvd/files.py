@@ -42,6 +42,16 @@ def write_atomic(path: os.PathLike | str, data: bytes | str) -> None:
             file.write(data)
 
 
+def write_shared(path: os.PathLike | str, data: bytes | str) -> None:
+    """`write_atomic` for a file that several commands may write at a time: one does, and what killed ones left goes."""
+    if not is_local(path):
+        return write_atomic(path, data)
+    target = Path(path)
+    with locked(target.with_name(f".{target.name}.lock")):
+        remove_left_over(target.parent, target.name)
+        write_atomic(target, data)
+
+
 def _write_remote(target: Any, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / _temporary_name(target.name)

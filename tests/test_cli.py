@@ -1,5 +1,6 @@
 """hvd STEP: which module runs, exit codes, help."""
 
+import contextlib
 import errno
 import importlib
 import os
@@ -16,6 +17,7 @@ from hvd import cli
 from hvd.configs import Experiment
 from hvd.errors import Failed, Stopped, UserError
 from hvd.experiments import CONFIGS
+from hvd.runtime import preemption
 
 
 @pytest.fixture
@@ -150,6 +152,30 @@ def test_a_signal_stops_a_step_that_has_no_handler(step, capsys, number):
     assert cli.main(["fake", "--config", "demo"]) == 143
     assert signal.Signals(number).name in capsys.readouterr().err
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("around", [contextlib.nullcontext, preemption.catch])
+def test_what_a_library_makes_of_a_signal_is_no_bug(step, capsys, number, code, around):
+    def main(cfg):
+        with around():
+            try:
+                os.kill(os.getpid(), number)
+            except BaseException as error:
+                raise RuntimeError("the file cannot be read") from error
+
+    step(main)
+    assert cli.main(["fake", "--config", "demo"]) == code
+    assert "run the same command again" in capsys.readouterr().err and preemption.requested() is None
+
+
+def test_an_ignored_interrupt_stays_ignored(step):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `hvd ... &` in a script has it
+    try:
+        step(lambda cfg: os.kill(os.getpid(), signal.SIGINT))
+        assert cli.main(["fake", "--config", "demo"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_help_names_every_step(capsys):

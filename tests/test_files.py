@@ -60,6 +60,13 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     files.remove_left_over("gs://bucket/folder")
 
 
+def test_who_writes_a_shared_file_removes_what_killed_ones_left(tmp_path):
+    for name in (".a.0123456789abcdef.tmp", ".b.0123456789abcdef.tmp", ".a.lock"):
+        (tmp_path / name).write_text("")
+    files.write_shared(tmp_path / "a", "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", ".b.0123456789abcdef.tmp": ""}
+
+
 def _hold(path: Path, held, release) -> None:
     with files.locked(path):
         held.set()

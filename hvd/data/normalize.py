@@ -20,7 +20,7 @@ from hvd.data.norm_record import MadeOf
 from hvd.data.running_stats import NormStats, RunningStats
 from hvd.data.transitions import Transitions
 from hvd.errors import UserError
-from hvd.files import write_atomic
+from hvd.files import write_shared
 from hvd.robots import Robot, get_robot
 
 EPSILON = 1e-6  # openpi adds it to std and to the quantile range
@@ -184,9 +184,9 @@ def path_for(cfg: Experiment, repo_id: str) -> epath.Path:
 
 
 def save(path: epath.Path, stats: Mapping[str, NormStats], made_of: MadeOf | None = None) -> None:
-    """Write a norm_stats.json atomically."""
+    """Write a norm_stats.json in one step."""
     try:
-        write_atomic(path, norm_record.to_json(stats, made_of))
+        write_shared(path, norm_record.to_json(stats, made_of))
     except OSError as error:
         raise UserError(f"{path}: cannot write ({error.strerror})") from error
 

@@ -11,7 +11,7 @@ from hvd import documents
 from hvd.configs import Experiment
 from hvd.documents import Count
 from hvd.errors import UserError
-from hvd.files import write_atomic
+from hvd.files import write_shared
 from hvd.tables import aligned
 
 NOTHING = "doing_nothing"  # run name of the control: the same seeds, the robot holds its first pose
@@ -135,4 +135,4 @@ def print_rows(rows: Sequence[Sequence[str]]) -> None:
 
 def write_json(path: epath.PathLike, content: Any) -> None:
     """Write `content` in one step: the file is whole or as it was."""
-    write_atomic(path, json.dumps(content, indent=1) + "\n")
+    write_shared(path, json.dumps(content, indent=1) + "\n")

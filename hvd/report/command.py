@@ -29,7 +29,7 @@ def main(cfg: Experiment) -> None:
     if not root.exists():
         raise UserError(f"no experiment at {root}: train it first (launch/submit.py --stage all)")
     path = root / "report.html"
-    files.write_atomic(path, render(cfg))
+    files.write_shared(path, render(cfg))
     print(f"report: {os.fspath(path)} ({path.stat().length / 1e6:.1f} MB)")
 
 

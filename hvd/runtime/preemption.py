@@ -7,10 +7,13 @@ everybody reads "stop" at the same step without an extra message (hvd.train.mesh
 does not end at once in the warm-up either, since the others would wait for it; Devices.poll lets them agree there.
 """
 
+import _thread
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import NoReturn
 
 from hvd.errors import Stopped
@@ -23,7 +26,9 @@ _received: list[str] = []
 _deferring: list[None] = []
 
 
-def _on_signal(number: int, frame: object) -> None:
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if later(number, frame):
+        return
     received(number)
     if not _deferring and not processes.several():
         raise_stopped("before the first step")
@@ -39,6 +44,9 @@ def catch() -> Iterator[None]:
     before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
     try:
         yield
+    except Exception:
+        outermost = False  # a library may make it of a signal: the CLI asks whether there was one
+        raise
     finally:
         for number, handler in before.items():
             # None: a handler that was not installed from Python and cannot be put back from here
@@ -62,6 +70,20 @@ def requested() -> str | None:
     return _received[0] if _received else None
 
 
+def later(number: int, frame: FrameType | None) -> bool:
+    """True where a handler must not raise: Python prints and drops an error in JAX's part of its garbage collection.
+    The signal comes again a moment later."""
+    if frame is None or frame.f_code.co_name != "_xla_gc_callback":
+        return False
+    _thread.start_new_thread(_again, (number,))  # what this thread sent itself would come before it leaves here
+    return True
+
+
+def _again(number: int) -> None:
+    time.sleep(0.01)
+    signal.pthread_kill(threading.main_thread().ident or 0, number)  # it may be waiting in a call of the system
+
+
 def received(number: int) -> None:
     """A handler that is not of this module got this signal."""
     _received.append(signal.Signals(number).name)
@@ -79,5 +101,7 @@ def check(where: str) -> None:
 
 
 def raise_stopped(where: str) -> NoReturn:
-    """End the step: the CLI prints the line and exits with 143."""
+    """End the step: the CLI prints the line and exits with 143, or with 130 after SIGINT."""
+    if requested() == "SIGINT":
+        raise KeyboardInterrupt
     raise Stopped(f"by {requested() or 'a signal to another process'} {where}")

@@ -1,9 +1,12 @@
 """What a signal does: ends the warm-up, sets a flag afterwards; handlers are put back."""
 
+import gc
 import os
 import signal
 import threading
+import time
 
+import jax
 import pytest
 
 from hvd.errors import Stopped
@@ -27,6 +30,23 @@ def test_signal_in_the_warm_up_stops_at_once():
     with pytest.raises(Stopped, match="by SIGTERM before the first step"), preemption.catch():
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("not reached")
+
+
+def test_a_signal_in_jax_s_part_of_a_garbage_collection_is_not_lost():
+    assert jax and "_xla_gc_callback" in [each.__name__ for each in gc.callbacks]
+
+    def _xla_gc_callback(phase: str, info: dict):
+        if phase == "start":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    gc.callbacks.append(_xla_gc_callback)
+    try:
+        with pytest.raises(Stopped, match="by SIGTERM before the first step"), preemption.catch():
+            gc.collect()
+            time.sleep(10)
+            pytest.fail("not woken")
+    finally:
+        gc.callbacks.remove(_xla_gc_callback)
 
 
 def test_one_of_several_processes_waits_for_the_others(monkeypatch):

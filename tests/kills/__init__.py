@@ -1,0 +1,1 @@
+"""Commands are killed at random moments: `python -m tests.kills`."""
