@@ -133,11 +133,15 @@ def _is_there(target: Path, mark: Mapping[str, Any]) -> bool:
 def _say(target: Path, cfg: Experiment, options: Export, params: Any, asset: str) -> None:
     import jax
 
+    from hvd.method import extraction
+
     arrays = jax.tree.leaves(params)
     millions = sum(x.size for x in arrays) / 1e6
     print(f"{target}: {len(arrays)} arrays, {millions:.1f} M parameters, norm stats {asset}", flush=True)
     if options.stage == "value":
         return
+    if extraction.extractor(cfg)[0].acts:
+        print(f"note: this run acts by its critic ({extraction.label(cfg)}); openpi's form holds the policy alone")
     model = cfg.model
     names = [model.paligemma_variant, model.action_expert_variant]
     if options.merge_lora:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float32
 
 from hvd.configs import Experiment
 from hvd.errors import UserError
-from hvd.fields import POSITIVE, SHARE
+from hvd.fields import AT_LEAST_1, POSITIVE, SHARE
 from hvd.method import weights
 from hvd.method.parameters import Parameter, Parameters, choose, resolve
 from hvd.method.table import Advantages
@@ -71,6 +71,7 @@ class Extractor:
         needs_value: whether this config's policy needs a value run and its table at all.
         scored: it goes by --policy.score.
         labelled: it goes by the labels of simulated data: an upper bound for experiments.
+        acts: of hvd.train.steering.STEERED: the policy asks the critic while it acts; "" = it does not.
     """
 
     rows: Callable[[Experiment, Parameters, Any, Outcomes], Extracted]
@@ -78,6 +79,7 @@ class Extractor:
     needs_value: Callable[[Experiment], bool] = lambda cfg: True
     scored: bool = False
     labelled: bool = False
+    acts: str = ""
 
 
 # ------------------------------------------------------------------------------------------------------- the scores
@@ -164,12 +166,20 @@ def oracle(cfg: Experiment, p: Parameters, table: Advantages | None, outcomes: O
     return _normalised(clean.astype(np.float32), _gate(cfg, outcomes), table)
 
 
+def even(cfg: Experiment, p: Parameters, table: Advantages, outcomes: Outcomes) -> Extracted:
+    """The rows behind the gate, all alike: imitation, by a policy that asks the critic while it acts."""
+    ones = np.ones((outcomes.frames, len(table.levels)), np.float32)
+    return Extracted(ones, _gate(cfg, outcomes) if cfg.policy.gate != "none" else None)
+
+
 EXTRACTORS: dict[str, Extractor] = {
     "weighted": Extractor(weighted, needs_value=lambda cfg: weights.weighting(cfg).needs_value),
     "normalised": Extractor(normalised),
     "filter": Extractor(filtered, {"quantile": Parameter(0.5, SHARE)}, scored=True),
     "soft": Extractor(soft, {"temperature": Parameter(1.0, POSITIVE), "clip": Parameter(5.0, POSITIVE)}, scored=True),
     "oracle": Extractor(oracle, needs_value=lambda cfg: False, labelled=True),
+    "best_of_n": Extractor(even, {"n": Parameter(8.0, AT_LEAST_1)}, acts="best_of_n"),
+    "q_guided": Extractor(even, {"strength": Parameter(0.2, POSITIVE)}, acts="q_guided"),
 }
 _WRONG = 0.1  # share of a chunk from which on it counts as wrong
 
@@ -225,7 +235,8 @@ def label(cfg: Experiment) -> str:
     """How the policy's rows are chosen and weighted, in a word or two for tables."""
     own = cfg.policy
     chosen, _ = extractor(cfg)
-    how = f"{own.extractor} {own.score}" if chosen.scored else own.extractor if chosen.labelled else own.weighting
+    named = chosen.labelled or chosen.acts
+    how = f"{own.extractor} {own.score}" if chosen.scored else own.extractor if named else own.weighting
     if (chosen.scored or chosen.labelled) and own.score_levels != "own":
         how += f" {own.score_levels}"
     return how if own.gate == "none" else f"{how}, {own.gate} only"

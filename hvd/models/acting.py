@@ -9,6 +9,7 @@ What is different from a model in training:
 - keys and values of the suffix are written behind the prefix's, in one buffer a layer: nothing is concatenated.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,7 @@ def sample_actions(
     noise: Float[Array, "b k a"],
     num_steps: int | Int[Array, ""] = 10,
     committed: Committed | None = None,
+    climb: Callable[[Float[Array, "b k a"]], Float[Array, "b k a"]] | None = None,
 ) -> Float[Array, "b k a"]:
     """Actions (normalised, padded) by `num_steps` Euler steps from `noise`, as Pi0.sample_actions.
 
@@ -54,6 +56,7 @@ def sample_actions(
         weights: by hvd.models.separate.
         num_steps: a traced one is at most MAX_STEPS.
         committed: guide every step of the flow towards these actions; it costs a backward pass of the expert a step.
+        climb: final actions as estimated in a step -> where to move them, in all steps together.
     """
     prefix = embed_prefix(
         obs,
@@ -85,9 +88,19 @@ def sample_actions(
         out, buffers = _expert(cfg, weights["PaliGemma"]["llm"], actions, of_time, suffix, buffers)
         return _linear(weights["action_out_proj"], out[:, -cfg.action_horizon :].astype(jnp.float32)), buffers
 
-    if committed is None:
-        return _integrate(cfg, weights, lambda x, _, *rest: velocity(x, *rest), noise, buffers, num_steps)
-    return _integrate(cfg, weights, _guided(velocity, committed), noise, buffers, num_steps)
+    flow = _guided(velocity, committed) if committed is not None else lambda x, _, *rest: velocity(x, *rest)
+    return _integrate(cfg, weights, _climbing(flow, climb) if climb else flow, noise, buffers, num_steps)
+
+
+def _climbing(flow: Any, climb: Any) -> Any:
+    """The velocity that also moves the final actions, as estimated from here. Time runs from 1 to 0: x moves against
+    the velocity."""
+
+    def climbing(x: Array, t: Array, of_time: Tree, buffers: Any) -> tuple[Array, Any]:
+        v, after = flow(x, t, of_time, buffers)
+        return v - climb(x - t * v), after
+
+    return climbing
 
 
 def _guided(velocity: Any, committed: Committed) -> Any:

@@ -6,7 +6,7 @@ complete.json names (rule 1: a run that is not complete is not used).
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +19,13 @@ from hvd.configs import Experiment
 from hvd.data import normalize
 from hvd.data.transforms import InputTransform, Observation
 from hvd.errors import UserError
+from hvd.method import extraction
 from hvd.models import acting, precision
 from hvd.models.chunking import Committed
 from hvd.models.pi0 import Pi0
 from hvd.models.separate import separate
 from hvd.models.value import ValueModel
-from hvd.train import checkpoints, compilation, complete, mesh, state
+from hvd.train import checkpoints, compilation, complete, mesh, state, steering
 from hvd.train import run_dir as runs
 from hvd.train.mesh import Devices
 from hvd.train.state import Graph, Tree
@@ -47,9 +48,10 @@ class Policy:
         transform: InputTransform,
         params: Tree,
         noisy: Float32[np.ndarray, " a"] | None = None,
+        critic: steering.Critic | None = None,
     ):
         self.cfg, self.transform = cfg, transform
-        self.params = separate(cfg.model, params)
+        self.params = separate(cfg.model, params) | ({"critic": critic.params} if critic else {})
         # Padded dims are never trained: they were 0 in training and stay 0 here
         noisy = pad_mask(cfg) if noisy is None else noisy
 
@@ -59,9 +61,14 @@ class Policy:
             noise: Float[Array, "b k a"],
             num_steps: int | Int[Array, ""],
             committed: Committed | None = None,
+            climb: Callable[[Array], Array] | None = None,
         ) -> Float[Array, "b k a"]:
             noise = noise * noisy[None, None]
-            return acting.sample_actions(cfg.model, params, observation, noise, num_steps, committed)
+            return acting.sample_actions(cfg.model, params, observation, noise, num_steps, committed, climb)
+
+        if critic:
+            entry, p = extraction.extractor(cfg)
+            denoise = steering.STEERED[entry.acts](denoise, critic, p)
 
         def sample(params: Tree, observation: Observation, key: jax.Array) -> Float[Array, "b k a"]:
             b = observation["state"].shape[0]
@@ -103,7 +110,7 @@ class ValueFunction:
         seen: bool = False,
     ):
         self.cfg, self.transform, self.levels = cfg, transform, cfg.levels()
-        self._params = params
+        self.graph, self.params = graph, params
 
         def evaluate(params: Tree, batch: Mapping[str, Any], flags: Array) -> tuple[Array, ...]:
             model = graph.module(params)
@@ -115,7 +122,7 @@ class ValueFunction:
     def evaluate(self, batch: Mapping[str, Any], flags: Array) -> tuple[Array, ...]:
         """Whether any process was asked to stop, V [b], twin Q [b,l,2] and, with `seen`, what V is read from [b,d], of
         a batch of the loader; not waited for."""
-        return self._evaluate(self._params, batch, flags)
+        return self._evaluate(self.params, batch, flags)
 
     def __call__(
         self, observation: Observation, actions: np.ndarray, action_mask: np.ndarray
@@ -148,7 +155,22 @@ def load_policy(run: Experiment | os.PathLike | str, *, devices: Devices | None 
     params["action_out_proj"] = {
         name: leaf * keep.reshape((1,) * (leaf.ndim - 1) + keep.shape) for name, leaf in head.items()
     }
-    return Policy(cfg, transform, params)
+    return Policy(cfg, transform, params, critic=_critic(run, cfg, folder, devices))
+
+
+def _critic(
+    run: Experiment | os.PathLike | str, cfg: Experiment, folder: os.PathLike | str, devices: Devices | None
+) -> steering.Critic | None:
+    """The critic of a policy that acts by one: the value run it was trained beside, and no other."""
+    if not extraction.extractor(cfg)[0].acts:
+        return None
+    given = run.value_run_dir if isinstance(run, Experiment) else cfg.policy.value_run
+    value_dir = given or os.path.join(os.path.dirname(os.fspath(folder)), "value")
+    value, ours = complete.check_complete(value_dir, stage="value"), complete.read_complete(folder)
+    if value.digest != ours.inputs.get("value"):
+        raise UserError(f"{folder} acts by the value run that it was trained beside, and {value_dir} is another one")
+    loaded = load_value(value_dir, devices=devices)
+    return steering.Critic(loaded.graph, loaded.params)
 
 
 def load_value(

@@ -1,11 +1,15 @@
 """Loading a run and using it."""
 
 import dataclasses
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from hvd.data.loader import Batcher, SampleSpec, Source
 from hvd.errors import UserError
@@ -78,3 +82,66 @@ def test_wrong_config(trained):
     cfg = dataclasses.replace(trained, policy=dataclasses.replace(trained.policy, beta=1.0))
     with pytest.raises(UserError, match=r"policy\.beta: 3\.0 -> 1\.0"):
         inference.load_policy(cfg)
+
+
+# ------------------------------------------------------------------------------------- policies that ask the critic
+
+
+@pytest.fixture(scope="module")
+def steered(trained, tmp_path_factory):
+    """A copy of the trained policy run, as if it had been trained with an extractor that acts by the critic."""
+
+    def make(name: str, **parameters) -> Path:
+        cfg = dataclasses.replace(trained, exp_name="steered", runs_dir=str(tmp_path_factory.mktemp(name)))
+        policy = dataclasses.replace(trained.policy, extractor=name, extractor_params=parameters)
+        cfg = dataclasses.replace(cfg, policy=policy)
+        shutil.copytree(trained.exp_dir, cfg.exp_dir)
+        record = Path(cfg.policy_dir, "config.yaml")
+        tree = yaml.safe_load(record.read_text())
+        tree["config"]["policy"] |= {"extractor": name, "extractor_params": parameters}
+        record.write_text(yaml.safe_dump(tree))
+        found = json.loads(Path(cfg.policy_dir, "complete.json").read_text())
+        content = record.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        found["settings"]["config.yaml"] = {"bytes": len(content), "sha256": digest}
+        Path(cfg.policy_dir, "complete.json").write_text(json.dumps(found))
+        return Path(cfg.policy_dir)
+
+    return make
+
+
+def q_of(trained, actions, rows):
+    state = stage_data.open_dataset(trained, "optimal").state[rows]
+    return inference.load_value(trained.value_dir).ask(state, {}, ["carry the tote"] * len(rows), actions)[1][:, -1]
+
+
+def test_best_of_n_has_the_highest_q(trained, policy, steered):
+    rows = list(range(0, 60, 6))
+    best, plain = act(inference.load_policy(steered("best_of_n", n=6.0)), rows), act(policy, rows)
+    q_best, q_plain = q_of(trained, best, rows), q_of(trained, plain, rows)
+    assert (q_best >= q_plain - 1e-4).all() and (q_best > q_plain + 1e-4).mean() > 0.5
+
+
+@pytest.mark.slow
+def test_the_best_of_one_is_the_policy_itself(policy, steered):
+    one = act(inference.load_policy(steered("best_of_n", n=1.0)), [3, 9])
+    np.testing.assert_allclose(one, act(policy, [3, 9]), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_flow_that_climbs_q_is_moved_so_far_as_it_is_told(trained, policy, steered):
+    rows = list(range(0, 60, 6))
+    plain = act(policy, rows)
+    near, far = (act(inference.load_policy(steered("q_guided", strength=x)), rows) for x in (0.05, 0.3))
+    assert (q_of(trained, far, rows) > q_of(trained, plain, rows)).mean() >= 0.8
+    moved = [np.abs(x - plain).mean() for x in (near, far)]
+    assert 0 < moved[0] < moved[1]
+
+
+def test_a_policy_acts_by_no_other_value_run(steered):
+    folder = steered("best_of_n", n=2.0)
+    told = json.loads((folder / "complete.json").read_text())
+    told["inputs"]["value"] = "0" * 64
+    (folder / "complete.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="acts by the value run that it was trained beside"):
+        inference.load_policy(folder)
