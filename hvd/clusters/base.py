@@ -8,8 +8,11 @@ import datetime
 import importlib
 import os
 import pkgutil
+import shlex
+import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +24,8 @@ from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, Failed, UserError, nearest
 from hvd.overrides import Flag
 
 JOBS_DIR = "HVD_JOBS_DIR"
+SITE = "HVD_SITE"
+TEAM_FILE = Path("/etc/hvd/site.toml")
 EXIT_TIMEOUT = 124  # as of timeout(1)
 _WAIT_S = (1.0, 5.0)  # first and longest pause between two questions about the same state
 
@@ -73,12 +78,18 @@ class Planned:
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that the cluster has taken. `log`: a file, or the command that shows it; "" = it is shown at once."""
+    """A job that the cluster has taken.
+
+    Attributes:
+        log: a file, or the command that shows it; "" = it is shown at once.
+        where: options with which `hvd jobs` finds it, each behind a space.
+    """
 
     id: str
     stage: str
     log: str = ""
     after: str = ""
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -219,10 +230,12 @@ def names() -> list[str]:
 
 
 def get(name: str, flags: Sequence[Flag] = (), jobs_dir: str = "") -> Cluster:
-    """The cluster of that name; UserError for an unknown one."""
+    """The cluster of that name, made with those of the flags that are its own; UserError for an unknown one."""
     if name not in names():
         raise UserError(f"--cluster: unknown cluster {name!r}{nearest(name, ['auto', *names()])}")
-    return importlib.import_module(f"hvd.clusters.{name}").CLUSTER(flags, jobs_dir)
+    return importlib.import_module(f"hvd.clusters.{name}").CLUSTER(
+        [flag for flag in flags if flag.field.startswith(f"{name}.")], jobs_dir
+    )
 
 
 def choose(name: str) -> str:
@@ -239,9 +252,31 @@ def choose(name: str) -> str:
     return "local"
 
 
-def owner_of(job: str, jobs_dir: str = "") -> Cluster:
+def site_files() -> list[tuple[Path, dict[str, Any]]]:
+    """What describes the site, the later goes first: the team's file ($HVD_SITE, else /etc/hvd/site.toml), then the
+    user's own. Slurm's settings are the files' own, those of another cluster a table that has its name.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    team = Path(os.environ.get(SITE) or TEAM_FILE)
+    if os.environ.get(SITE) and not team.is_file():
+        raise UserError(f"{SITE} {team} is not a file")
+    own = Path("~/.config/hvd/site.toml").expanduser()
+    return [(path, read_site(path)) for path in (team, own) if path.is_file()]
+
+
+def read_site(path: Path) -> dict[str, Any]:
+    """UserError for what is no TOML."""
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def owner_of(job: str, jobs_dir: str = "", flags: Sequence[Flag] = ()) -> Cluster:
     """The cluster that an id belongs to by its form; where it fits several, the first of them that answers."""
-    fitting = [cluster for cluster in (get(name, jobs_dir=jobs_dir) for name in names()) if cluster.owns(job)]
+    fitting = [one for one in (get(name, flags, jobs_dir) for name in names()) if one.owns(job)]
     if not fitting:
         raise UserError(f"{job!r} is not the id of a job: a number such as 123, or a name (`hvd jobs` lists them)")
     if len(fitting) == 1:
@@ -257,6 +292,22 @@ def alive(scheduler: str, job: str) -> bool | None:
 def jobs_folder(given: str = "") -> Path:
     """Where jobs leave their records: --jobs-dir, else $HVD_JOBS_DIR, else slurm/jobs here."""
     return Path(given or os.environ.get(JOBS_DIR) or Path("slurm", "jobs"))
+
+
+def start_again(again: Sequence[str], log_dir: Path) -> None:
+    """Start the launcher's command line in a session of its own; say how to follow and to stop it."""
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log = log_dir / "submit.log"
+    with open(log, "a", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hvd.launch.submit", *again],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    print(f"running in the background: process {process.pid}, log {log}")
+    print(f"follow it: tail -f {shlex.quote(str(log))}; stop it (it saves): kill {process.pid}")
 
 
 def recent(seen: datetime.datetime | None, days: float | None) -> bool:

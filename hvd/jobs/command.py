@@ -61,26 +61,28 @@ class Wait(One):
 
 
 COMMANDS = {"list": List(), "logs": Logs(), "cancel": Cancel(), "wait": Wait()}
+_PLACE = ("--kubernetes.namespace", "--kubernetes.context")
 _SHORT = {"-f": "--follow", "-n": "--lines", "-y": "--yes"}
 
 
 def main(argv: Sequence[str]) -> int:
     """`hvd jobs ...`; returns its exit code."""
+    argv, place = _placed(argv)
     words = [*argv[2:], *argv[:2]] if argv[:1] == ["--jobs-dir"] else list(argv)
     name = words.pop(0) if words and not words[0].startswith("-") else "list"
     if overrides.asks_help(argv) or name == "help":
-        print_help(name if argv[0] in COMMANDS else "")
+        print_help(name if argv and argv[0] in COMMANDS else "")
         return EXIT_COMPLETE
     if name not in COMMANDS:
         raise UserError(f"hvd jobs: unknown command {name!r}{nearest(name, COMMANDS)}")
     if name == "list":
         listed = overrides.parse(List(), words)
-        return show(listed.jobs_dir, everything=listed.all, as_json=listed.json)
+        return show(listed.jobs_dir, place, everything=listed.all, as_json=listed.json)
     options = overrides.parse(COMMANDS[name], words, positional="id", short=_SHORT)
     assert isinstance(options, One)
     if not options.id:
         raise UserError(f"hvd jobs {name} ID: the id is missing (`hvd jobs` lists them)")
-    cluster = base.owner_of(options.id, options.jobs_dir)
+    cluster = base.owner_of(options.id, options.jobs_dir, place)
     match options:
         case Cancel():
             return cancel(cluster, options.id, yes=options.yes)
@@ -89,6 +91,19 @@ def main(argv: Sequence[str]) -> int:
         case Wait():
             return cluster.wait(options.id, None if options.timeout < 0 else options.timeout)
     raise AssertionError(name)
+
+
+def _placed(argv: Sequence[str]) -> tuple[list[str], list[overrides.Flag]]:
+    """(the other words, the flags that say in which cluster and namespace of Kubernetes to look)."""
+    words, place, rest = [], [], iter(argv)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in _PLACE:
+            given = value if equals else next(rest, "")
+            place += overrides.split_flags([name, given] if given else [name])
+        else:
+            words.append(word)
+    return words, place
 
 
 def print_help(name: str) -> None:
@@ -100,12 +115,14 @@ def print_help(name: str) -> None:
     print("usage: hvd jobs [list] | logs ID | cancel ID | wait ID\n")
     for command, options in COMMANDS.items():
         print(f"  {command:<7} {(inspect.getdoc(options) or '').replace('\n', ' ').split('. ')[0].rstrip('.')}")
-    print("\nhvd jobs COMMAND --help lists its options.")
+    print(
+        "\nhvd jobs COMMAND --help lists its options. On Kubernetes each takes --kubernetes.namespace and .context too."
+    )
 
 
-def show(jobs_dir: str, *, everything: bool, as_json: bool) -> int:
+def show(jobs_dir: str, place: Sequence[overrides.Flag], *, everything: bool, as_json: bool) -> int:
     """The table, or the JSON list, of all clusters' jobs."""
-    rows, older = _states(jobs_dir, None if everything else _DAYS)
+    rows, older = _states(jobs_dir, place, None if everything else _DAYS)
     if as_json:
         print(listing.as_json(rows))
     elif rows:
@@ -118,13 +135,13 @@ def show(jobs_dir: str, *, everything: bool, as_json: bool) -> int:
     return EXIT_COMPLETE
 
 
-def _states(jobs_dir: str, days: float | None) -> tuple[list[base.JobState], int]:
+def _states(jobs_dir: str, place: Sequence[overrides.Flag], days: float | None) -> tuple[list[base.JobState], int]:
     """Of every cluster that is used, and how many jobs are older; a cluster that does not answer is said."""
     rows: list[base.JobState] = []
     older = 0
     for name in base.names():
         try:
-            shown, left_out = base.get(name, jobs_dir=jobs_dir).states(days)
+            shown, left_out = base.get(name, place, jobs_dir).states(days)
             rows, older = rows + shown, older + left_out
         except base.Unreachable as error:
             print(f"{name}: {error}", file=sys.stderr)

@@ -99,7 +99,7 @@ def submit(argv: list[str]) -> int:
             after = f", after the {job.after} job" if job.after else ""
             print(f"{job.stage}: job {job.id}{after}; log {job.log}", flush=True)
     if any(job.log for job in jobs):
-        print(f"follow them: hvd jobs; hvd jobs logs {jobs[0].id} -f", flush=True)
+        print(f"follow them: hvd jobs{jobs[0].where}; hvd jobs logs {jobs[0].id} -f{jobs[0].where}", flush=True)
     codes = (cluster.wait(job.id, None) for job in jobs if cluster.stays and not options.detach)
     return next((code for code in codes if code), EXIT_COMPLETE)
 

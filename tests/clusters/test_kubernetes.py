@@ -4,6 +4,7 @@ They run as k8s/overlays/smoke has them. What a test adds to that (another exper
 kustomization on top of it, as a user would write one.
 """
 
+import base64
 import json
 import os
 import subprocess
@@ -264,12 +265,24 @@ def test_applied_again_while_the_policy_runs_it_goes_on_where_it_saved(disturbed
 
 
 def test_the_launcher_applies_and_follows(kubernetes, calm):
-    """A rerun of what is complete: the Jobs make room, their successors find nothing to do."""
+    """A rerun of what is complete: the Jobs make room, their successors find nothing to do.
+
+    The second time by a user who may not create Roles: the launcher releases the policy.
+    """
     clear(kubernetes)
     flags = ["--config", "demo", "--exp_name", "calm", *TRACED, *LONGER, *SMOKE]
     place = ["--stage", "all", "--cluster", "kubernetes", "--kubernetes.overlay", str(ROOT / "k8s/overlays/smoke")]
-    for attempt in range(2):
-        done = kubernetes.call(sys.executable, "launch/submit.py", *place, *flags, cwd=ROOT)
+    kubernetes.kubectl("create", "serviceaccount", "ben")
+    kubernetes.kubectl("create", "rolebinding", "ben", "--clusterrole=edit", "--serviceaccount=default:ben")
+    until(lambda: kubernetes.get("serviceaccount", "ben").get("secrets"), "ben has a token", 30)
+    secret = kubernetes.get("secret", kubernetes.get("serviceaccount", "ben")["secrets"][0]["name"])
+    token = base64.b64decode(secret["data"]["token"]).decode()
+    cluster = kubernetes.kubectl("config", "get-clusters").split()[-1]
+    kubernetes.kubectl("config", "set-credentials", "ben", f"--token={token}")
+    kubernetes.kubectl("config", "set-context", "ben", f"--cluster={cluster}", "--user=ben")
+    for attempt, more in enumerate(([], ["--kubernetes.context", "ben"])):
+        done = kubernetes.call(sys.executable, "launch/submit.py", *place, *flags, *more, cwd=ROOT)
+        assert bool(more) == ("you may not create Roles" in done.stdout) == ("Job hvd-calm-awr is rel" in done.stdout)
         assert "hvd-calm-value: COMPLETED" in done.stdout and "hvd-calm-awr: COMPLETED" in done.stdout, (
             f"{attempt}: {done.stdout}"
         )
@@ -294,6 +307,7 @@ def test_the_launcher_applies_and_follows(kubernetes, calm):
     assert bad.returncode == 2 and "the cluster refuses the manifests" in bad.stderr
     assert "x-value" not in kubernetes.kubectl("get", "jobs")
     kubernetes.kubectl("delete", "jobs,roles,rolebindings,serviceaccounts", "-l", "app.kubernetes.io/name=hvd")
+    kubernetes.kubectl("delete", "rolebinding/ben", "serviceaccount/ben")
 
 
 SMOKE = [

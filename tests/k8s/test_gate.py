@@ -71,7 +71,8 @@ def api(tmp_path):
         thread.start()
         (tmp_path / "token").write_text("secret\n")
         (tmp_path / "namespace").write_text("lab")
-        found.client = gate.Api(f"http://127.0.0.1:{server.server_port}", tmp_path)
+        found.again = lambda: gate.Api(f"http://127.0.0.1:{server.server_port}", tmp_path)
+        found.client = found.again()
         yield found
         server.shutdown()
         thread.join()
@@ -92,6 +93,13 @@ def test_it_waits_until_the_value_job_is_there_and_complete(api):
     gate.await_complete(api.client, "v", **QUICK)
     thread.join()
     assert len(api.asked) > 3 and set(api.asked) == {("GET", "v")}
+
+
+def test_the_clusters_api_is_not_asked_by_a_proxy(api, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # --kubernetes.env may set one, for the world outside
+    monkeypatch.delenv("no_proxy", raising=False)
+    api.jobs["v"] = job("v", "Complete")
+    gate.await_complete(api.again(), "v", **QUICK)
 
 
 def test_a_failed_value_job_is_said_with_its_reason(api):

@@ -10,7 +10,7 @@ import yaml
 
 from hvd import overrides
 from hvd.clusters.base import Request
-from hvd.clusters.kubernetes import manifests, submission
+from hvd.clusters.kubernetes import manifests, site, submission
 from hvd.errors import UserError
 from hvd.fields import leaves
 from hvd.launch import submit
@@ -22,7 +22,7 @@ from tests.k8s.render import Document, containers, documents, jobs
 def render(*argv: str, stage: str = "all", nodes: int = 1, after: str = "", overwrite: bool = False, **asked):
     options = ("--config", "demo", *argv)
     request = Request(overrides.experiment(options), stage, options, nodes, overwrite, after)
-    return manifests.render(request, manifests.Settings(**asked))
+    return manifests.render(request, site.Settings(**asked))
 
 
 def job(docs: list[Document], component: str) -> Document:
@@ -102,7 +102,7 @@ def test_every_setting_has_its_place():
 
 def test_every_setting_is_in_the_documents():
     page = (shipped.ROOT / "docs" / "kubernetes.md").read_text()
-    for name in leaves(manifests.Settings):
+    for name in leaves(site.Settings):
         assert f"`--kubernetes.{name} " in page, name
 
 
@@ -131,7 +131,7 @@ def test_names_are_made_of_the_experiment_and_of_the_user(monkeypatch):
         keeps(
             render(name=name.removesuffix("-value")), but=("references", "network")
         )  # it keeps --kubernetes.name's rule
-        manifests.settings(overrides.split_flags(["--kubernetes.name", name.removesuffix("-value")]))
+        site.load(overrides.split_flags(["--kubernetes.name", name.removesuffix("-value")]))
     services = [doc for doc in render("--exp_name=a", nodes=2) if doc["kind"] == "Service"] if shipped.kubectl() else []
     assert {doc["metadata"]["name"] for doc in services} <= {"hvd-a-value", "hvd-a-awr"}
 
@@ -167,7 +167,7 @@ def test_a_second_experiment_by_hand(tmp_path):
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_applied(monkeypatch, capsys, flags, said):
-    monkeypatch.setattr(submission, "submit", lambda manifests: pytest.fail("it was applied"))
+    monkeypatch.setattr(submission, "submit", lambda *_: pytest.fail("it was applied"))
     assert submit.main(["--stage", "all", "--cluster", "kubernetes", *flags]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]

@@ -17,6 +17,10 @@ def waiting(reason: str, **more) -> dict:
     return a_pod("v", "Pending", containerStatuses=[{"state": {"waiting": {"reason": reason, **more}}}])
 
 
+def warning(of: str, reason: str, message: str, time: str = "2026-01-01T00:00:01Z") -> dict:
+    return {"involvedObject": {"name": of}, "reason": reason, "message": message, "lastTimestamp": time}
+
+
 NO_GPU = [{"type": "PodScheduled", "status": "False", "message": "0/3 nodes: no GPU"}]
 
 
@@ -30,6 +34,7 @@ NO_GPU = [{"type": "PodScheduled", "status": "False", "message": "0/3 nodes: no 
         ({}, [a_pod("v", "Pending", conditions=NO_GPU)], "PENDING", "0/3 nodes: no GPU"),
         ({}, [waiting("ImagePullBackOff", message="no")], "PENDING", "ImagePullBackOff: no"),
         ({}, [waiting("PodInitializing")], "PENDING", ""),
+        ({}, [waiting("ContainerCreating")], "PENDING", "ContainerCreating"),
         ({"condition": "Complete"}, [], "COMPLETED", ""),
         ({"condition": "Failed"}, [], "FAILED", "BackoffLimitExceeded"),
         (
@@ -50,6 +55,25 @@ def test_states(spec, pods, state, reason):
     job = KubernetesJob(a_job("v", "value", **spec), pods)
     assert (job.state, job.reason) == (state, reason)
     assert job.ended == (state in ("COMPLETED", "FAILED"))
+
+
+@pytest.mark.parametrize(
+    "pods, events, reason",
+    [
+        ([], [warning("v", "FailedCreate", "failed quota: team")], "FailedCreate: failed quota: team"),
+        ([], [warning("v", "B", "new", "2026-01-02T00:00:00Z"), warning("v", "A", "old")], "B: new"),
+        ([waiting("ContainerCreating")], [warning("v-abc", "FailedMount", "no nfs")], "FailedMount: no nfs"),
+        # the Job's older warning says nothing of a pod that is there, nor does a warning more than the pod itself
+        ([waiting("ContainerCreating")], [warning("v", "FailedCreate", "quota")], "ContainerCreating"),
+        ([waiting("ImagePullBackOff", message="no")], [warning("v-abc", "Failed", "x")], "ImagePullBackOff: no"),
+    ],
+)
+def test_why_a_job_waits_is_what_the_cluster_warns_of(kubectl, pods, events, reason):
+    kubectl.has([a_job("v", "value")], pods)
+    kubectl.answer("get events", json.dumps({"items": events}))
+    assert Kubernetes().state("v").reason == reason
+    kubectl.answer("get events", "Error from server (Forbidden)", 1)  # nor is it needed
+    assert Kubernetes().state("v").state == "PENDING"
 
 
 def test_exit_codes_are_those_of_the_last_pod(kubectl):

@@ -36,8 +36,8 @@ def found(kubectl, *there: tuple[str, dict]) -> list[Document]:
 
 
 def test_a_dry_run_by_the_server_comes_first(kubectl):
-    assert submit(both()) == [("value", "hvd-value"), ("policy", "hvd-awr")]
-    assert [args[0] for args, _ in kubectl.calls()] == ["get", "apply", "apply", "create"]
+    assert submit(both()).stages == [("value", "hvd-value"), ("policy", "hvd-awr")]
+    assert [args[0] for args, _ in kubectl.calls()] == ["get", "auth", "get", "apply", "apply", "create"]
     assert ["--dry-run=server" in args for args, _ in kubectl.calls("apply")] == [True, False]
     assert handed(kubectl) == [THREE, [], THREE]
 
@@ -49,7 +49,7 @@ def test_what_the_server_refuses_changes_nothing(kubectl):
         UserError, match=r"the cluster refuses the manifests: Error .* creating: roles is forbidden.*not"
     ):
         submit(both())
-    assert [args[0] for args, _ in kubectl.calls()] == ["get", "apply"]
+    assert [args[0] for args, _ in kubectl.calls()] == ["get", "auth", "get", "apply"]
 
 
 @pytest.mark.parametrize("call", ["get", "apply --dry-run"])

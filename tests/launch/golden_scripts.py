@@ -28,7 +28,7 @@ CASES = {
 def render(args: tuple[str, ...]) -> str:
     """What --dry-run prints, run in the checkout."""
     out = io.StringIO()
-    own = {"HVD_SITE": str(ROOT / site.SITE_FILE)}  # not the file of whoever runs this
+    own = {"HVD_SITE": str(ROOT / site.SITE_FILE), "HOME": "/nonexistent"}  # not the files of whoever runs this
     with contextlib.redirect_stdout(out), contextlib.chdir(ROOT), unittest.mock.patch.dict(os.environ, own):
         code = submit.main([*args, "--cluster", "slurm", "--dry-run"])
     assert code == 0, code

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hvd import overrides
+from hvd.clusters import base
 from hvd.clusters.slurm import site
 from hvd.clusters.slurm.site import Site
 from hvd.errors import UserError
@@ -43,14 +44,14 @@ def test_later_sources_win(folders, monkeypatch):
     found = site.load(overrides.split_flags(["--slurm.partition", "c", "--slurm.no-requeue"]))
     assert (found.partition, found.mem, found.time) == ("c", "2G", "1:00:00")
     assert found.setup == ("module load x",) and not found.requeue
-    monkeypatch.setattr(site, "TEAM_FILE", work / "team.toml")
-    site.TEAM_FILE.write_text('partition = "team"\naccount = "team"')
+    monkeypatch.setattr(base, "TEAM_FILE", work / "team.toml")
+    base.TEAM_FILE.write_text('partition = "team"\naccount = "team"')
     assert (site.load().partition, site.load().account, site.load().time) == ("b", "team", "1:00:00")
-    site.TEAM_FILE.unlink()
     other = home / "other.toml"
-    other.write_text('qos = "q"')
-    monkeypatch.setenv("HVD_SITE", str(other))
-    assert site.load().qos == "q" and site.load().partition == "a"
+    other.write_text('qos = "q"\nmem = "3G"\n[kubernetes]\nimage = "r/hvd:1"')
+    monkeypatch.setenv("HVD_SITE", str(other))  # the team's file at another place; the user's own goes first
+    found = site.load()
+    assert (found.qos, found.partition, found.mem, found.account) == ("q", "b", "2G", "")
     monkeypatch.setenv("HVD_SITE", str(home / "none.toml"))
     with pytest.raises(UserError, match="is not a file"):
         site.load()

@@ -36,7 +36,9 @@ class Api:
     def __init__(self, server: str, account: Path):
         self._account = account
         self._base = f"{server}/apis/batch/v1/namespaces/{self._file('namespace')}/jobs"
-        self._tls = _tls(account / "ca.crt") if server.startswith("https") else None
+        tls = [urllib.request.HTTPSHandler(context=_tls(account / "ca.crt"))] if server.startswith("https") else []
+        # not by the proxy of the pod's environment, which is for the world outside
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), *tls)
 
     @classmethod
     def of_this_pod(cls) -> "Api":
@@ -71,7 +73,7 @@ class Api:
                 },
             )
             try:
-                with urllib.request.urlopen(request, timeout=_ANSWER_S, context=self._tls) as answer:
+                with self._opener.open(request, timeout=_ANSWER_S) as answer:
                     return KubernetesJob(json.load(answer))
             except urllib.error.HTTPError as error:
                 if error.code == 404:

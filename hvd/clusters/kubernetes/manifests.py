@@ -8,25 +8,26 @@ import getpass
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hvd import gpu_environment, overrides
+from hvd import gpu_environment
 from hvd.clusters.base import Request
-from hvd.clusters.kubernetes import kubectl
+from hvd.clusters.kubernetes import kubectl, site
 from hvd.clusters.kubernetes.queue import COMPONENT, OWN, own_container, value_of
+from hvd.clusters.kubernetes.site import Settings
 from hvd.configs import Experiment
 from hvd.errors import UserError
-from hvd.fields import Rule, check_rules, option
 from hvd.method.value_run import own_needed
 
 K8S = Path(__file__).resolve().parents[3] / "k8s"
 FILES = ("value-job.yaml", "awr-job.yaml")
 MULTI_NODE = K8S / "overlays" / "multi-node"
 GPU = "nvidia.com/gpu"
+VOLUME = "hvd/volume"
+_GPUS = re.compile(r"nvidia\.com/(gpu|mig-.*)|amd\.com/gpu|gpu\.intel\.com/.*")  # what GPUs are called
 # What belongs to one experiment, by component, and how the names of its objects end
 ENDINGS = {"value": "value", "policy": "awr", "gate": "awr-gate"}
 _OTHERS = {"all": (), "value": ("policy", "gate"), "policy": ("value",)}  # components that a stage leaves out
@@ -34,43 +35,6 @@ _OTHERS = {"all": (), "value": ("policy", "gate"), "policy": ("value",)}  # comp
 _LONGEST = 38  # characters behind "hvd-"; a Job's name has 63, and its pods' names add to it
 
 Manifest = dict[str, Any]
-
-
-def _text(pattern: str, words: str) -> Rule:
-    return Rule(lambda text: not text or bool(re.fullmatch(pattern, text)), words)
-
-
-_NAME = _text(r"[a-z0-9]([-a-z0-9]{0,40}[a-z0-9])?", "must be small letters, digits and - only, 42 at most")
-_SIZE = _text(r"\d+(Ki|Mi|Gi|Ti|k|M|G|T)?", "is not a size such as 64Gi")
-_WORD = _text(r"\S+", "must not hold spaces")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """--kubernetes.NAME; an empty text or -1 leaves what the manifests say."""
-
-    overlay: str = option("", "a kustomize folder to start from, such as k8s/overlays/smoke; none: k8s/*.yaml")
-    image: str = option("", _WORD, "of the trainer")
-    name: str = option("", _NAME, "what the Jobs' names begin with; none: hvd, you and the experiment")
-    claim: str = option("", _NAME, "name of the volume claim that all stages share")
-    gpus_per_node: int = option(-1, Rule(lambda x: x >= -1, "must not be negative"), "0: a job on CPUs")
-    gpu: str = option("", "its kind, such as h100-80gb: settings of XLA and NCCL, and the memory plan")
-    cpus: int = option(-1, Rule(lambda x: x == -1 or x >= 1, "must be at least 1"), "of a training pod, such as 16")
-    memory: str = option("", _SIZE, "of a training pod, such as 128Gi")
-    queue: str = option("", _WORD, "of Kueue")
-    priority: str = option("", _NAME, "name of a PriorityClass")
-
-
-@dataclass(frozen=True)
-class _Flags:
-    kubernetes: Settings
-
-
-def settings(flags: Sequence[overrides.Flag]) -> Settings:
-    """Of the user's --kubernetes.NAME flags; UserError for one that makes no sense."""
-    asked = overrides.apply(_Flags(Settings()), flags)
-    check_rules(asked)
-    return asked.kubernetes
 
 
 def render(request: Request, asked: Settings) -> list[Manifest]:
@@ -81,8 +45,14 @@ def render(request: Request, asked: Settings) -> list[Manifest]:
     left_out = set(_OTHERS[request.stage])
     if request.stage != "value" and not own_needed(request.cfg):  # imitation, and a value run that is given: no wait
         left_out |= {"gate", "value"} if request.cfg.policy.value_run else {"gate"}
+    if asked.gate_account:  # somebody else has made it, with its rights
+        docs = [doc for doc in docs if doc["kind"] == "Job" or component(doc) != "gate"]
     docs = [doc for doc in docs if component(doc) not in left_out]
     for doc in docs:
+        if asked.namespace:
+            doc["metadata"]["namespace"] = asked.namespace
+            for subject in doc.get("subjects", ()):
+                subject |= {"namespace": asked.namespace} if "namespace" in subject else {}
         if doc["kind"] == "Job" and component(doc) in ENDINGS:
             _fill_in(doc, request, asked)
         elif doc["kind"] == "Role" and request.after:  # the gate reads that Job instead of the files' one
@@ -118,12 +88,22 @@ def component(doc: Manifest) -> str:
     return doc["metadata"].get("labels", {}).get(COMPONENT, "")
 
 
-def gpus(manifests: Sequence[Manifest]) -> int:
-    """GPUs of a training pod."""
+def gpus(manifests: Sequence[Manifest], called: str = "") -> int:
+    """GPUs of a training pod. `called`: their name, where it is none of those that are known."""
     for doc in manifests:
         if doc["kind"] == "Job" and component(doc) in ("value", "policy"):
-            return int(own_container(doc)["resources"]["limits"].get(GPU, 0))
+            return next((int(number) for _, number in _gpu_limits(own_container(doc), called)), 0)
     return 0
+
+
+def _gpu_limits(container: Manifest, called: str) -> list[tuple[str, Any]]:
+    limits = container["resources"]["limits"]
+    return [(name, number) for name, number in limits.items() if name == called or _GPUS.fullmatch(name)]
+
+
+def namespace(manifests: Sequence[Manifest]) -> str:
+    """That of the manifests; "" where they leave it to kubectl."""
+    return next((doc["metadata"]["namespace"] for doc in manifests if doc["metadata"].get("namespace")), "")
 
 
 def to_yaml(manifests: Sequence[Manifest]) -> str:
@@ -145,7 +125,7 @@ def _source(nodes: int, asked: Settings) -> list[Manifest]:
         overlay = K8S.parent / overlay  # from wherever the launcher is called
     if not (overlay / "kustomization.yaml").is_file():
         raise UserError(f"kubernetes.overlay {overlay}: no kustomization.yaml in it")
-    docs = [doc for doc in yaml.safe_load_all(kubectl.ask("kustomize", str(overlay))) if doc]
+    docs = [doc for doc in yaml.safe_load_all(kubectl.CURRENT.ask("kustomize", str(overlay))) if doc]
     if not any(doc["kind"] == "Job" for doc in docs):
         raise UserError(f"kubernetes.overlay {overlay}: it has no Job; apply it with `kubectl apply -k {overlay}`")
     return docs
@@ -191,6 +171,8 @@ def _fill_in(doc: Manifest, request: Request, asked: Settings) -> None:
     for volume in pod["volumes"]:
         if asked.claim and volume["name"] == "storage" and "persistentVolumeClaim" in volume:
             volume["persistentVolumeClaim"]["claimName"] = asked.claim
+            _together(spec["template"], asked.claim)
+    place(doc, asked)
     if component(doc) == "gate":
         args = own_container(doc)["args"]
         args[args.index("--pods") + 1] = str(nodes)
@@ -207,11 +189,68 @@ def _fill_in(doc: Manifest, request: Request, asked: Settings) -> None:
         spec["parallelism"] = nodes
     if asked.queue:
         doc["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = asked.queue
-    if asked.priority:
-        pod["priorityClassName"] = asked.priority
     for container in _containers(doc):
         _set(container, "HVD_NUM_PROCESSES", str(nodes))
     _size(own_container(doc), nodes, asked)
+
+
+def _together(template: Any, claim: str) -> None:
+    """Another volume's name for what keeps its pods on one node (overlays/smoke): a label, and affinities to it."""
+    if isinstance(template, dict):
+        if VOLUME in template:
+            template[VOLUME] = claim
+        for value in template.values():
+            _together(value, claim)
+    elif isinstance(template, list):
+        for value in template:
+            _together(value, claim)
+
+
+def place(doc: Manifest, asked: Settings) -> None:
+    """What the site wants of a Job's pod: who it is, where it runs, and what its containers know."""
+    pod, gate = doc["spec"]["template"]["spec"], component(doc) == "gate"
+    if asked.image_pull_secret:
+        pod["imagePullSecrets"] = [{"name": asked.image_pull_secret}]
+    if account := asked.gate_account if gate else asked.service_account:
+        pod["serviceAccountName"] = account
+    if asked.node_selector:
+        pod["nodeSelector"] = pod.get("nodeSelector", {}) | dict(text.split("=", 1) for text in asked.node_selector)
+    if asked.tolerations:
+        pod["tolerations"] = [*pod.get("tolerations", ()), *site.tolerations(asked)]
+    if asked.affinity:
+        pod["affinity"] = _merged(pod.get("affinity", {}), site.affinity(asked))
+    if asked.priority:
+        pod["priorityClassName"] = asked.priority
+    rights = pod["securityContext"]
+    numbers = {"runAsUser": asked.user, "runAsGroup": asked.group, "fsGroup": asked.group}
+    for name, number in numbers.items():
+        if number == 0 or (number < 0 and asked.user == 0):  # the cluster chooses all three
+            rights.pop(name, None)
+        elif number > 0:
+            rights[name] = number
+    for container in _containers(doc):
+        names = {variable["name"] for variable in site.environment(asked)}
+        if names:
+            kept = [variable for variable in container.get("env", ()) if variable["name"] not in names]
+            container["env"] = [*kept, *site.environment(asked)]
+        if asked.cpu_limit > 0:
+            requests = container["resources"]["requests"]
+            container["resources"]["limits"]["cpu"] = str(asked.cpu_limit)
+            if _cpus(requests["cpu"]) > asked.cpu_limit:
+                requests["cpu"] = str(asked.cpu_limit)
+
+
+def _merged(one: Any, other: Any) -> Any:
+    """Both: mappings key by key, lists one behind the other."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: _merged(one.get(key), other.get(key)) for key in {**one, **other}}
+    if isinstance(one, list) and isinstance(other, list):
+        return [*one, *other]
+    return one if other is None else other
+
+
+def _cpus(text: str | int) -> float:
+    return float(str(text).removesuffix("m")) / (1000 if str(text).endswith("m") else 1)
 
 
 def _size(container: Manifest, nodes: int, asked: Settings) -> None:
@@ -221,13 +260,17 @@ def _size(container: Manifest, nodes: int, asked: Settings) -> None:
         requests["cpu"] = str(asked.cpus)
     if asked.memory:
         requests["memory"] = limits["memory"] = asked.memory
+    there = _gpu_limits(container, asked.gpu_resource)
+    name = asked.gpu_resource or (there[0][0] if there else GPU)
+    number = asked.gpus_per_node if asked.gpus_per_node >= 0 else there[0][1] if there else 0
+    for old, _ in there:
+        del limits[old]
+    if number:
+        limits[name] = number
     if asked.gpus_per_node >= 0:
-        _set(container, "HVD_EXPECT_GPUS", "1" if asked.gpus_per_node else "0")
-        limits[GPU] = asked.gpus_per_node
-        if not asked.gpus_per_node:
-            del limits[GPU]
+        _set(container, "HVD_EXPECT_GPUS", "1" if number else "0")
     if asked.gpu:
-        for row in gpu_environment.settings(asked.gpu, limits.get(GPU, 0) * nodes):
+        for row in gpu_environment.settings(asked.gpu, int(number) * nodes):
             container["env"].append({"name": row.name, "value": row.value})
 
 

@@ -9,7 +9,7 @@ import datetime
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hvd.clusters import base
@@ -23,15 +23,24 @@ OWN = ("prepare", "train", "gate")  # containers of hvd; an overlay may add othe
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,250}[a-z0-9])?")
 # The trainer's bar: `value:  52%|####  | 31/60 [00:15<00:14,  2.03step/s, loss=5.4]`
 _BAR = re.compile(r"(\d+)/(\d+) \[[^\[\]]*?,\s*([\d.]+)(step/s|s/step)")
-_STARTS = ("PodInitializing", "ContainerCreating")  # no reason to wait: they pass
+_MADE = "ContainerCreating"  # an image, a volume or a secret may be missing: a warning says so
+_STARTS = ("PodInitializing",)  # no reason to wait: it passes
+# Of a policy Job that no gate releases, because the user may not give one its rights: the launcher does it (cluster.py)
+AFTER, PODS = "hvd/after", "hvd/pods"
 
 
 @dataclass(frozen=True)
 class KubernetesJob:
-    """A Job and its pods, as the API has them. `pods`: oldest first."""
+    """A Job and its pods, as the API has them.
+
+    Attributes:
+        pods: oldest first.
+        warnings: the cluster's, oldest first, by the name of the Job or of a pod.
+    """
 
     job: Mapping[str, Any]
     pods: Sequence[Mapping[str, Any]] = ()
+    warnings: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -63,7 +72,11 @@ class KubernetesJob:
             last = next((word for pod in reversed(self.pods) if (word := _last_word(pod))), "")
             return last or _words(end.get("reason"), end.get("message"))
         if self.state == "PENDING":
-            return next((why for pod in reversed(self.pods) if (why := _why_pending(pod))), "")
+            # without a pod (quotas, admission, a missing account) the Job itself has the warning
+            names = [pod.get("metadata", {}).get("name", "") for pod in reversed(self.pods)] or [self.name]
+            said = next((self.warnings[name][-1] for name in names if self.warnings.get(name)), "")
+            waits = next((why for pod in reversed(self.pods) if (why := _why_pending(pod))), "")
+            return waits if waits and (waits != _MADE or not said) else said
         return ""
 
     @property
@@ -77,6 +90,11 @@ class KubernetesJob:
     def nodes(self) -> str:
         names = {pod["spec"].get("nodeName", "") for pod in self.pods if pod["status"].get("phase") == "Running"}
         return ",".join(sorted(names - {""}))
+
+    @property
+    def after(self) -> str | None:
+        """The value Job behind which the launcher releases this one ("" = none); None where a gate does it."""
+        return self.job["metadata"].get("annotations", {}).get(AFTER)
 
     @property
     def args(self) -> Sequence[str]:
@@ -153,30 +171,53 @@ class Queue:
         Unreachable: the cluster does not answer, or refuses.
     """
 
-    def __init__(self) -> None:
-        jobs = json.loads(kubectl.ask("get", "jobs", "-l", OURS, "-o", "json"))["items"]
-        pods = json.loads(kubectl.ask("get", "pods", "-l", f"{OURS},job-name", "-o", "json"))["items"] if jobs else []
+    def __init__(self, target: kubectl.Target = kubectl.CURRENT) -> None:
+        self._target = target
+        jobs = self._items("jobs", "-l", OURS)
+        pods = self._items("pods", "-l", f"{OURS},job-name") if jobs else []
         pods.sort(key=lambda pod: pod["metadata"]["creationTimestamp"])
         self.jobs: dict[str, KubernetesJob] = {}
         for job in sorted(jobs, key=lambda job: job["metadata"]["creationTimestamp"]):
             name = job["metadata"]["name"]
             self.jobs[name] = KubernetesJob(job, [p for p in pods if p["metadata"]["labels"]["job-name"] == name])
+        if any(job.state == "PENDING" for job in self.jobs.values()):
+            warnings = self._warnings()
+            self.jobs = {name: dataclasses.replace(job, warnings=warnings) for name, job in self.jobs.items()}
         gates = [job for job in self.jobs.values() if job.component == "gate"]
         self.gates = {gate.option("policy_job"): gate for gate in gates}
+        for name, job in self.jobs.items():
+            if job.after is not None:  # the launcher releases it; a gate was its predecessor's
+                self.gates.pop(name, None)
+
+    def _items(self, kind: str, *argv: str) -> list[Mapping[str, Any]]:
+        return json.loads(self._target.ask("get", kind, *argv, "-o", "json"))["items"]
+
+    def _warnings(self) -> dict[str, list[str]]:
+        """Name of the object -> what the cluster complains of, oldest first; {} for who may not read it."""
+        with contextlib.suppress(Failed):
+            events = self._items("events", "--field-selector", "type=Warning")
+            events.sort(key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
+            found: dict[str, list[str]] = {}
+            for event in events:
+                said = _words(event.get("reason"), event.get("message"))
+                found.setdefault(event["involvedObject"].get("name", ""), []).append(said)
+            return found
+        return {}
 
     def job(self, name: str) -> KubernetesJob:
         """UserError where there is none of that name."""
         if name not in self.jobs:
             others = nearest(name, self.jobs) if self.jobs else ", nor any other"
-            raise UserError(f"no Job {name} of hvd in this namespace{others}")
+            other = "--kubernetes.namespace names another one"
+            raise UserError(f"no Job {name} of hvd in this namespace{others} ({self._target.describe()}; {other})")
         return self.jobs[name]
 
     def state(self, name: str, *, steps: bool = True) -> JobState:
         """What `hvd jobs` shows. Without `steps` the Job's log is not read."""
         job = self.job(name)
         gate = job if job.component == "gate" else self.gates.get(name)
-        after = gate.option("value_job") if gate else ""
-        step, total, rate = progress(job) if steps else (None, None, None)
+        after = gate.option("value_job") if gate else job.after or ""
+        step, total, rate = progress(job, self._target) if steps else (None, None, None)
         left = None if job.ended or step is None or total is None or not rate else (total - step) / rate
         state = JobState(
             id=name,
@@ -198,6 +239,10 @@ class Queue:
             log=f"kubectl logs job/{name}",
             ended=job.ended,
         )
+        before = self.jobs.get(job.after or "")
+        if job.state == "PAUSED" and before is not None and before.state == "FAILED":
+            never = f"job {before.name}, which it waits for, failed"
+            return dataclasses.replace(state, never=never, exit_code=before.exit_code or 1)
         if job.state != "PAUSED" or gate is None or gate.state != "FAILED":
             return state
         why = f"its gate {gate.name} failed, exit code {gate.exit_code or 1}: {gate.reason}"
@@ -209,7 +254,7 @@ class Queue:
         for policy, gate in self.gates.items():
             if name in (gate.option("value_job"), policy, gate.name):
                 names += [other for other in (gate.name, policy) if other in self.jobs and other not in names]
-        return names
+        return names + [one.name for one in self.jobs.values() if one.after == name and one.name not in names]
 
 
 def is_name(text: str) -> bool:
@@ -217,13 +262,13 @@ def is_name(text: str) -> bool:
     return bool(_NAME.fullmatch(text)) and not text.isdigit()
 
 
-def progress(job: KubernetesJob) -> tuple[int | None, int | None, float | None]:
+def progress(job: KubernetesJob, target: kubectl.Target) -> tuple[int | None, int | None, float | None]:
     """(step, steps, steps a second) of the bar in the newest pod's log; None where it shows none."""
     if job.component != "gate" and job.pods and job.state != "PENDING":
         with contextlib.suppress(Failed):
             name = job.pods[-1]["metadata"]["name"]
             own = ("-c", own_container(job.job).get("name", "train"))
-            bars = _BAR.findall(kubectl.ask("logs", name, *own, "--tail=1", "--limit-bytes=200000"))
+            bars = _BAR.findall(target.ask("logs", name, *own, "--tail=1", "--limit-bytes=200000"))
             if bars:
                 step, total, number, unit = bars[-1]
                 rate = float(number) if unit == "step/s" else 1 / float(number) if float(number) else None

@@ -7,18 +7,27 @@ import contextlib
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from hvd.clusters.kubernetes import kubectl
 from hvd.clusters.kubernetes.difference import difference, same_run
 from hvd.clusters.kubernetes.manifests import ENDINGS, Manifest, component, to_yaml
-from hvd.clusters.kubernetes.queue import OURS, KubernetesJob
+from hvd.clusters.kubernetes.queue import AFTER, OURS, PODS, KubernetesJob, own_container, value_of
 from hvd.errors import Failed, UserError
 
 _DRY_RUN = "-dry-run"  # behind the name of a Job that another one must make room for
 
 
-def submit(manifests: Sequence[Manifest]) -> list[tuple[str, str]]:
-    """Create what is not there, after the cluster has looked at it; (stage, name) of the stages' Jobs in their order.
+@dataclass(frozen=True)
+class Done:
+    """(stage, name) of the stages' Jobs in their order; must the launcher release the policy Job, having no gate?"""
+
+    stages: Sequence[tuple[str, str]]
+    ours_to_release: bool = False
+
+
+def submit(manifests: Sequence[Manifest], target: kubectl.Target = kubectl.CURRENT) -> Done:
+    """Create what is not there, after the cluster has looked at it.
 
     A Job that lives and does what is asked is left as it is: to apply a released policy Job would pause it. One that
     has ended makes room for its successor, which goes on where the run stopped. A volume claim that is there holds the
@@ -29,33 +38,71 @@ def submit(manifests: Sequence[Manifest]) -> list[tuple[str, str]]:
             manifest; nothing has been changed then.
         Unreachable: it does not answer.
     """
+    manifests = _pulled(manifests, target)
+    alone = any(doc["kind"] == "Role" for doc in manifests) and not target.may("create", "roles")
+    if alone:
+        print(
+            "you may not create Roles in this namespace, so there is no gate: the launcher waits for the value Job",
+            end=" ",
+        )
+        print("and then releases the policy Job; call it again where it has ended before", flush=True)
+        manifests = _without_gate(manifests)
     jobs = {doc["metadata"]["name"]: doc for doc in manifests if doc["kind"] == "Job" and component(doc) in ENDINGS}
-    present = {name: KubernetesJob(job) for name, job in _items("jobs").items()}
+    present = {name: KubernetesJob(job) for name, job in _items(target, "jobs").items()}
     over = {name for name, job in present.items() if _over(job, present)}
     _refuse_others(jobs, present, over)
     kept = _kept(jobs, present, over)
     ended = [name for name in jobs if name in present and name not in kept]
     wanted = [doc for name, doc in jobs.items() if name not in kept]
     rest = [doc for doc in manifests if doc["metadata"]["name"] not in jobs or doc["kind"] != "Job"]
-    claims = _claims(rest)
+    claims = _claims(rest, target)
     rest = [doc for doc in rest if doc["kind"] != "PersistentVolumeClaim" or doc["metadata"]["name"] not in claims]
     rest = rest if wanted else []
-    _hand_over("apply", [*rest, *(_aside(doc, ended) for doc in wanted)], "--dry-run=server")
+    _hand_over(target, "apply", [*rest, *(_aside(doc, ended) for doc in wanted)], "--dry-run=server")
     for name in kept:
         print(f"Job {name} is there already and does the same; it is left as it is", flush=True)
     if ended:
-        kubectl.ask("delete", "jobs", *ended, "--ignore-not-found")
-    made = _hand_over("apply", rest)
+        target.ask("delete", "jobs", *ended, "--ignore-not-found")
+    made = _hand_over(target, "apply", rest)
     try:
         # "create" fails where somebody else has been quicker; "apply" would change their Job
-        made += _hand_over("create", wanted, "--save-config")
+        made += _hand_over(target, "create", wanted, "--save-config")
     except _Half as half:
-        _take_back([*made, *half.made])
+        _take_back(target, [*made, *half.made])
         raise UserError(f"{half}; nothing of it is left behind") from None
     for name in made:
         print(f"{name} created", flush=True)
     stages = {component(doc): name for name, doc in jobs.items()}
-    return [(stage, stages[stage]) for stage in ("value", "policy") if stage in stages]  # kustomize sorts by name
+    # kustomize sorts by name
+    return Done([(stage, stages[stage]) for stage in ("value", "policy") if stage in stages], alone)
+
+
+def _pulled(manifests: Sequence[Manifest], target: kubectl.Target) -> Sequence[Manifest]:
+    """With the pull secrets of the trainers' account for the gate, too, which has an account of its own."""
+    jobs = {component(doc): doc["spec"]["template"]["spec"] for doc in manifests if doc["kind"] == "Job"}
+    gate, policy = jobs.get("gate"), jobs.get("policy")
+    if gate is None or policy is None or "imagePullSecrets" in gate:
+        return manifests
+    secrets = policy.get("imagePullSecrets")
+    if not secrets:
+        with contextlib.suppress(Failed, ValueError):
+            account = policy.get("serviceAccountName", "default")
+            secrets = json.loads(target.ask("get", "serviceaccount", account, "-o", "json")).get("imagePullSecrets")
+    if secrets:
+        gate["imagePullSecrets"] = secrets
+    return manifests
+
+
+def _without_gate(manifests: Sequence[Manifest]) -> list[Manifest]:
+    """The policy Job says instead which Job it waits for, and how many pods it then has."""
+    (gate,) = [doc for doc in manifests if doc["kind"] == "Job" and component(doc) == "gate"]
+    kept = [doc for doc in manifests if component(doc) != "gate"]
+    for doc in kept:
+        if doc["kind"] == "Job" and component(doc) == "policy":
+            args = own_container(gate)["args"]
+            notes = {AFTER: value_of(args, "value_job"), PODS: value_of(args, "pods")}
+            doc["metadata"]["annotations"] = doc["metadata"].get("annotations", {}) | notes
+    return kept
 
 
 class _Half(UserError):
@@ -66,20 +113,20 @@ class _Half(UserError):
         self.made = made
 
 
-def _hand_over(verb: str, manifests: Sequence[Manifest], *flags: str) -> list[str]:
+def _hand_over(target: kubectl.Target, verb: str, manifests: Sequence[Manifest], *flags: str) -> list[str]:
     """Kind/name of what is new."""
     if not manifests:
         return []
-    made, refused = kubectl.hand_over(verb, to_yaml(manifests), *flags)
+    made, refused = target.hand_over(verb, to_yaml(manifests), *flags)
     if refused:
         raise _Half(f"the cluster refuses the manifests: {refused}", made)
     return made
 
 
-def _take_back(made: Sequence[str]) -> None:
+def _take_back(target: kubectl.Target, made: Sequence[str]) -> None:
     for name in reversed([name for name in made if not name.startswith("persistentvolumeclaim")]):
         with contextlib.suppress(Failed):
-            kubectl.ask("delete", name, "--ignore-not-found", "--wait=false")
+            target.ask("delete", name, "--ignore-not-found", "--wait=false")
 
 
 def _aside(doc: Manifest, ended: Sequence[str]) -> Manifest:
@@ -98,8 +145,11 @@ def _over(job: KubernetesJob, present: Mapping[str, KubernetesJob]) -> bool:
         held = present.get(job.option("policy_job"))
         return job.ended or held is None or held.ended
     gates = [one for one in present.values() if one.component == "gate" and one.option("policy_job") == job.name]
-    # a policy Job whose gate has given up will never be released
-    return job.ended or (job.state == "PAUSED" and any(gate.ended for gate in gates))
+    gates = gates if job.after is None else []
+    before = present.get(job.after or "")
+    # a policy Job whose gate has given up will never be released, nor one that waits for a value Job that has failed
+    given_up = any(gate.ended for gate in gates) or (before is not None and before.state == "FAILED")
+    return job.ended or (job.state == "PAUSED" and given_up)
 
 
 def _refuse_others(jobs: Mapping[str, Manifest], present: Mapping[str, KubernetesJob], over: set[str]) -> None:
@@ -136,11 +186,11 @@ def _kept(jobs: Mapping[str, Manifest], present: Mapping[str, KubernetesJob], ov
     return living
 
 
-def _claims(manifests: Sequence[Manifest]) -> list[str]:
+def _claims(manifests: Sequence[Manifest], target: kubectl.Target) -> list[str]:
     """Names of the volume claims that are there already."""
     wanted = any(doc["kind"] == "PersistentVolumeClaim" for doc in manifests)
-    return list(_items("persistentvolumeclaims")) if wanted else []
+    return list(_items(target, "persistentvolumeclaims")) if wanted else []
 
 
-def _items(kind: str) -> dict[str, Manifest]:
-    return {item["metadata"]["name"]: item for item in json.loads(kubectl.ask("get", kind, "-o", "json"))["items"]}
+def _items(target: kubectl.Target, kind: str) -> dict[str, Manifest]:
+    return {item["metadata"]["name"]: item for item in json.loads(target.ask("get", kind, "-o", "json"))["items"]}

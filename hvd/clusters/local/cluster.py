@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, NoReturn
 
 from hvd import stages
+from hvd.clusters import base
 from hvd.clusters.base import JobState, Planned, Request, Submitted
 from hvd.clusters.local import runner
 from hvd.configs import Experiment
@@ -51,7 +52,7 @@ class Local:
 
     def submit(self, planned: Planned, again: Sequence[str] = ()) -> list[Submitted]:
         if again:
-            _detach(again, logs(planned.request.cfg))
+            base.start_again(again, logs(planned.request.cfg))
         self._planned = planned
         return [Submitted("", planned.request.stage)]
 
@@ -131,22 +132,6 @@ def _commands(groups: Sequence[Group], request: Request) -> list[str]:
                 command = [*runner.COMMAND, *step.words(request.options)]
                 lines.append(" ".join([*words, shlex.join(command)]) + (" &" if index < count - 1 else ""))
     return lines
-
-
-def _detach(again: Sequence[str], log_dir: Path) -> None:
-    """Start the launcher's command line in a session of its own; say how to follow and to stop it."""
-    log_dir.mkdir(parents=True, exist_ok=True)
-    log = log_dir / "submit.log"
-    with open(log, "a", encoding="utf-8") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hvd.launch.submit", *again],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    print(f"running in the background: process {process.pid}, log {log}")
-    print(f"follow it: tail -f {shlex.quote(str(log))}; stop it (it saves): kill {process.pid}")
 
 
 def _finish(cfg: Experiment, stage: str, seconds: float) -> None:

@@ -1,9 +1,7 @@
-"""What jobs ask a Slurm site for: slurm/site.toml, then /etc/hvd/site.toml, the user's own file, and the flags."""
+"""What jobs ask a Slurm site for: slurm/site.toml, then the team's file, the user's own, and the flags."""
 
 import dataclasses
-import os
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +9,11 @@ from typing import Literal
 
 from hvd import overrides
 from hvd.accelerators import get as get_accelerator
+from hvd.clusters import base
 from hvd.errors import UserError
 from hvd.fields import AT_LEAST_1, NOT_NEGATIVE, check_rules, from_plain, option, to_plain
 
 SITE_FILE = Path("slurm") / "site.toml"  # of the working directory, which is the checkout
-TEAM_FILE = Path("/etc/hvd/site.toml")
 JOBS_DIR = Path("slurm") / "jobs"
 
 # A #SBATCH line is no shell text: & | ( ) [ ] of constraints are themselves. An option may quote what has spaces.
@@ -73,28 +71,13 @@ def load(flags: Sequence[overrides.Flag] = ()) -> Site:
         UserError: a file that cannot be read, an unknown name, a value of a wrong kind or one that makes no sense.
     """
     site = Site()
-    for path in (SITE_FILE, TEAM_FILE, user_file()):
-        if path.is_file():
-            site = read(path, site)
+    own = [(SITE_FILE, base.read_site(SITE_FILE))] if SITE_FILE.is_file() else []
+    for path, data in [*own, *base.site_files()]:
+        settings = {name: value for name, value in data.items() if name not in base.names()}
+        site = from_plain(Site, {**to_plain(site), **settings}, str(path))
     site = overrides.apply(_Flags(site), flags).slurm
     check(site)
     return site
-
-
-def user_file() -> Path:
-    given = os.environ.get("HVD_SITE")
-    if given and not Path(given).is_file():
-        raise UserError(f"HVD_SITE {given} is not a file")
-    return Path(given) if given else Path("~/.config/hvd/site.toml").expanduser()
-
-
-def read(path: Path, site: Site) -> Site:
-    """`site` with what the file sets."""
-    try:
-        data = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error
-    return from_plain(Site, {**to_plain(site), **data}, str(path))
 
 
 def check(site: Site) -> None:
