@@ -22,15 +22,18 @@ class Carry(abc.ABC):
     """Judges SUBTASKS in `env` (hvd.sim.tasks.Progress); each task says how its object must rest.
 
     Attributes:
+        goal: the middle of the goal, x and y; its half sizes are scene.GOAL_HALF.
         clear: a hand must be this far from the object's centre, in metres, before the object counts as placed.
     """
 
+    goal = scene.TABLE_XY
     clear: float
 
     def __init__(self, env: Env):
         self.env = env
         model = env.model
-        self._object_dof = model.joint("object").dofadr[0]
+        first = model.joint("object").dofadr[0]
+        self._object_dofs = slice(first, first + (6 if model.joint("object").type[0] == mj.mjtJoint.mjJNT_FREE else 1))
         self._object_body = model.body("object").id
         # Which grip surface a body is: left/right hand, and in a one-handed task its two fingers.
         hands, self._grip_of_body = env.task.hands, {}
@@ -42,8 +45,8 @@ class Carry(abc.ABC):
         self.reset()
 
     @abc.abstractmethod
-    def rests_on_table(self, position: Float[np.ndarray, "3"], upright: float) -> bool:
-        """Whether the object, over the goal, lies on the table. `upright`: cosine of its tilt."""
+    def rests_on_goal(self, position: Float[np.ndarray, "3"], upright: float) -> bool:
+        """Whether the object, which is over the goal, lies on it. `upright`: cosine of its tilt."""
 
     def reset(self) -> None:
         self._placed_steps = self._loose_steps = 0
@@ -53,16 +56,23 @@ class Carry(abc.ABC):
         if self._is_placed():
             return len(SUBTASKS), "placed"
         if stage >= 2 and (self.env.dropped or (self._loose_steps > _LOST_AFTER and not self._on_goal())):
-            return (1 if self._hands_within(_REACH_FAR) else 0), "lost"
-        if stage == 1 and not self._hands_within(_REACH_FAR):
+            return (1 if self._is_near() else 0), "lost"
+        if stage == 1 and not self._is_near():
             return 0, "lost"
         if stage < 3 and not self.env.dropped and self._next_is_done(stage):
             return stage + 1, SUBTASKS[stage]
         return stage, ""
 
+    def _is_near(self) -> bool:
+        """Not so far away that a reached object is no longer reached."""
+        return self._hands_within(_REACH_FAR)
+
+    def _is_reached(self) -> bool:
+        return self._hands_within(_REACH_NEAR)
+
     def _next_is_done(self, stage: int) -> bool:
         if stage == 0:
-            return self._hands_within(_REACH_NEAR)
+            return self._is_reached()
         if stage == 1:
             return self._loose_steps == 0
         return self._loose_steps == 0 and self._lowest_point() > scene.SHELF_HEIGHT + _LIFT_CLEARANCE
@@ -98,14 +108,14 @@ class Carry(abc.ABC):
     def _on_goal(self) -> bool:
         position, quat = self.env.object_pose()
         upright = 1 - 2 * (quat[1] ** 2 + quat[2] ** 2)
-        over = bool(np.all(np.abs(position[:2] - scene.TABLE_XY) < scene.GOAL_HALF))
-        return over and self.rests_on_table(position, float(upright))
+        over = bool(np.all(np.abs(position[:2] - self.goal) < scene.GOAL_HALF))
+        return over and self.rests_on_goal(position, float(upright))
 
     def _is_placed(self) -> bool:
         """On the goal, at rest, touched by nothing but the room, the hands away, for three steps in a row."""
         here = self._on_goal() and not self._touching().any()  # body 0 is the room
         if here:
-            velocity = self.env.data.qvel[self._object_dof : self._object_dof + 6]
+            velocity = self.env.data.qvel[self._object_dofs]
             position, _ = self.env.object_pose()
             nearest = min(np.linalg.norm(self.env.hand_position(side) - position) for side in scene.SIDES)
             here = bool(np.abs(velocity).max() < _STILL and nearest > self.clear)

@@ -55,6 +55,8 @@ class Env:
         self.dof_index = np.array([joint.dofadr[0] for joint in joints])
         self.limits = np.array([model.jnt_range[joint.id] for joint in joints])  # [21, 2]
         self.object_qpos = model.joint("object").qposadr[0]
+        fixed = model.joint("object").type[0] != mj.mjtJoint.mjJNT_FREE
+        self._slides_from = model.body("object").pos.copy() if fixed else None  # of an object that slides along x
         self._hand_site = {side: model.site(f"{side}_hand").id for side in scene.SIDES}
         self._step_limit = np.full(ACTION_DIM, scene.ARM_V * scene.CONTROL_DT)
         self._step_limit[TORSO] = scene.TORSO_V * scene.CONTROL_DT
@@ -76,17 +78,23 @@ class Env:
         q[self.qpos_index] = home
         for side in scene.SIDES:
             q[self.model.joint(f"{side}_fb").qposadr[0]] = scene.HOME_FINGER
-        turned = self.task.turned
-        yaw = rng.uniform(-turned, turned) if turned else 0.0
-        x, y = scene.SHELF_X - 0.06 + rng.uniform(-0.03, 0.03), rng.uniform(-0.25, 0.2)
-        z = scene.SHELF_HEIGHT + self.task.half[2]
-        q[self.object_qpos : self.object_qpos + 7] = [x, y, z, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+        if self._slides_from is None:
+            self._place_object(rng)
         mj.mj_forward(self.model, self.data)
         self.command = home.copy()
         self.command[BASE] = 0
         self.time = self.stage = self.best_stage = 0
         self.success = self.dropped = False
         self._progress.reset()
+
+    def _place_object(self, rng: np.random.Generator) -> None:
+        """On the shelf."""
+        turned = self.task.turned
+        yaw = rng.uniform(-turned, turned) if turned else 0.0
+        x, y = scene.SHELF_X - 0.06 + rng.uniform(-0.03, 0.03), rng.uniform(-0.25, 0.2)
+        z = scene.SHELF_HEIGHT + self.task.half[2]
+        pose = [x, y, z, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+        self.data.qpos[self.object_qpos : self.object_qpos + 7] = pose
 
     def limit(self, action: Float[np.ndarray, "21"]) -> Float[np.ndarray, "21"]:
         """The targets that `action` (grippers 0..100) comes down to: within joint limits, speeds, one step's travel."""
@@ -159,6 +167,8 @@ class Env:
 
     def object_pose(self) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "4"]]:
         """Position and quaternion (wxyz) in the world."""
+        if self._slides_from is not None:
+            return self._slides_from + [self.data.qpos[self.object_qpos], 0, 0], np.array([1.0, 0, 0, 0])
         q = self.data.qpos[self.object_qpos : self.object_qpos + 7]
         return q[:3].copy(), q[3:].copy()
 
@@ -167,7 +177,7 @@ class Env:
         return self.data.site_xpos[self._hand_site[side]].copy()
 
     def _judge(self) -> Step:
-        self.dropped = bool(self.data.qpos[self.object_qpos + 2] < scene.SHELF_HEIGHT - 0.1)
+        self.dropped = bool(self.object_pose()[0][2] < scene.SHELF_HEIGHT - 0.1)
         before = self.stage
         self.stage, event = self._progress.judge(before)
         self.success = self.success or self.stage == len(self.task.subtasks)

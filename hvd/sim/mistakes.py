@@ -5,6 +5,7 @@ often enough that imitation copies them. A mistake replaces the actions of one l
 would have done. The frames in which it changed the action are written down (Log) and go into the label sidecar.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -148,6 +149,22 @@ class Opportunity:
             (aside, up) if self.level == "arms" else (ahead, aside),
             int(rng.integers(self.frames[0], self.frames[1] + 1)) if seen else 0,
         )
+
+
+def casual_mistakes(
+    opportunities: tuple[Opportunity, ...],
+) -> Callable[[np.random.Generator], tuple[PlannedMistake, ...]]:
+    """What a casual operator does in a task of these opportunities, as often as in a carrying one."""
+
+    def mistakes(rng: np.random.Generator) -> tuple[PlannedMistake, ...]:
+        if rng.random() < _P_NONE:
+            return ()
+        levels = rng.permutation(LEVELS)[: 2 if rng.random() < _P_SECOND else 1]
+        mine = [[o for o in opportunities if o.level == level] for level in levels]
+        chosen = {opportunities.index(each[rng.integers(len(each))]) for each in mine}
+        return tuple(opportunities[i].plan(rng, _P_NOTICED) for i in sorted(chosen))
+
+    return mistakes
 
 
 def carry_opportunities(sizes: Sizes) -> tuple[Opportunity, ...]:

@@ -89,7 +89,10 @@ def build_model(task: Task, offscreen: int = 320) -> mj.MjModel:
     spec.visual.global_.offwidth = spec.visual.global_.offheight = offscreen
     _room(spec)
     _robot(spec)
-    _object(spec, task)
+    if task.furnish is not None:
+        task.furnish(spec)
+    if spec.body("object") is None:
+        _object(spec, task)
     return spec.compile()
 
 

@@ -44,6 +44,8 @@ class Task:
             teleoperator.
         mistakes: called with a random generator, gives the mistakes of one episode that a `casual` operator records.
         opportunities: where each level may err (hvd.sim.operators), in the order of the task.
+        furnish: called with the mujoco.MjSpec of room and robot, adds what else the task needs; also a body "object"
+            that hangs on one joint "object" along x, where the object is no free body.
     """
 
     prompt: str
@@ -58,6 +60,7 @@ class Task:
     operator: Callable[..., Any]
     mistakes: Callable[[np.random.Generator], tuple[PlannedMistake, ...]]
     opportunities: tuple[Opportunity, ...] = ()
+    furnish: Callable[[Any], None] | None = None
 
 
 def get_task(name: str) -> Task:

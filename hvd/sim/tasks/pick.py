@@ -18,7 +18,7 @@ class PickProgress(Carry):
 
     clear = 0.10
 
-    def rests_on_table(self, position: Float[np.ndarray, "3"], upright: float) -> bool:
+    def rests_on_goal(self, position: Float[np.ndarray, "3"], upright: float) -> bool:
         return bool(TABLE_HEIGHT < position[2] < TABLE_HEIGHT + self.env.task.half[2] + 0.02)
 
 
@@ -26,6 +26,7 @@ class PickOperator(Teleoperator):
     """Takes the bar with the right gripper."""
 
     open_grip = 100.0
+    _goal, _top, _upright = TABLE_XY, TABLE_HEIGHT, STAND  # where the bar is brought, and the torso's posture there
     _standoff = np.array([0.62, -0.16])  # the bar from the base: forward, left
     _tilt = rot_y(0.35)
     _tips = np.array([0.005, 0, 0.012])  # from the bar's middle to where the hand closes
@@ -89,7 +90,7 @@ class PickOperator(Teleoperator):
             self.go("sidestep")
 
     def phase_sidestep(self, action):
-        distance, turn = self._carry(action, [TURN_X, TABLE_XY[1] - self._standoff[1], 0])
+        distance, turn = self._carry(action, [TURN_X, self._goal[1] - self._standoff[1], 0])
         if distance < 0.04 and turn < 0.05:
             self.go("advance")
 
@@ -107,17 +108,17 @@ class PickOperator(Teleoperator):
     def phase_leave(self, action):
         if self.steps > 3:
             action[7] = -0.3
-            self.hands_to(action, self._hand(self.place + [-0.04 * (self.steps - 3), 0, 0.02]), STAND)
+            self.hands_to(action, self._hand(self.place + [-0.04 * (self.steps - 3), 0, 0.02]), self._upright)
         if self.steps > 25:
             self.go("give_up")
 
     @property
     def _low(self) -> float:
-        return TABLE_HEIGHT + self.env.task.half[2] + 0.012
+        return self._top + self.env.task.half[2] + 0.012
 
     @property
     def _at_table(self) -> np.ndarray:
-        return np.array([TABLE_XY[0] - self._standoff[0] - 0.05, TABLE_XY[1] - self._standoff[1], 0])
+        return np.array([self._goal[0] - self._standoff[0] - 0.05, self._goal[1] - self._standoff[1], 0])
 
     def _base_for(self, position: np.ndarray, back: float = 0.0) -> np.ndarray:
         return np.array([position[0] - self._standoff[0] - back, position[1] - self._standoff[1], 0])
@@ -134,7 +135,7 @@ class PickOperator(Teleoperator):
         reached = self.drive(action, np.asarray(goal, float), 0.5)
         self.height = max(self.height - 0.02, self._low - 0.002) if down else min(self.height + 0.03, self._low + 0.12)
         yaw = self.env.base_pose()[2]
-        self.hand_error = self.hands_to(action, self._hand(self._held_at(), yaw), STAND)
+        self.hand_error = self.hands_to(action, self._hand(self._held_at(), yaw), self._upright)
         position, _ = self.env.object_pose()
         lost = np.linalg.norm(position - self.env.hand_position("right")) > 0.12
         reachable = SHELF_HEIGHT < position[2] < SHELF_HEIGHT + 0.2

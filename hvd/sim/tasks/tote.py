@@ -18,7 +18,7 @@ class ToteProgress(Carry):
 
     clear = 0.20
 
-    def rests_on_table(self, position: Float[np.ndarray, "3"], upright: float) -> bool:
+    def rests_on_goal(self, position: Float[np.ndarray, "3"], upright: float) -> bool:
         return bool(abs(position[2] - TABLE_HEIGHT - self.env.task.half[2]) < 0.02 and upright > 0.9)
 
 
