@@ -1,7 +1,7 @@
 """How hard are the simulated tasks? Success of the scripted teleoperator by quality, of each structured mistake, and of
 controls that must fail. Prints the tables; takes about 10 CPU-minutes with n = 100.
 
-    python -m tests.benchmarks.sim_table [--n 100] [--tasks tote pick] [--workers 2]
+    python -m tests.benchmarks.sim_table [--n 100] [--tasks tote pick drawer stow] [--workers 2]
 """
 
 import argparse
@@ -49,6 +49,22 @@ FATAL = {
         PlannedMistake("arms", "too_high", "reach", 0, (0.0, 0.13)),
         PlannedMistake("arms", "too_wide", "reach", 0, (0.06, 0.0)),
         PlannedMistake("arms", "releases_early", "sidestep", 4),
+    ),
+    "stow": (
+        PlannedMistake("base", "stops_short", "approach", 0, (-0.76, 0.0)),
+        PlannedMistake("base", "off_to_side", "advance", 0, (0.0, 0.36)),
+        PlannedMistake("torso", "no_bend", "approach"),
+        PlannedMistake("torso", "no_rise", "lift"),
+        PlannedMistake("arms", "too_high", "reach", 0, (0.0, 0.13)),
+        PlannedMistake("arms", "releases_early", "sidestep", 4),
+    ),
+    "drawer": (
+        PlannedMistake("base", "stops_short", "approach", 0, (-0.6, 0.0)),
+        PlannedMistake("base", "stops_short", "pull", 0, (0.3, 0.0)),
+        PlannedMistake("torso", "no_bend", "approach"),
+        PlannedMistake("torso", "leans", "pull", 4, (0.35, 0.0)),
+        PlannedMistake("arms", "too_wide", "reach", 0, (0.06, 0.0)),
+        PlannedMistake("arms", "releases_early", "pull", 4),
     ),
 }
 
@@ -99,7 +115,8 @@ def table(task: str, n: int, workers: int) -> Iterator[str]:
     for quality, retries in QUALITIES:
         success, steps = _rate(operator_run, [(task, seed, quality, retries) for seed in range(n)], workers)
         name = f"quality {quality}" + ("" if retries else ", no retries")
-        yield f"  {name:<34}{success:>8.2f}{PROTOTYPE[task][quality, retries]:>11.2f}{steps:>12.0f}"
+        before = PROTOTYPE.get(task, {}).get((quality, retries), float("nan"))
+        yield f"  {name:<34}{success:>8.2f}{before:>11.2f}{steps:>12.0f}"
     few = max(2, n // 5)
     yield f"{task}: one mistake that is never noticed, n = {few}"
     for plan in FATAL[task]:
@@ -115,7 +132,7 @@ def table(task: str, n: int, workers: int) -> Iterator[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=100)
-    parser.add_argument("--tasks", nargs="+", default=["tote", "pick"])
+    parser.add_argument("--tasks", nargs="+", default=["tote", "pick", "drawer", "stow"])
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     for task in args.tasks:

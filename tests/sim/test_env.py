@@ -7,7 +7,6 @@ import pytest
 from hvd.configs import SIM_TASKS
 from hvd.robots import get_robot
 from hvd.sim import scene
-from hvd.sim.carry import SUBTASKS
 from hvd.sim.env import Env, canonical_quat
 from hvd.sim.tasks import get_task
 
@@ -43,7 +42,7 @@ def test_actuators_are_in_the_r1s_order():
     assert tuple(env.model.actuator(i).name for i in range(env.model.nu)) == scene.ACTUATED
 
 
-@pytest.mark.parametrize("task", ["tote", "pick"])
+@pytest.mark.parametrize("task", SIM_TASKS)
 def test_same_seed_same_episode(task):
     def run(seed):
         env = Env(task)
@@ -147,7 +146,7 @@ def test_canonical_quat_is_the_nearest_to_identity():
                 np.testing.assert_allclose(canonical_quat(-twin, task.symmetries), got, atol=1e-9)
 
 
-@pytest.mark.parametrize("task", ["tote", "pick"])
+@pytest.mark.parametrize("task", SIM_TASKS)
 def test_a_clean_episode_earns_each_subtask_once(task):
     env = Env(task)
     env.reset(0)
@@ -159,7 +158,7 @@ def test_a_clean_episode_earns_each_subtask_once(task):
             events.append((step.event, step.reward))
         if step.done:
             break
-    assert events == [(name, 1.0) for name in SUBTASKS]
+    assert events == [(name, 1.0) for name in get_task(task).subtasks]
     assert step.success and not step.dropped and env.best_stage == 4
 
 
@@ -213,3 +212,51 @@ def test_time_runs_out():
     env = Env("pick", horizon=3)
     env.reset(0)
     assert [env.step(hold(env)).done for _ in range(3)] == [False, False, True]
+
+
+def slide(env: Env, opened: float) -> None:
+    """Put the drawer so many metres open, at rest."""
+    env.data.qpos[env.object_qpos] = -opened
+    env.data.qvel[env.model.joint("object").dofadr[0]] = 0
+    mujoco.mj_forward(env.model, env.data)
+
+
+def test_a_drawer_is_left_open_not_closed_or_held():
+    env = Env("drawer")
+    env.reset(0)
+    start, _ = env.object_pose()
+    slide(env, 0.3)
+    assert not any(env.step(hold(env)).success for _ in range(4))  # not far enough
+    slide(env, 0.4)
+    steps = [env.step(hold(env)) for _ in range(3)]
+    assert [s.success for s in steps] == [False, False, True] and steps[-1].event == "left"
+    np.testing.assert_allclose(start - env.object_pose()[0], [0.4, 0, 0], atol=1e-3)
+    assert not steps[-1].dropped
+
+
+def test_a_drawer_that_closes_again_takes_its_reward_back():
+    env = Env("drawer")
+    env.reset(0)
+    operator = env.task.operator(env, 0)
+    while env.stage < 3:
+        env.step(operator.act())
+    slide(env, 0.1)
+    step = env.step(operator.act())
+    assert step.event == "lost" and step.reward == -2 and env.stage == 1 and not step.done
+
+
+def test_stowed_is_on_top_of_the_cabinet():
+    env = Env("stow")
+    env.reset(0)
+    mark = env.model.geom("mark").pos
+    put_object(env, [*mark[:2], mark[2] + 0.05])
+    assert [env.step(hold(env)).success for _ in range(3)] == [False, False, True]
+    env.reset(0)
+    put_object(env, [*scene.TABLE_XY, scene.TABLE_HEIGHT + 0.05])  # pick's goal
+    assert not any(env.step(hold(env)).success for _ in range(4))
+
+
+def test_furniture_stands_in_its_own_task_only():
+    with pytest.raises(KeyError):
+        Env("pick").model.geom("cabinet")
+    assert Env("stow").model.nq == Env("pick").model.nq == Env("drawer").model.nq + 6

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from hvd.configs import Experiment, SimConfig
+from hvd.configs import SIM_TASKS, Experiment, SimConfig
 from hvd.errors import UserError
 from hvd.robots import get_robot
 from hvd.sim import operators, record
@@ -59,6 +59,17 @@ def test_the_others_go_on_while_a_level_errs():
     np.testing.assert_allclose(wrong[first][DIMS["torso"]], right[first][DIMS["torso"]], atol=1e-9)
     assert success and len(wrong) - len(right) < 30
     assert frames(log.waiting, "torso") and frames(log.waiting, "arms")
+
+
+@pytest.mark.parametrize("task", SIM_TASKS)
+def test_every_task_has_opportunities_for_every_level(task):
+    """The phases are those of the operator, and some mistake of every level ends the attempt."""
+    found = get_task(task).opportunities
+    assert {o.level for o in found} == {o.level for o in found if o.final or o.hopeless} == set(LEVELS)
+    for opportunity in found:
+        assert all(hasattr(get_task(task).operator, f"phase_{phase}") for phase in opportunity.phases)
+    made = [plan for seed in range(50) for plan in get_task(task).mistakes(np.random.default_rng(seed))]
+    assert {plan.level for plan in made} == set(LEVELS) and 0.2 < np.mean([plan.noticed for plan in made]) < 0.8
 
 
 def test_nobody_waits_where_nobody_errs():

@@ -6,19 +6,20 @@ Small numbers here; tests/benchmarks/sim_table.py prints the tables with n = 100
 import numpy as np
 import pytest
 
+from hvd.configs import SIM_TASKS
 from hvd.sim.env import Env
 from hvd.sim.kinematics import BODY, BodyIK, rot_x, rot_y, rot_z, wrap
 from tests.benchmarks.sim_table import control_run, operator_run
 
 
-@pytest.mark.parametrize("task", ["tote", "pick"])
+@pytest.mark.parametrize("task", SIM_TASKS)
 def test_clean_operator_succeeds(task):
     runs = [operator_run(task, seed, 0.0, True) for seed in (11, 12, 13)]
     assert all(success for success, _ in runs)
     assert all(60 < steps < 160 for _, steps in runs)
 
 
-@pytest.mark.parametrize("task", ["tote", "pick"])
+@pytest.mark.parametrize("task", SIM_TASKS)
 @pytest.mark.parametrize("control", ["nothing", "random", "base", "torso"])
 def test_controls_fail(task, control):
     assert not control_run(task, 21, control)[0]

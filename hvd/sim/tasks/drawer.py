@@ -7,7 +7,7 @@ from jaxtyping import Float
 from hvd.sim.carry import Carry
 from hvd.sim.kinematics import rot_z
 from hvd.sim.mistakes import Opportunity, Way, casual_mistakes
-from hvd.sim.scene import HALF_TURNS, QUARTER_TURNS, RIGHT_GRIPPER
+from hvd.sim.scene import HALF_TURNS, OVERVIEW, QUARTER_TURNS, RIGHT_GRIPPER
 from hvd.sim.tasks import Task
 from hvd.sim.tasks.pick import PickOperator
 from hvd.sim.teleoperator import CROUCH, STAND, STUCK, TURN_X
@@ -23,6 +23,7 @@ _AWAY = 0.18  # metres from the hand to the handle of a drawer that is left
 def furnish(spec: mj.MjSpec) -> None:
     """A chest on the floor, and its drawer: the body "object", whose frame is the middle of the handle."""
     box = mj.mjtGeom.mjGEOM_BOX
+    spec.camera(OVERVIEW).pos[1] -= 1.0  # films show this side of the room
     x, y, _ = HANDLE
     wood, light = [0.45, 0.35, 0.25, 1], [0.7, 0.6, 0.45, 1]
     chest = spec.worldbody
@@ -60,7 +61,7 @@ class DrawerProgress(Carry):
         return True
 
     def _on_goal(self) -> bool:
-        return HANDLE[0] - self.env.object_pose()[0][0] > OPEN
+        return bool(HANDLE[0] - self.env.object_pose()[0][0] > OPEN)
 
     def judge(self, stage: int) -> tuple[int, str]:
         self._follow_grip()
@@ -125,8 +126,8 @@ def _away(least: float, most: float) -> tuple[Way, Way]:
 
 
 OPPORTUNITIES = (
-    Opportunity("base", ("sidestep",), _away(0.4, 0.6), (15, 30), final=False),
-    Opportunity("base", ("approach",), _away(0.35, 0.55), (15, 30)),
+    Opportunity("base", ("sidestep",), _away(0.4, 0.6), (10, 20), final=False),
+    Opportunity("base", ("approach",), _away(0.5, 0.7), (15, 30)),
     Opportunity("base", ("pull",), (Way("stops_short", ahead=(0.2, 0.35)),), (15, 30)),
     Opportunity("torso", ("approach",), (Way("no_bend", late="late_bend"),), (15, 30)),
     Opportunity("torso", ("pull",), (Way("leans", ahead=(0.25, 0.4), delay=(3, 6)),), (15, 30), final=False),

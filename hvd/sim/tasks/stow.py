@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from hvd.sim.carry import SUBTASKS, Carry
 from hvd.sim.mistakes import Sizes, carry_mistakes, carry_opportunities
-from hvd.sim.scene import GOAL_HALF, HALF_TURNS, QUARTER_TURNS
+from hvd.sim.scene import GOAL_HALF, HALF_TURNS, OVERVIEW, QUARTER_TURNS
 from hvd.sim.tasks import Task
 from hvd.sim.tasks.pick import PickOperator
 from hvd.sim.teleoperator import TURN_X
@@ -20,6 +20,7 @@ TALL = np.array([0.15, -0.3, 0.15, 0.0])  # torso at the cabinet
 def furnish(spec: mj.MjSpec) -> None:
     """The cabinet, and the mark on its top."""
     box, middle = mj.mjtGeom.mjGEOM_BOX, CABINET_HEIGHT / 2
+    spec.camera(OVERVIEW).pos[1] -= 1.0  # films show this side of the room
     size, rgba = [0.2, 0.3, middle], [0.45, 0.4, 0.35, 1]
     spec.worldbody.add_geom(name="cabinet", type=box, pos=[*CABINET_XY, middle], size=size, rgba=rgba)
     top, mark = [*CABINET_XY, CABINET_HEIGHT + 0.001], [*GOAL_HALF, 0.001]
