@@ -26,6 +26,7 @@ class Options:
     file: str = option("", "the matrix, a TOML file (hvd/benchmark/matrix.py describes it)")
     out: str = option("", "the folder for everything that is made")
     at_a_time: int = option(2, AT_LEAST_1, "items side by side, each on its share of the cores")
+    only: tuple[str, ...] = option((), "TASK-SEED, such as tote-21: only these data sets; the others another time")
     tables: bool = option(False, "run nothing: make the tables and the page from what is done")
     dry_run: bool = option(False, "list what would be done")
 
@@ -44,14 +45,17 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("give the matrix and a folder: hvd benchmark FILE --out FOLDER")
     asked, out = matrix.read(options.file), Path(options.out).expanduser()
     work = matrix.items(asked)
+    now = [item for item in work if not options.only or item.name.startswith(tuple(f"{x}-" for x in options.only))]
+    if not now:
+        raise UserError(f"--only {' '.join(options.only)}: no data set of {options.file} is called so")
     if options.dry_run:
-        print("\n".join(f"{item.name}: {', '.join(item.steps)}" for item in work if not finished(out, item)))
+        print("\n".join(f"{item.name}: {', '.join(item.steps)}" for item in now if not finished(out, item)))
         return EXIT_COMPLETE
     code = EXIT_COMPLETE
     if not options.tables:
         with files.disk_errors(out, "choose another --out"):
             out.mkdir(parents=True, exist_ok=True)
-            code = Work(out.resolve(), work, options.at_a_time).run()
+            code = Work(out.resolve(), now, options.at_a_time).run()
     done = [found for item in work if (found := finished(out, item)) is not None]
     if any(found.cell for found in done):
         command = shlex.join(["hvd", "benchmark", options.file, "--out", options.out])

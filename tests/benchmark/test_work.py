@@ -143,3 +143,12 @@ def test_a_dry_run_lists_what_is_left(file, tmp_path, capsys):
     assert command.main([str(file), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     assert "tote-1-td: train-policy, evaluate" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_part_of_the_matrix(file, tmp_path, capsys):
+    file.write_text(file.read_text().replace("[1]", "[1, 11]"))
+    argv = [str(file), "--out", str(tmp_path / "out"), "--dry-run", "--only"]
+    assert command.main([*argv, "tote-1"]) == 0
+    assert all(line.startswith("tote-1-") for line in capsys.readouterr().out.splitlines())
+    with pytest.raises(UserError, match="--only tote-2: no data set of"):
+        command.main([*argv, "tote-2"])
