@@ -68,8 +68,8 @@ def submit(manifests: Sequence[Manifest], target: kubectl.Target = kubectl.CURRE
         # "create" fails where somebody else has been quicker; "apply" would change their Job
         made += _hand_over(target, "create", wanted, "--save-config")
     except _Half as half:
-        _take_back(target, [*made, *half.made])
-        raise UserError(f"{half}; nothing of it is left behind") from None
+        _take_back(target, half.made)
+        raise UserError(f"{half}; no Job of it is left behind") from None
     for name in made:
         print(f"{name} created", flush=True)
     stages = {component(doc): name for name, doc in jobs.items()}
@@ -124,7 +124,8 @@ def _hand_over(target: kubectl.Target, verb: str, manifests: Sequence[Manifest],
 
 
 def _take_back(target: kubectl.Target, made: Sequence[str]) -> None:
-    for name in reversed([name for name in made if not name.startswith("persistentvolumeclaim")]):
+    """Delete the Jobs. Accounts, roles and claims stay: who has been quicker may use those of the same names by now."""
+    for name in reversed(made):
         with contextlib.suppress(Failed):
             target.ask("delete", name, "--ignore-not-found", "--wait=false")
 
