@@ -1,4 +1,4 @@
-"""Which processes make up a run, told by the environment: HVD_COORDINATOR and its companions, or what srun sets.
+"""Which processes make up a run, told by the environment: HVD_COORDINATOR and companions, or what srun or mpirun sets.
 
 Imports no jax: signal handlers and the command line ask it too.
 """
@@ -7,12 +7,24 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hvd.errors import UserError
 
 ENVIRONMENT = ("HVD_COORDINATOR", "HVD_NUM_PROCESSES", "HVD_PROCESS_ID")
+# What else may say the same, in this order: jax's own variables (Kubeflow sets them), mpirun of OpenMPI, PMIx, PMI
+_COORDINATOR = (ENVIRONMENT[0], "JAX_COORDINATOR_ADDRESS")
+_COUNT = (ENVIRONMENT[1], "JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_INDEX = (ENVIRONMENT[2], "JAX_PROCESS_ID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+# Beside two of these: how many processes a host has, and which of them this one is
+_ON_A_HOST = {
+    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "PMI_SIZE": ("MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+}
+_JOBS = ("PMIX_NAMESPACE", "PMI_JOBID", "OMPI_MCA_orte_ess_jobid")  # the same for all processes of a run
+PORT = 8476  # of process 0, where nobody says another
 
 # A node may still pull its image or wait for its file system while the first one is ready. One that has failed ends
 # the whole step at once (srun --kill-on-bad-exit, the local runner), so waiting long costs nothing.
@@ -38,27 +50,64 @@ class Group:
 def group(env: Mapping[str, str] = os.environ) -> Group | None:
     """The run's processes, or None for a process by itself.
 
-    HVD_COORDINATOR (host:port), HVD_NUM_PROCESSES and HVD_PROCESS_ID must all be set, or none; they win over Slurm's.
-    In a step of Slurm HVD_COORDINATOR alone (host, or host:port) is another name for the host of process 0.
+    Each of the three (coordinator as host:port, count, index) is HVD_COORDINATOR, HVD_NUM_PROCESSES or HVD_PROCESS_ID,
+    else JAX's variable, else that of OpenMPI's mpirun, else, outside of Slurm, of what speaks PMIx or PMI; if there is
+    none, Slurm's. In a step of Slurm a coordinator alone is another name for the host of process 0.
 
     Raises:
         UserError: they are incomplete or make no sense.
     """
-    given = [name for name in ENVIRONMENT if env.get(name)]
-    if not given or (given == ["HVD_COORDINATOR"] and "SLURM_STEP_NUM_TASKS" in env):
+    names = [_named(env, role) for role in (_COORDINATOR, _COUNT, _INDEX)]
+    coordinator, number, which = names
+    given = [name for name in names if name]
+    if not given or (given == [coordinator] and _in_slurm(env)):
         return _slurm(env)
-    missing = [name for name in ENVIRONMENT if name not in given]
-    if missing:
+    mpi = which in _INDEX[2:] and number not in _COUNT[:2]
+    if mpi and not coordinator and (not number or env[number] == "1"):
+        return None  # mpirun -n 1, or a rank of nobody knows how many
+    missing = [ours for ours, name in zip(ENVIRONMENT, names, strict=True) if not name]
+    if mpi and missing == [ENVIRONMENT[0]]:
+        if env.get(_ON_A_HOST[number][0]) != env[number]:
+            raise UserError(
+                f"{ENVIRONMENT[0]} is not set, and the {env[number]} processes of {number} are on several hosts: set "
+                f"it to host:port of process 0, as in mpirun -x {ENVIRONMENT[0]}=node1:{PORT}"
+            )
+        job = next((env[name] for name in _JOBS if env.get(name)), "")
+        address = f"127.0.0.1:{_PORTS[zlib.crc32(job.encode()) % len(_PORTS)]}"
+    elif missing:
         raise UserError(
             f"{missing[0]} is not set, but {given[0]} is: a group of processes needs {', '.join(ENVIRONMENT)}"
         )
+    else:
+        address = env[coordinator]
     try:
-        count, index = int(env["HVD_NUM_PROCESSES"]), int(env["HVD_PROCESS_ID"])
+        count, index = int(env[number]), int(env[which])
     except ValueError as error:
-        raise UserError(f"HVD_NUM_PROCESSES and HVD_PROCESS_ID must be whole numbers: {error}") from error
+        raise UserError(f"{number} and {which} must be whole numbers: {error}") from error
     if not 0 <= index < count:
-        raise UserError(f"HVD_PROCESS_ID {index} is not below HVD_NUM_PROCESSES {count}")
-    return Group(env["HVD_COORDINATOR"], count, index)
+        raise UserError(f"{which} {index} is not below {number} {count}")
+    port = env.get("HVD_COORDINATOR_PORT") or PORT
+    address = address if re.search(r":\d+$", address) else f"{address}:{port}"
+    return Group(address, count, index, _local(env, number) if which in _INDEX[2:] else None)
+
+
+def _named(env: Mapping[str, str], role: Sequence[str]) -> str:
+    """Name of the variable that counts for the role; "" for none. Slurm's own tasks are told by PMI(x) too."""
+    slurm = _in_slurm(env)
+    return next((name for name in role if env.get(name) and not (slurm and name.startswith("PMI"))), "")
+
+
+def _in_slurm(env: Mapping[str, str]) -> bool:
+    return "SLURM_STEP_NUM_TASKS" in env
+
+
+def _local(env: Mapping[str, str], number: str) -> tuple[int, ...] | None:
+    """Of the host's GPUs those of this process; None where it is the only one there."""
+    here, which = (env.get(name, "") for name in _ON_A_HOST.get(number, ("", "")))
+    if not here.isdigit() or not which.isdigit() or here == "1":
+        return None
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    return (int(which),) if visible is None else _share(visible, int(here), int(which))
 
 
 def bind_address(coordinator: str) -> str | None:
@@ -77,12 +126,15 @@ def bind_address(coordinator: str) -> str | None:
 
 def several(env: Mapping[str, str] = os.environ) -> bool:
     """Has the run more than one process? Never raises: a signal handler asks."""
-    return (env.get("HVD_NUM_PROCESSES") or env.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
+    name = _named(env, _COUNT)
+    return (env[name] if name else env.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
 
 
 def rank(env: Mapping[str, str] = os.environ) -> int:
     """Number of this process in its run; never raises."""
-    value = env.get("HVD_PROCESS_ID") or (env.get("SLURM_PROCID") if several(env) else None) or "0"
+    name = _named(env, _INDEX)
+    name = name if name in _INDEX[:2] or several(env) else ""
+    value = env[name] if name else (env.get("SLURM_PROCID") if several(env) else None) or "0"
     return int(value) if value.isdigit() else 0
 
 
@@ -97,7 +149,9 @@ def _slurm(env: Mapping[str, str]) -> Group | None:
     number = int(env["SLURM_JOB_ID"]) * 31 + step + 7919 * restarts
     port = int(env.get("HVD_COORDINATOR_PORT", "0")) or _PORTS[number % len(_PORTS)]
     alone = env.get("SLURM_STEP_NUM_NODES") == "1"
-    host = env.get("HVD_COORDINATOR") or ("127.0.0.1" if alone else first_host(env["SLURM_STEP_NODELIST"]))
+    host = next((env[name] for name in _COORDINATOR if env.get(name)), "") or (
+        "127.0.0.1" if alone else first_host(env["SLURM_STEP_NODELIST"])
+    )
     return Group(
         host if re.search(r":\d+$", host) else f"{host}:{port}",
         count,

@@ -290,7 +290,9 @@ def test_the_launcher_applies_and_follows(kubernetes, calm):
     uids = {job["metadata"]["name"]: job["metadata"]["uid"] for job in kubernetes.get("jobs")["items"]}
     other = [*place, *flags, "--value.batch_size", "8"]
     refused = kubernetes.call(sys.executable, "launch/submit.py", *other, cwd=ROOT, check=False)
-    assert refused.returncode == 2 and "Job hvd-calm-value is there already and has other arguments" in refused.stderr
+    assert (
+        refused.returncode == 2 and "is there already and has other arguments (value.batch_size 16)" in refused.stderr
+    )
     assert uids == {job["metadata"]["name"]: job["metadata"]["uid"] for job in kubernetes.get("jobs")["items"]}
     bad = kubernetes.call(
         sys.executable,

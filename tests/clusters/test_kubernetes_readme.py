@@ -17,21 +17,40 @@ from tests.image import builder
 pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(1500)]
 
 
-def first_try() -> list[str]:
-    """The commands of the block, without their comments."""
-    page = (ROOT / "docs" / "kubernetes.md").read_text().partition("## A first try, on CPUs")[2]
-    block = re.search(r"(^    .*\n)+", page, re.MULTILINE)
-    assert block
-    return [line.partition("#")[0].strip() for line in block.group().splitlines()]
+def commands(heading: str, blocks: int = 1) -> list[str]:
+    """Of the first blocks below the heading, without their comments."""
+    page = (ROOT / "docs" / "kubernetes.md").read_text().partition(f"## {heading}\n")[2]
+    found = re.findall(r"(?:^    .*\n)+", page, re.MULTILINE)[:blocks]
+    assert len(found) == blocks
+    return [line.partition("#")[0].strip() for block in found for line in block.splitlines()]
 
 
-def test_a_first_try(kubernetes):
+def put_in_and_take_out(kubernetes, folder: Path) -> None:
+    """The lines of "Data in, results out", with the image put into the file and a short evaluation."""
+    (folder / "k8s").mkdir()
+    (folder / "k8s" / "shell.yaml").write_text(
+        (ROOT / "k8s" / "shell.yaml").read_text().replace("image: hvd:cuda12", "image: localhost/hvd:cpu")
+    )
+    (folder / "data" / "mine").mkdir(parents=True)
+    (folder / "data" / "mine" / "a").write_text("recorded")
+    lines = commands("Data in, results out", 2)
+    assert len(lines) == 8 and len([line for line in lines if " -- hvd " in line]) == 2
+    for line in lines:
+        short = "--evaluate.num_rollouts 2 --evaluate.videos 0 --evaluate.no-checks" if " -- hvd " in line else ""
+        kubernetes.call(*shlex.split(f"{line} {short}"), cwd=folder)
+    assert (kubernetes.storage / "data" / "mine" / "a").read_text() == "recorded"
+    assert "<html" in (folder / "report.html").read_text()
+
+
+def test_a_first_try(kubernetes, tmp_path):
     kubernetes.kubectl("delete", "jobs", "--all", "--cascade=foreground")
     said: dict[str, str] = {}
-    for command in first_try():
+    for command in commands("A first try, on CPUs"):
         words = shlex.split(command)
         if words[0].endswith("uv"):
             words = [str(Path(sys.executable).with_name(words[2])), *words[3:]]
+        if words[:2] == ["kubectl", "delete"]:
+            put_in_and_take_out(kubernetes, tmp_path)
         # the image's store is the tests' own; a user has docker's or podman's
         env = builder.settings() if words[0].startswith("docker/") else {}
         said[command] = kubernetes.call(*words, cwd=ROOT, **env).stdout

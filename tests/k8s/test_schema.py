@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import kubernetes_validate
 import pytest
+import yaml
 from kubernetes_validate import utils
 
-from tests.k8s.render import MANIFESTS, Document, documents, find, jobs
+from tests.k8s.render import K8S, MANIFESTS, Document, documents, find, jobs
 
 VERSIONS = ("1.28.0", "1.31.0", "1.33.0", "1.37.0")
 # A JobSet is no part of Kubernetes: its Jobs are looked at one by one, and of itself these fields (v1alpha2, v0.8)
@@ -66,6 +67,20 @@ def test_what_does_not_fit_is_refused(version, path, value):
     place[path[-1]] = value
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(job, version, strict=True)
+
+
+def test_the_shell_is_a_pod_like_the_gates():
+    (pod,) = yaml.safe_load_all((K8S / "shell.yaml").read_text())
+    for version in VERSIONS:
+        kubernetes_validate.validate(pod, version, strict=True)
+    gate = find(documents("base"), "Job", "hvd-awr-gate")["spec"]["template"]["spec"]
+    (shell,), (theirs,) = pod["spec"]["containers"], gate["containers"]
+    assert pod["spec"]["securityContext"] == gate["securityContext"] and pod["spec"]["enableServiceLinks"] is False
+    assert pod["spec"]["automountServiceAccountToken"] is False
+    for name in ("image", "workingDir", "securityContext"):
+        assert shell[name] == theirs[name]
+    assert [volume["name"] for volume in pod["spec"]["volumes"]] == ["storage", "tmp"]
+    assert pod["spec"]["volumes"][0] == gate["volumes"][0] and not shell["volumeMounts"][0].get("readOnly")
 
 
 def test_jobset_has_only_fields_that_we_know():

@@ -65,6 +65,61 @@ def test_the_tasks_of_a_step_are_the_processes_of_a_run(changes, want):
     assert processes.several(STEP | changes) == (want is not None)
 
 
+JAX = {"JAX_COORDINATOR_ADDRESS": "job-0.job:1234", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+ALONE = MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3", "PMIX_NAMESPACE": "prterun-1"}
+PAIRS = MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "HVD_COORDINATOR": "n1"}
+HYDRA = {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALNRANKS": "1", "MPI_LOCALRANKID": "0", "HVD_COORDINATOR": "n1:7"}
+
+
+@pytest.mark.parametrize(
+    "env, want",
+    [
+        (JAX, Group("job-0.job:1234", 3, 2)),
+        (JAX | {"JAX_COORDINATOR_ADDRESS": "job-0.job"}, Group("job-0.job:8476", 3, 2)),
+        (JAX | {"HVD_COORDINATOR": "h:1", "HVD_NUM_PROCESSES": "2", "HVD_PROCESS_ID": "0"}, Group("h:1", 2, 0)),
+        (STEP | JAX, Group("job-0.job:1234", 3, 2)),
+        (STEP | {"JAX_COORDINATOR_ADDRESS": "ib-gpu003:77"}, Group("ib-gpu003:77", 4, 3)),
+        (STEP | {"PMI_SIZE": "9", "PMI_RANK": "8", "PMIX_RANK": "8"}, Group(f"gpu003:{PORT}", 4, 3)),  # by srun itself
+        (STEP | PAIRS | {"CUDA_VISIBLE_DEVICES": "0,1"}, Group("n1:8476", 4, 3, (1,))),  # mpirun in a step
+        (PAIRS | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, Group("n1:8476", 4, 3, (2, 3))),
+        (PAIRS, Group("n1:8476", 4, 3, (1,))),  # all GPUs are seen: one each
+        (HYDRA, Group("n1:7", 2, 1)),
+        ({"PMIX_RANK": "1", "HVD_NUM_PROCESSES": "2", "HVD_COORDINATOR": "n1:7"}, Group("n1:7", 2, 1)),
+        ({"PMIX_RANK": "1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
+    ],
+)
+def test_other_starters_tell_the_processes_too(env, want):
+    assert processes.group(env) == want
+    assert processes.several(env) == (want is not None)
+    assert processes.rank(env) == (want.index if want else 0)
+
+
+def test_processes_of_one_host_by_mpirun_meet_there():
+    found = processes.group(ALONE)
+    assert found is not None and found.coordinator.startswith("127.0.0.1:") and (found.count, found.index) == (4, 3)
+    assert found != processes.group(ALONE | {"PMIX_NAMESPACE": "prterun-2"})
+    first = processes.group(ALONE | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"})
+    assert first is not None and first.coordinator == found.coordinator
+
+
+@pytest.mark.parametrize(
+    "env, said",
+    [
+        (MPIRUN, "HVD_COORDINATOR is not set, and the 4 processes of OMPI_COMM_WORLD_SIZE are on several hosts"),
+        (MPIRUN | {"OMPI_COMM_WORLD_RANK": "4"}, "HVD_COORDINATOR is not set"),
+        (PAIRS | {"OMPI_COMM_WORLD_RANK": "4"}, "OMPI_COMM_WORLD_RANK 4 is not below OMPI_COMM_WORLD_SIZE 4"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "HVD_NUM_PROCESSES is not set, but JAX_COORDINATOR_ADDRESS is"),
+        (JAX | {"JAX_NUM_PROCESSES": "x"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers"),
+        ({"PMIX_RANK": "1", "HVD_NUM_PROCESSES": "2"}, "HVD_COORDINATOR is not set, but HVD_NUM_PROCESSES is"),
+    ],
+)
+def test_what_another_starter_leaves_out(env, said):
+    with pytest.raises(UserError, match=said):
+        processes.group(env)
+
+
 def test_a_batch_script_is_not_a_step():
     env = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_NODELIST": "a[1-4]"}
     assert processes.group(env) is None and not processes.several(env) and processes.rank(env) == 0

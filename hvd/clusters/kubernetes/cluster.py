@@ -53,6 +53,10 @@ class Kubernetes:
     def check(self, planned: Planned) -> None:
         self._target.ask("version", "--client")  # it is there; what it says of the manifests comes with `submit`
         print(f"kubernetes: {self._target.describe()}", flush=True)
+        if planned.request.stage == "all":
+            print(
+                "--stage all is value and policy here; evaluation and report: docs/kubernetes.md, Data in, results out"
+            )
 
     def submit(self, planned: Planned, again: Sequence[str] = ()) -> list[Submitted]:
         done = submission.submit(planned.parts, self._target)
