@@ -248,6 +248,9 @@ def test_steps_get_what_the_batch_script_sets_and_nothing_of_another_job(attempt
         "CUDA_VISIBLE_DEVICES": "0,1",
         "HVD_EXPECT_GPUS": "1",
         "HVD_COORDINATOR": "other:1",
+        "JAX_COORDINATOR_ADDRESS": "other:1",
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "PMIX_RANK": "3",
         "SQUEUE_USERS": "nobody",
     }
     first = inherited | {"SLURM_RESTART_COUNT": ""}
