@@ -134,8 +134,8 @@ class Opportunity:
     share: float = 1.0
     hopeless: bool = False
 
-    def plan(self, rng: np.random.Generator, noticed: float) -> PlannedMistake:
-        """A mistake made here; a final one is noticed with probability `noticed`."""
+    def plan(self, rng: np.random.Generator, noticed: float, slowly: float = 1.0) -> PlannedMistake:
+        """A mistake made here; a final one is noticed with probability `noticed`, each after `slowly` times as long."""
         way = self.ways[rng.integers(len(self.ways))]
         seen = not self.hopeless and (not self.final or bool(rng.random() < noticed))
         ahead, aside, up = (float(rng.uniform(*each)) for each in (way.ahead, way.aside, way.up))
@@ -147,7 +147,7 @@ class Opportunity:
             str(rng.choice(self.phases)),
             int(rng.integers(way.delay[0], way.delay[1] + 1)),
             (aside, up) if self.level == "arms" else (ahead, aside),
-            int(rng.integers(self.frames[0], self.frames[1] + 1)) if seen else 0,
+            round(slowly * rng.integers(self.frames[0], self.frames[1] + 1)) if seen else 0,
         )
 
 
@@ -188,7 +188,8 @@ def carry_opportunities(sizes: Sizes) -> tuple[Opportunity, ...]:
         Opportunity("torso", ("sidestep",), (Way("leans", ahead=(0.25, 0.4), delay=(4, 8)),), (15, 30), final=False),
         Opportunity("arms", ("reach",), (high, wide), (12, 28)),
         Opportunity("arms", sizes.released_early_in[1:], (releases,), (1, 1), share=0.4, hopeless=True),
-        Opportunity("arms", ("reach", "lower"), (Way("hesitates", delay=(2, 2)),), (14, 28), final=False),
+        Opportunity("arms", ("sidestep",), (Way("sags", up=(-0.1, -0.06), delay=(4, 8)),), (15, 30), final=False),
+        Opportunity("arms", ("lower",), (Way("hesitates", delay=(2, 2)),), (14, 28), final=False),
     )
 
 

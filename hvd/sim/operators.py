@@ -35,9 +35,9 @@ def bad_level(rng: np.random.Generator, task: Task, sim: SimConfig, index: int) 
 
 
 def bad_levels(rng: np.random.Generator, task: Task, sim: SimConfig, index: int) -> tuple[PlannedMistake, ...]:
-    """Two of the three levels err, at each of their opportunities: others in each episode. A mistake of each is noticed
-    as often as one of bad_level."""
-    return _at_opportunities(rng, task, sim, set(LEVELS) - {LEVELS[index % 3]}, sim.noticed**0.5)
+    """Two of the three levels err, at each of their opportunities: others in each episode. A pair of
+    mistakes is noticed as often as one of bad_level, and later: clean frames of all levels at once are rare."""
+    return _at_opportunities(rng, task, sim, set(LEVELS) - {LEVELS[index % 3]}, sim.noticed**0.5, slowly=1.5)
 
 
 OPERATORS: dict[str, Operator] = {
@@ -58,7 +58,7 @@ def operator_of(sim: SimConfig) -> Operator:
 
 
 def _at_opportunities(
-    rng: np.random.Generator, task: Task, sim: SimConfig, levels: set[str], noticed: float
+    rng: np.random.Generator, task: Task, sim: SimConfig, levels: set[str], noticed: float, slowly: float = 1.0
 ) -> tuple[PlannedMistake, ...]:
     used = [o for o in task.opportunities if o.level in levels and rng.random() < sim.mistake_rate * o.share]
-    return tuple(opportunity.plan(rng, noticed) for opportunity in used)
+    return tuple(opportunity.plan(rng, noticed, slowly) for opportunity in used)

@@ -21,7 +21,8 @@ _WRONG_BASE, _WRONG_TORSO = 0.1, 0.1
 _BRIEF = ("too_high", "too_wide", "releases_early")  # they end with the attempt that they spoil, not by themselves
 # Concurrent mistakes:
 _HOPELESS = 28  # control steps of a phase with a mistake that is not noticed, after which the attempt is over
-_NEAR = 0.08  # metres from the hands to where they should be, for a phase to end while a mistake is being made
+_NEAR, _NEAR_ERRING = 0.05, 0.08  # metres from the hands to where they should be
+_SETTLES = 5  # control steps after a mistake before the attempt may be judged
 _USUAL = 12  # control steps of a phase beside the base's way; a level that stands still for longer is held up
 _STILL = {"base": (BASE, 0.03), "torso": (TORSO, 0.01), "arms": (ARMS, 0.03)}  # base m/s, rad/s; joints rad in a step
 
@@ -211,6 +212,8 @@ class Concurrent(Slots):
         super().__init__(operator, plans)
         self._phase, self._clock = "", 0  # the phase, and control steps since it began
         self._at_fault: set[str] = set()  # levels that did wrong in this phase
+        self._arms_lagged = False  # for a mistake in this phase
+        self._settling = 0  # control steps that the body still needs after a mistake
         self._due, self._error = 0.0, 0.0  # control steps that this phase usually takes; the hands' real error, metres
 
     @property
@@ -219,15 +222,15 @@ class Concurrent(Slots):
 
     @property
     def holds_up(self) -> bool:
-        catching_up = self._right_torso is not None and "torso" not in self.active
-        return catching_up or any(plan.noticed and plan.kind not in _BRIEF for plan in self.active.values())
+        return self._settling > 0 or any(plan.noticed and plan.kind not in _BRIEF for plan in self.active.values())
 
     def may_go(self) -> bool:
-        """By what is really so: the hands are where they should be."""
-        lasting = [plan for plan in self.active.values() if plan.kind not in _BRIEF]
-        return not (lasting or self._right_torso is not None) or (
-            self._error < _NEAR and "arms" not in {plan.level for plan in lasting}
-        )
+        """While base or torso err, and after the arms did: when the hands are really where they should be."""
+        arms = self.active.get("arms")
+        if arms is not None:
+            return arms.kind in _BRIEF
+        erring = bool(self.active) or self._right_torso is not None
+        return (not erring and not self._arms_lagged) or self._error < (_NEAR_ERRING if erring else _NEAR)
 
     def late(self, steps: int, most: int, after_mistake: int) -> bool:
         lasting = any(plan.kind not in _BRIEF for plan in self.active.values())
@@ -239,6 +242,7 @@ class Concurrent(Slots):
         if operator.phase != self._phase:
             self._phase, self._clock, self._due = operator.phase, 0, 0.0 if operator.phase == "give_up" else _USUAL
             self._at_fault = set(self.active) if operator.phase == "give_up" else set()
+            self._arms_lagged = False
         for plan in tuple(self._plans):
             behind = plan.level == "torso" and self._right_torso is not None
             if plan.level not in self.active and not behind and self._is_due(plan):
@@ -251,10 +255,14 @@ class Concurrent(Slots):
         for level, plan in list(self.active.items()):
             if self.log.is_wrong(level, self.env.time):
                 self._at_fault.add(level)
+                self._arms_lagged = self._arms_lagged or (level == "arms" and plan.kind not in _BRIEF)
                 self._steps[level] += 1
             if plan.noticed and plan.kind not in _BRIEF and self._steps[level] >= plan.frames:
                 self.clear(level)
+                self._settling = _SETTLES
         self._catch_up()
+        catching_up = self._right_torso is not None and "torso" not in self.active
+        self._settling = _SETTLES if catching_up else max(self._settling - 1, 0)
 
     def _note_waiting(self, action: np.ndarray) -> None:
         """A level waits when it stands still, while the phase takes longer than usual and another level erred in it."""
