@@ -41,6 +41,7 @@ _LOOPBACK = ("127.", "::1")
 _MAX_BATCH = 256
 _KEY_LENGTH = 16  # the least
 _DRAIN_S = 20.0
+_SWITCH_S = 0.0005  # until a thread that reads images lets the event loop run; Python's own 5 ms add up
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,7 @@ async def _serve(
     server: "PolicyServer", metrics: "Metrics", sock: socket.socket, line: str, log_every_s: float
 ) -> None:
     """Until a signal: the first one lets requests in flight be answered, the second one ends it."""
+    sys.setswitchinterval(_SWITCH_S)
     loop = asyncio.get_running_loop()
     stop, hurry = asyncio.Event(), asyncio.Event()
 

@@ -97,13 +97,13 @@ class Pace:
     def knows(self, address: str) -> bool:
         return address in self._next
 
-    def turn(self, address: str) -> float:
-        """Take the address's next turn; returns in how many seconds it is."""
+    def turn(self, address: str, count: int = 1) -> float:
+        """Take the address's next turns; returns in how many seconds the first one is."""
         now = time.monotonic()
         if len(self._next) >= _ADDRESSES:
             self._next = {name: at for name, at in self._next.items() if at > now}
         at = max(now - self._ahead, self._next.get(address, 0.0))
-        self._next[address] = at + self._gap
+        self._next[address] = at + count * self._gap
         return max(0.0, at - now)
 
 
@@ -272,7 +272,8 @@ class Connection(ServerConnection):
             now = time.monotonic()
             self._frames = max(0.0, self._frames - (now - self._frames_at) * _FRAMES_PER_S) + 1
             self._frames_at = now
-            if self._frames > _FRAMES:
+            if self._frames > _FRAMES and not self.dropped:
+                self._guard.http.turn(self.address, _HTTP_PER_S)  # a second: the next connection's count begins anew
                 self._guard.drop(self, "frames", f"more than {_FRAMES_PER_S} pings or small parts of messages a second")
 
     def say_goodbye(self, reason: str) -> None:

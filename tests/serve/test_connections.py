@@ -444,6 +444,8 @@ def test_a_flood_of_small_frames_costs_its_client_the_connection(run, code):
         sock.sendall(struct.pack(">BB4x", 0x02, 0x80) + small * 100_000)
     assert closed(sock)
     assert other.infer(GOOD)["actions"].shape == (4, 21)
+    waits = server.server._guard.http.turn("127.0.0.1")
+    assert 0.2 < waits < 1, "a new connection, with a new count, is not to be had at once"
     assert 'denied_total{reason="frames"} 1' in get(server.port, "/metrics")[1]
 
 

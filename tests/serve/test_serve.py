@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -296,7 +297,12 @@ def test_a_signal_that_a_library_swallows(run_folder, monkeypatch, capsys):
             pass  # as a callback of a compiler does
 
     monkeypatch.setattr(sampler.Sampler, "warm", warm)
-    assert cli.main(["serve", "--run", str(run_folder), "--port", "0"]) == 0
+    usual = sys.getswitchinterval()
+    try:
+        assert cli.main(["serve", "--run", str(run_folder), "--port", "0"]) == 0
+        assert sys.getswitchinterval() < 0.001, "threads that read images would hold up the event loop"
+    finally:
+        sys.setswitchinterval(usual)
     assert "stopped; requests: none" in capsys.readouterr().out
 
 
