@@ -126,6 +126,16 @@ def test_a_video_that_is_too_short_is_named(tmp_path):
         Dataset.open(recipe.config, cameras=CAMERAS[:1])
 
 
+def test_a_video_of_an_unknown_codec_is_named(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, *ENCODERS["h264 with B frames"], 10)
+    data = path.read_bytes()
+    assert b"avc1" in data  # in the description of its track
+    path.write_bytes(data.replace(b"avc1", b"zzzz"))
+    with pytest.raises(UserError, match=r"a\.mp4: damaged video file, or one of a codec that this PyAV does not know"):
+        list_packets(path)
+
+
 def test_a_video_that_is_longer_than_its_rows_is_said_once(tmp_path, capsys):
     recipe = make_dataset(tmp_path / "d", version="v2.1", cameras=CAMERAS[:1])
     Dataset.open(recipe.config, cameras=CAMERAS[:1])

@@ -136,6 +136,25 @@ def test_damaged_files_of_one_job_do_not_hide_the_others(slurm, submitted, work,
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value", "shown"),
+    [
+        ("run.json", "stage", ["policy"], ("stage", "value")),  # job.json's
+        ("run.json", "run_dir", {"a": 1}, ("experiment", "runs/other")),
+        ("run.json", "steps", "many", ("total", None)),
+        ("job.json", "run_dir", [17], ("name", "")),
+    ],
+)
+def test_a_record_of_another_form_is_left_out(slurm, submitted, run_folder, capsys, name, field, value, shown):
+    folder = submitted("9", run={"stage": "policy", "run_dir": "runs/demo/value", "steps": 1000}, run_dir="runs/other")
+    about = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(about | {field: value}))
+    slurm.job("9")
+    assert jobs("list", "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row[shown[0]] == shown[1], row
+
+
 def test_a_waiting_job_of_plain_sbatch_is_known_by_its_name_and_folder(slurm, work, capsys):
     slurm.job("5", name="hvd-policy", folder=str(work), state="PENDING", reason="Priority", nodes="")
     slurm.job("6", name="hvd-policy", folder="/another")
