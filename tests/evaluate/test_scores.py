@@ -76,5 +76,9 @@ def test_waiting_is_counted_apart(monkeypatch):
     waits = np.any(found.waiting > 0, axis=1)
     judged = scores.judged(found, -waits[:, None].astype(np.float32))
     assert judged["all"] is None and judged["waiting"]["mean"] == 1.0 and judged["waiting"]["n"] == waits.sum()
-    even = scores.weights(config(), frames(), table(), NAMES)
+    idle = (LEVEL == 3) & (EPISODE < 1)
+    found = dataclasses.replace(frames(), waiting=idle[:, None] * np.array([0, 0.5, 0]))
+    assert scores.judged(found, -(WRONG | idle[:, None]).astype(np.float32))["all"]["mean"] == 1.0
+    found = frames()
+    even = scores.weights(config(), found, table(), NAMES)
     assert even["torso"]["waiting"] == pytest.approx((found.waiting[:, 1] > 0).mean()) and even["torso"]["waiting"] > 0
