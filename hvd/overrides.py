@@ -159,14 +159,18 @@ class Choice:
         return [word for name, value in names.items() if value for word in (name, value)]
 
 
-def experiment(argv: Sequence[str], default_config: str = "") -> Experiment:
-    """`--config NAME [--data PATH] [--dotted.field value]...` -> the experiment, its simulated folders filled in."""
+def experiment(argv: Sequence[str], default_config: str = "", *, here: bool = True) -> Experiment:
+    """`--config NAME [--data PATH] [--dotted.field value]...` -> the experiment, its simulated folders filled in.
+
+    Args:
+        here: --data is a folder of this machine; else nobody looks into it.
+    """
     choice, rest = take(Choice(), argv)
-    return apply(chosen(choice, default_config), split_flags(rest)).resolved()
+    return apply(chosen(choice, default_config, here=here), split_flags(rest)).resolved()
 
 
-def chosen(choice: Choice, default: str = "") -> Experiment:
-    """The experiment that was chosen, before its fields are changed."""
+def chosen(choice: Choice, default: str = "", *, here: bool = True) -> Experiment:
+    """The experiment that was chosen, before its fields are changed; `here` as in `experiment`."""
     if choice.config and choice.config_file:
         raise UserError("--config and --config-file contradict each other; give one")
     if choice.config_file:
@@ -175,7 +179,7 @@ def chosen(choice: Choice, default: str = "") -> Experiment:
         config = get_config(choice.config or default)
     else:
         raise UserError("--config NAME is missing; `hvd configs` lists the names")
-    return with_data(config, choice.data) if choice.data else config
+    return with_data(config, choice.data, here=here) if choice.data else config
 
 
 def read(path: str) -> Experiment:
@@ -196,17 +200,20 @@ def read(path: str) -> Experiment:
     return from_plain(Experiment, tree, path)
 
 
-def with_data(config: Experiment, folder: str) -> Experiment:
-    """The experiment with its datasets at `folder`: the folder is one dataset, or holds <repo_id> of each."""
+def with_data(config: Experiment, folder: str, *, here: bool = True) -> Experiment:
+    """The experiment with its datasets at `folder`: the folder is one dataset, or holds <repo_id> of each.
+
+    Args:
+        here: the folder is on this machine; else it is taken for a dataset unseen.
+    """
     if config.sim.task:
         raise UserError(f"--data: config {config.name} simulates its own data; --data is for configs such as g1")
     changed: dict[str, DataConfig] = {}
     for name, data in config.sets().items():
         if not data.repo_id:
             continue
-        found = [
-            path for path in (Path(folder), Path(folder) / data.repo_id) if (path / "meta" / "info.json").is_file()
-        ]
+        places = (Path(folder), Path(folder) / data.repo_id)
+        found = [path for path in places if not here or (path / "meta" / "info.json").is_file()]
         if not found:
             raise UserError(
                 f"--data {folder}: no LeRobot dataset there (no meta/info.json), nor in its sub-folder {data.repo_id}"

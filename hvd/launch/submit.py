@@ -73,7 +73,8 @@ def submit(argv: list[str]) -> int:
     """Parse, check, and run or print. Raises UserError; nothing is written before everything has been checked."""
     options, rest, settings = parse(argv)
     given, overwrite = overrides.take_overwrite(rest)
-    cfg = overrides.experiment(given)
+    here = options.cluster == "auto" or base.get(options.cluster).shares_files
+    cfg = overrides.experiment(given, here=here)
     name = base.choose(options.cluster)
     for flag in settings:
         if not flag.field.startswith(f"{name}."):

@@ -148,6 +148,19 @@ def test_the_same_arguments_written_otherwise_are_the_same(kubectl):
     assert handed(kubectl) == []
 
 
+def test_data_lie_on_the_volume_and_are_not_looked_for_here(kubectl, capsys):
+    argv = ["--stage", "all", "--cluster", "kubernetes", "--config", "g1", "--detach", "--data"]
+    assert main([*argv, "data/mine"]) == 0
+    made = list(yaml.safe_load_all(kubectl.calls("create")[-1][1]))
+    for one in made:
+        assert all(["--data", "data/mine"] == args["args"][-2:] for args in containers(one))
+    kubectl.has([live(one) for one in made])
+    assert main([*argv, "data/mine"]) == 0 and "is there already and does the same" in capsys.readouterr().out
+    assert main([*argv, "data/other"]) == 2 and "has other arguments (optimal_data.root" in capsys.readouterr().err
+    assert main(["--stage", "value", "--cluster", "local", "--config", "g1", "--data", "data/mine"]) == 2
+    assert "no LeRobot dataset there" in capsys.readouterr().err
+
+
 def test_another_job_on_the_same_run_is_named(kubectl):
     theirs = copy.deepcopy(find(both(), "Job", "hvd-value"))
     theirs["metadata"]["name"] = "anna-value"

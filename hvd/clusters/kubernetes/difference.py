@@ -1,5 +1,6 @@
 """Does a Job that is in the cluster do what a manifest asks for?"""
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -75,8 +76,13 @@ def _experiment(args: Sequence[str]) -> Experiment | None:
     """None where the arguments do not say one that we know."""
     if "--config" not in args:
         return None
+    return _parsed(tuple(args[args.index("--config") :]))
+
+
+@functools.cache
+def _parsed(options: tuple[str, ...]) -> Experiment | None:
     try:
-        return overrides.experiment(overrides.take_overwrite(args[args.index("--config") :])[0])
+        return overrides.experiment(overrides.take_overwrite(options)[0], here=False)
     except UserError:
         return None
 
