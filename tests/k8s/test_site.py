@@ -179,6 +179,26 @@ def test_gpus_keep_the_name_that_an_overlay_gives_them(overlay, capsys):
     assert limits == {"memory": "64Gi", "nvidia.com/mig-1g.10gb": 4}
 
 
+def test_what_an_overlay_has_taken_out_is_not_missed(overlay, capsys):
+    def change(doc: Document) -> None:
+        if doc["kind"] == "Job":
+            pod = doc["spec"]["template"]["spec"]
+            for name in ("securityContext", "volumes"):
+                del pod[name]
+            for container in containers(doc):
+                container.pop("env", None)
+                del container["resources"]
+
+    asked = ["--kubernetes.gpu", "h100-80gb", "--kubernetes.gpus_per_node", "2", "--kubernetes.cpu_limit", "3"]
+    docs = printed(capsys, [*overlay(change), *asked, "--kubernetes.user", "5", "--kubernetes.memory", "9Gi"])
+    trainer = containers(job(docs, "value"))[-1]
+    assert trainer["resources"]["limits"] == {"memory": "9Gi", "cpu": "3", "nvidia.com/gpu": 2}
+    assert "XLA_FLAGS" in environment(trainer)
+    argv = overlay(lambda doc: [c.pop("args") for c in containers(doc)] if doc["kind"] == "Job" else None)
+    assert main([*argv, "--dry-run"]) == 2
+    assert "its container prepare has no args" in capsys.readouterr().err
+
+
 def everywhere(kubectl) -> set[tuple[str, ...]]:
     """The last words of all calls that a cluster answers."""
     asked = [args for args, _ in kubectl.calls() if args[0] not in ("kustomize", "version", "config")]

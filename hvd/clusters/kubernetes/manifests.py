@@ -97,8 +97,14 @@ def gpus(manifests: Sequence[Manifest], called: str = "") -> int:
 
 
 def _gpu_limits(container: Manifest, called: str) -> list[tuple[str, Any]]:
-    limits = container["resources"]["limits"]
+    _, limits = _resources(container)
     return [(name, number) for name, number in limits.items() if name == called or _GPUS.fullmatch(name)]
+
+
+def _resources(container: Manifest) -> tuple[Manifest, Manifest]:
+    """(requests, limits); an overlay may have taken them out."""
+    found = container.setdefault("resources", {})
+    return found.setdefault("requests", {}), found.setdefault("limits", {})
 
 
 def namespace(manifests: Sequence[Manifest]) -> str:
@@ -163,12 +169,16 @@ def _fill_in(doc: Manifest, request: Request, asked: Settings) -> None:
     """Put into a Job what the user asked for."""
     spec, pod, nodes = doc["spec"], doc["spec"]["template"]["spec"], request.nodes
     for container in _containers(doc):
-        args: list[str] = container["args"]
+        args: list[str] = container.get("args", [])
+        if not args:
+            raise UserError(
+                f"{doc['metadata']['name']}: its container {container['name']} has no args; they name the step"
+            )
         step = args[: args.index("--config")] if "--config" in args else args
         again = ["--overwrite"] if request.overwrite and step[0] in ("train-value", "train-policy") else []
         container["args"] = [*step, *request.options, *again]
         container["image"] = asked.image or container["image"]
-    for volume in pod["volumes"]:
+    for volume in pod.get("volumes", ()):
         if asked.claim and volume["name"] == "storage" and "persistentVolumeClaim" in volume:
             volume["persistentVolumeClaim"]["claimName"] = asked.claim
             _together(spec["template"], asked.claim)
@@ -221,7 +231,7 @@ def place(doc: Manifest, asked: Settings) -> None:
         pod["affinity"] = _merged(pod.get("affinity", {}), site.affinity(asked))
     if asked.priority:
         pod["priorityClassName"] = asked.priority
-    rights = pod["securityContext"]
+    rights = pod.setdefault("securityContext", {})
     numbers = {"runAsUser": asked.user, "runAsGroup": asked.group, "fsGroup": asked.group}
     for name, number in numbers.items():
         if number == 0 or (number < 0 and asked.user == 0):  # the cluster chooses all three
@@ -234,9 +244,9 @@ def place(doc: Manifest, asked: Settings) -> None:
             kept = [variable for variable in container.get("env", ()) if variable["name"] not in names]
             container["env"] = [*kept, *site.environment(asked)]
         if asked.cpu_limit > 0:
-            requests = container["resources"]["requests"]
-            container["resources"]["limits"]["cpu"] = str(asked.cpu_limit)
-            if _cpus(requests["cpu"]) > asked.cpu_limit:
+            requests, limits = _resources(container)
+            limits["cpu"] = str(asked.cpu_limit)
+            if _cpus(requests.get("cpu", 0)) > asked.cpu_limit:
                 requests["cpu"] = str(asked.cpu_limit)
 
 
@@ -255,7 +265,7 @@ def _cpus(text: str | int) -> float:
 
 def _size(container: Manifest, nodes: int, asked: Settings) -> None:
     """CPUs, memory and GPUs of a trainer."""
-    requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+    requests, limits = _resources(container)
     if asked.cpus > 0:
         requests["cpu"] = str(asked.cpus)
     if asked.memory:
@@ -271,7 +281,7 @@ def _size(container: Manifest, nodes: int, asked: Settings) -> None:
         _set(container, "HVD_EXPECT_GPUS", "1" if number else "0")
     if asked.gpu:
         for row in gpu_environment.settings(asked.gpu, int(number) * nodes):
-            container["env"].append({"name": row.name, "value": row.value})
+            container.setdefault("env", []).append({"name": row.name, "value": row.value})
 
 
 def _set(container: Manifest, name: str, value: str) -> None:
