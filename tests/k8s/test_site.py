@@ -35,6 +35,17 @@ def test_the_teams_file_the_users_own_and_the_flags(files, monkeypatch):
     files["own"].write_text('[kubernetes]\nimage = "own"\nenv = ["A=1", "B=x y"]')
     found = site.load(overrides.split_flags(["--kubernetes.queue", "flag", "--kubernetes.env", "C=3", "D="]))
     assert (found.namespace, found.image, found.queue, found.env) == ("etc", "own", "flag", ("C=3", "D="))
+    several = [
+        "--kubernetes.env",
+        "C=3",
+        "--kubernetes.image=i",
+        "--kubernetes.env",
+        "D=4",
+        "E=",
+        "--kubernetes.image=j",
+    ]
+    found = site.load(overrides.split_flags(several))
+    assert (found.env, found.image) == (("C=3", "D=4", "E="), "j")
     files["shared"].write_text('[kubernetes]\nclaim = "shared"')
     monkeypatch.setenv("HVD_SITE", str(files["shared"]))
     assert (site.load().claim, site.load().image, site.load().namespace) == ("shared", "own", "")

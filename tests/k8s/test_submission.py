@@ -135,6 +135,16 @@ def test_a_job_that_does_something_else_is_refused_by_name(kubectl, said, condit
     assert not kubectl.calls("apply", "create", "delete")
 
 
+def test_a_job_that_is_being_deleted_is_not_followed(kubectl):
+    docs = both()
+    going = live(find(docs, "Job", "hvd-value"))
+    going["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    kubectl.has([going])
+    with pytest.raises(UserError, match="Job hvd-value is being deleted"):
+        submit(docs)
+    assert not kubectl.calls("apply", "create", "delete")
+
+
 def test_the_same_arguments_written_otherwise_are_the_same(kubectl):
     docs = both()
     theirs = copy.deepcopy(find(docs, "Job", "hvd-value"))

@@ -1,5 +1,6 @@
 """What the user and the site want of Kubernetes: the table [kubernetes] of site.toml, then --kubernetes.NAME flags."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import yaml
 from hvd import overrides
 from hvd.clusters import base
 from hvd.errors import UserError
-from hvd.fields import Rule, check_rules, from_plain, option, to_plain
+from hvd.fields import Rule, check_rules, from_plain, leaves, option, to_plain
 
 _SOURCES = ("secretKeyRef", "configMapKeyRef", "fieldRef", "resourceFieldRef")
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
@@ -67,6 +68,9 @@ class Settings:
     priority: str = option("", _OBJECT, "name of a PriorityClass")
 
 
+_LISTS = {f"kubernetes.{leaf.name}" for leaf in leaves(Settings).values() if leaf.kind == tuple[str, ...]}
+
+
 @dataclass(frozen=True)
 class _Flags:
     kubernetes: Settings
@@ -80,10 +84,21 @@ def load(flags: Sequence[overrides.Flag] = ()) -> Settings:
             where = f"{path}: kubernetes"
             given = data["kubernetes"]
             found = from_plain(Settings, to_plain(found) | given if isinstance(given, dict) else given, where)
-    asked = overrides.apply(_Flags(found), flags)
+    asked = overrides.apply(_Flags(found), _together(flags))
     check_rules(asked)
     affinity(asked.kubernetes)
     return asked.kubernetes
+
+
+def _together(flags: Sequence[overrides.Flag]) -> list[overrides.Flag]:
+    """Of a list that is given in several flags all values count: --kubernetes.env A=1 --kubernetes.env B=2."""
+    found: dict[str, overrides.Flag] = {}
+    for flag in flags:
+        before = found.get(flag.field)
+        if before is not None and flag.field in _LISTS:
+            flag = dataclasses.replace(flag, values=(*before.values, *flag.values))
+        found[flag.field] = flag
+    return list(found.values())
 
 
 def environment(asked: Settings) -> list[dict[str, Any]]:

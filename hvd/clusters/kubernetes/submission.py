@@ -154,8 +154,10 @@ def _over(job: KubernetesJob, present: Mapping[str, KubernetesJob]) -> bool:
 
 
 def _refuse_others(jobs: Mapping[str, Manifest], present: Mapping[str, KubernetesJob], over: set[str]) -> None:
-    """UserError for a Job of such a name that is about something else, and for another one that works on the run."""
+    """UserError for a Job of such a name that does something else or is going, and for another one on the same run."""
     for name, doc in jobs.items():
+        if name in present and present[name].job["metadata"].get("deletionTimestamp"):
+            raise UserError(f"Job {name} is being deleted, and its pods may still save: try again once it is gone")
         if name in present and (other := difference(present[name], doc, living=name not in over)):
             mine = "" if other.startswith("belongs") else f", or remove that one first (hvd jobs cancel {name})"
             raise UserError(
