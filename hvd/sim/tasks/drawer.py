@@ -130,7 +130,7 @@ OPPORTUNITIES = (
     Opportunity("base", ("approach",), _away(0.5, 0.7), (15, 30)),
     Opportunity("base", ("pull",), (Way("stops_short", ahead=(0.2, 0.35)),), (15, 30)),
     Opportunity("torso", ("approach",), (Way("no_bend", late="late_bend"),), (15, 30)),
-    Opportunity("torso", ("pull",), (Way("leans", ahead=(0.25, 0.4), delay=(3, 6)),), (15, 30), final=False),
+    Opportunity("torso", ("pull",), (Way("leans", ahead=(0.25, 0.4), delay=(3, 6)),), (15, 30)),
     Opportunity(
         "arms",
         ("reach",),
