@@ -24,7 +24,7 @@ from hvd.train import stage_data, value_pass
 from hvd.train.mesh import Devices
 from hvd.train.value_pass import Values
 
-_VERSION = 1  # of hvd.method.ratio: another one makes another table
+_VERSION = 2  # of hvd.method.ratio: another one makes another table
 _FEW_EPISODES = 0.1
 _ROWS = 8_192
 

@@ -1,10 +1,12 @@
 """The expert ratio: how much likelier is a chunk among the demonstrations than among the mixed data? (docs/method.md)
 
-A classifier tells chunks of the optimal sets from chunks of the weighted ones twice, from (s, a) and from s alone. The
-difference of the two logits is log p_E(a | s) - log p_M(a | s), because the classes' share of the states cancels. Where
-the demonstrations act as pi_E ~ p_M exp(A / alpha), it is A / alpha: an advantage that no reward is needed for. Its kin
-are the discriminators that weigh imitation in DWBC (Xu et al. 2022) and the density ratios of DemoDICE (Kim et al.
-2022) and ISW-BC (Li et al. 2023); the chain over levels and the self-training are of this project.
+A classifier tells chunks of the optimal sets from chunks of the weighted ones twice, from (s, a) and from s alone. Their
+logits are log p_E(s, a) / p_M(s, a) and log p_E(s) / p_M(s), and the whole difference log p_E(a | s) - log p_M(a | s).
+Where the demonstrations act as pi_E ~ p_M exp(A / alpha), that is A / alpha: an advantage that no reward is needed for. A
+mistake that goes on leads to states which experts never visit, and there the difference is blind: so only OF_STATE of the
+state's logit is taken out. Kin: the discriminators that weigh imitation in DWBC (Xu et al. 2022), the density ratios of
+DemoDICE (Kim et al. 2022) and ISW-BC (Li et al. 2023), which take out none of it; the chain over levels and the
+self-training are of this project.
 
 Letters in shapes: n rows, l levels, m networks of an ensemble, k actions of a chunk, p patches of it.
 """
@@ -21,6 +23,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 FOLDS, REPEATS, ROUNDS = 3, 2, 2
+OF_STATE = 0.5  # 1: the ratio of actions given the state; 0: that of states and actions (BENCHMARKS.md compares)
 _PATCH, _WIDTH, _STEPS, _BATCH, _CALL = 4, 64, 1_200, 128, 100
 _STATE_NOISE, _ACTION_NOISE, _SMOOTHING, _WEIGHT_DECAY = 0.2, 0.1, 0.05, 0.05
 _TRUSTED, _DOUBTED = 0.8, 0.5  # quantiles of the first round's ratio: of the candidates above, of all rows below
@@ -49,7 +52,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Ratio:
-    """log p_E(a | s) - log p_M(a | s) of each row, calibrated on episodes that the networks had not seen.
+    """log p_E(s, a) / p_M(s, a) - OF_STATE log p_E(s) / p_M(s) of each row, calibrated on unseen episodes.
 
     Attributes:
         prefix: of the actions of levels 0..i; the last is that of the whole chunk, and differences of neighbours are
@@ -72,12 +75,12 @@ def fit(rows: Rows, levels: Sequence[Sequence[int]], seed: int, progress: Callab
     positive, negative = rows.expert, ~rows.expert
     logits = _round(rows, dims, positive, negative, seed, progress)
     for number in range(1, ROUNDS):
-        joint = logits[:, len(levels)] - logits[:, 0]
+        joint = logits[:, len(levels)] - OF_STATE * logits[:, 0]
         trusted = np.quantile(joint[rows.candidate], _TRUSTED) if rows.candidate.any() else np.inf
         positive = rows.expert | (rows.candidate & (joint > trusted))
         negative = ~rows.expert & (joint < np.quantile(joint[~rows.expert], _DOUBTED))
         logits = _round(rows, dims, positive, negative, seed + number, progress)
-    ratios = (logits[:, 1:] - logits[:, :1]).astype(np.float32)
+    ratios = (logits[:, 1:] - OF_STATE * logits[:, :1]).astype(np.float32)
     prefix = ratios[:, : len(levels)]
     alone = np.concatenate([prefix[:, :1], ratios[:, len(levels) :]], axis=1)
     return Ratio(prefix, alone, _effective_episodes(rows, prefix[:, -1]))
