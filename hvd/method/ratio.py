@@ -1,12 +1,12 @@
 """The expert ratio: how much likelier is a chunk among the demonstrations than among the mixed data? (docs/method.md)
 
-A classifier tells chunks of the optimal sets from chunks of the weighted ones twice, from (s, a) and from s alone. Their
-logits are log p_E(s, a) / p_M(s, a) and log p_E(s) / p_M(s), and the whole difference log p_E(a | s) - log p_M(a | s).
-Where the demonstrations act as pi_E ~ p_M exp(A / alpha), that is A / alpha: an advantage that no reward is needed for. A
-mistake that goes on leads to states which experts never visit, and there the difference is blind: so only OF_STATE of the
-state's logit is taken out. Kin: the discriminators that weigh imitation in DWBC (Xu et al. 2022), the density ratios of
-DemoDICE (Kim et al. 2022) and ISW-BC (Li et al. 2023), which take out none of it; the chain over levels and the
-self-training are of this project.
+A classifier tells chunks of the optimal sets from chunks of the weighted ones twice, from (s, a) and from s alone.
+Their logits are log p_E(s, a) / p_M(s, a) and log p_E(s) / p_M(s), and the whole difference log p_E(a | s) - log
+p_M(a | s). Where the demonstrations act as pi_E ~ p_M exp(A / alpha), that is A / alpha: an advantage that no reward
+is needed for. A mistake that goes on leads to states which experts never visit, and there the difference is blind: so
+only OF_STATE of the state's logit is taken out. Kin: the discriminators that weigh imitation in DWBC (Xu et al.
+2022), the density ratios of DemoDICE (Kim et al. 2022) and ISW-BC (Li et al. 2023), which take out none of it; the
+chain over levels and the self-training are of this project.
 
 Letters in shapes: n rows, l levels, m networks of an ensemble, k actions of a chunk, p patches of it.
 """
