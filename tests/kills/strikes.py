@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -128,8 +129,7 @@ class Strikes:
         """In a process of its own, since reading checkpoints would hold up the other threads."""
         found.ends += ended
         reading, writing = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_tell, args=(writing, command.name, world, self.whole, ended))
-        process.start()
+        process = self._process(_tell, writing, command.name, world, self.whole, ended)
         writing.close()
         try:
             difference = reading.recv()
@@ -140,8 +140,13 @@ class Strikes:
             found.problems.append(f"{when}: {difference}")
 
     def _start(self, command: Command, world: Path, log: Path) -> BaseProcess:
-        process = self._context.Process(target=commands.run, args=(command.argv, world, log))
+        return self._process(commands.run, command.argv, world, log)
+
+    def _process(self, target: Callable[..., object], *args: object) -> BaseProcess:
+        process = self._context.Process(target=target, args=args)
         process.start()
+        # Else each start asks all children for their exit codes; these can be read once, by the thread that waits
+        multiprocessing.process._children.discard(process)  # pyright: ignore[reportAttributeAccessIssue]
         return process
 
     @staticmethod
