@@ -178,11 +178,19 @@ def _check_deletable(path: epath.Path) -> None:
 
 
 def delete(run_dir: os.PathLike | str) -> None:
-    """Delete a run directory, config.yaml last: a half-deleted run is still known as one."""
+    """Delete a run directory, config.yaml last: a half-deleted run is still known as one.
+
+    UserError for one with a folder that is a link: a larger disk, or somebody else's.
+    """
     path = epath.Path(run_dir)
     _check_deletable(path)
     if not path.exists():
         return
+    for entry in path.iterdir():
+        if entry.is_dir() and os.path.islink(entry):
+            raise UserError(
+                f"{entry} is a link to a folder, which --overwrite does not empty: delete what is to go there"
+            )
     (path / COMPLETE).unlink(missing_ok=True)
     for entry in path.iterdir():
         if entry.name == CONFIG or OWNER in entry.name:  # who deletes it owns it

@@ -161,10 +161,13 @@ def _arrays(ours: Path, theirs: Path, ended: bool) -> str:
 
 
 def _page(ours: Path, theirs: Path, ended: bool) -> str:
-    """The report without its date and the world's name."""
+    """The report without its date, the world's name and the commit."""
     if not ended and not ours.exists():
         return ""
-    a, b = (re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d|/world-\d{4}/", "", page.read_text()) for page in (ours, theirs))
+    a, b = (
+        re.sub(r"hvd \d[\w.+-]*|\d{4}-\d\d-\d\d \d\d:\d\d|/world-\d{4}/", "", page.read_text())
+        for page in (ours, theirs)
+    )
     return "" if a == b and a.endswith("</html>\n") else "another page"
 
 

@@ -116,6 +116,16 @@ def test_overwrite_deletes_a_run_and_nothing_else(started, tmp_path):
         runs.delete(other / "a.jpg")
 
 
+def test_overwrite_touches_nothing_where_a_folder_is_a_link(started, tmp_path):
+    run, large = Path(started.value_dir), tmp_path / "larger-disk"
+    (large / "5").mkdir(parents=True)
+    (run / "checkpoints").symlink_to(large)
+    before = sorted(run.iterdir())
+    with pytest.raises(UserError, match=r"checkpoints is a link to a folder, which --overwrite does not empty: delete"):
+        runs.delete(run)
+    assert sorted(run.iterdir()) == before and (large / "5").is_dir()
+
+
 def test_foreign_config_yaml_is_no_run(tmp_path):
     (tmp_path / "config.yaml").write_text("colour: red\n")
     with pytest.raises(UserError, match=r"config\.yaml is not the config of a run"):
