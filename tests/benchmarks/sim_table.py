@@ -115,8 +115,8 @@ def table(task: str, n: int, workers: int) -> Iterator[str]:
     for quality, retries in QUALITIES:
         success, steps = _rate(operator_run, [(task, seed, quality, retries) for seed in range(n)], workers)
         name = f"quality {quality}" + ("" if retries else ", no retries")
-        before = PROTOTYPE.get(task, {}).get((quality, retries), float("nan"))
-        yield f"  {name:<34}{success:>8.2f}{before:>11.2f}{steps:>12.0f}"
+        before = f"{PROTOTYPE[task][quality, retries]:.2f}" if task in PROTOTYPE else ""
+        yield f"  {name:<34}{success:>8.2f}{before:>11}{steps:>12.0f}"
     few = max(2, n // 5)
     yield f"{task}: one mistake that is never noticed, n = {few}"
     for plan in FATAL[task]:
