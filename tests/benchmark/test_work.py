@@ -1,5 +1,5 @@
 """Items are done once, in order, several at a time; what is killed is done again and ends the same. The commands are a
-stand-in that writes what hvd's would; tests/benchmarks/kill_benchmark.sh kills the real ones."""
+stand-in that writes what hvd's would; tests/benchmarks/kill_benchmark.py kills the real ones."""
 
 import os
 import signal
