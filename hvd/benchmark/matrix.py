@@ -138,6 +138,13 @@ def _of_data(matrix: Matrix, task: str, seed: int) -> Iterator[Item]:
     data = _data(matrix, task, seed)
     yield Item(f"{data.exp_name}-data", _shared(data), ("prepare",))
     known: dict[str, str] = {}  # folder of a table -> its item
+    prepared = {data.exp_name}  # norm stats belong to an experiment's folder
+
+    def first(cfg: Experiment, step: str) -> tuple[str, ...]:
+        steps = (step,) if cfg.exp_name in prepared else ("norm-stats", step)
+        prepared.add(cfg.exp_name)
+        return steps
+
     for name, fields in matrix.policies.items():
         for policy_seed in matrix.policy_seeds:
             cfg, value = _policy(matrix, data, name, fields, policy_seed)
@@ -146,25 +153,26 @@ def _of_data(matrix: Matrix, task: str, seed: int) -> Iterator[Item]:
                 if value.exp_name not in known:
                     before = f"{value.exp_name}-value"
                     known[value.exp_name] = before
-                    yield Item(before, _shared(value), ("train-value",), (f"{data.exp_name}-data",))
+                    yield Item(before, _shared(value), first(value, "train-value"), (f"{data.exp_name}-data",))
                 before = f"{cfg.exp_name}-table"
                 if before not in known:
                     known[before] = before
-                    yield _table(matrix, data, cfg, before, known[value.exp_name], policy_seed)
+                    steps, needs = first(cfg, "advantages"), (known[value.exp_name],)
+                    yield Item(before, _table(matrix, data, cfg, policy_seed), steps, needs)
             cell = Cell(task, seed, name, policy_seed)
             own = f"{data.exp_name}-{name}" + (f"-r{policy_seed}" if policy_seed else "")
             yield Item(own, cfg, ("train-policy", "evaluate"), (before,), cell)
 
 
-def _table(matrix: Matrix, data: Experiment, cfg: Experiment, name: str, value: str, policy_seed: int) -> Item:
-    """The table of the policies that share the folder of `cfg`: with the expert ratio where one of them needs it."""
+def _table(matrix: Matrix, data: Experiment, cfg: Experiment, policy_seed: int) -> Experiment:
+    """That of the table of all policies in the folder of `cfg`: with the expert ratio where one of them needs it."""
     sharing = [_policy(matrix, data, *policy, policy_seed)[0] for policy in matrix.policies.items()]
     sharing = [other for other in sharing if other.exp_name == cfg.exp_name and needed(other)]
     kept = {leaf.name.partition(".")[2]: leaf.of(cfg) for leaf in _in_table()} | {"value_run": cfg.policy.value_run}
     policy = dataclasses.replace(PolicyConfig(), **{name: kept[name] for name in kept if hasattr(cfg.policy, name)})
     if any(needs_ratio(other) for other in sharing):
         policy = dataclasses.replace(policy, extractor="filter", score="ratio")
-    return Item(name, dataclasses.replace(cfg, policy=policy, evaluate=EvaluateConfig()), ("advantages",), (value,))
+    return dataclasses.replace(cfg, policy=policy, evaluate=EvaluateConfig())
 
 
 def _data(matrix: Matrix, task: str, seed: int) -> Experiment:
@@ -193,15 +201,16 @@ def _policy(
         group = leaf.name.partition(".")[0]
         if group not in ("policy", "suboptimal_data", "evaluate") and leaf.of(cfg) != leaf.of(value):
             raise UserError(f"policies.{name}: {leaf.name} is not the policy's own; a [values.NAME] may change it")
-    cfg = dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, run_name=name))
-    shown = [leaf for leaf in leaves(Experiment).values() if leaf.name.startswith("suboptimal_data.")]
-    differing = [leaf for leaf in (*_in_table(), *shown) if leaf.of(cfg) != leaf.of(value)]
-    apart = "".join(f"-{_word(leaf.of(cfg))}" for leaf in differing) if needed(cfg) else ""
-    apart += f"-r{policy_seed}" if policy_seed else ""
-    if apart and needed(cfg):
-        taken = dataclasses.replace(cfg.policy, value_run=cfg.policy.value_run or value.value_dir)
-        cfg = dataclasses.replace(cfg, policy=taken)
-    cfg = dataclasses.replace(cfg, exp_name=value.exp_name + apart, seed=data.seed + _SEEDS_APART * policy_seed)
+    again = f"-r{policy_seed}" if policy_seed else ""
+    policy, folder = dataclasses.replace(cfg.policy, run_name=name + again), data.exp_name
+    if needed(cfg):
+        shown = [leaf for leaf in leaves(Experiment).values() if leaf.name.startswith("suboptimal_data.")]
+        differing = [leaf for leaf in (*_in_table(), *shown) if leaf.of(cfg) != leaf.of(value)]
+        apart = "".join(f"-{_word(leaf.of(cfg))}" for leaf in differing) + again
+        if apart and not policy.value_run:
+            policy = dataclasses.replace(policy, value_run=value.value_dir)
+        folder = value.exp_name + apart
+    cfg = dataclasses.replace(cfg, policy=policy, exp_name=folder, seed=data.seed + _SEEDS_APART * policy_seed)
     check_config(cfg)
     return cfg, value
 

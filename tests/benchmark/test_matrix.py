@@ -37,6 +37,13 @@ def test_items_share_data_value_runs_and_tables(tmp_path):
     assert of_one["flat"].cfg.value_run_dir == of_one["flat-value"].cfg.value_dir
     assert {item.cfg.optimal_data.path() for item in of_one.values()} == {Path("runs/tote-1/datasets/optimal")}
     assert len({item.cfg.policy_dir for item in items.values() if item.cell}) == 20
+    # norm stats lie in each experiment's folder: the first item there makes them
+    began: dict[str, tuple[str, ...]] = {}
+    for item in items.values():
+        began.setdefault(item.cfg.exp_name, item.steps)
+    assert {steps[0] for steps in began.values()} == {"prepare", "norm-stats"}
+    assert of_one["flat-value"].steps == ("norm-stats", "train-value")
+    assert of_one["awr-table"].steps == ("norm-stats", "advantages")
 
 
 def test_data_and_training_seeds(tmp_path):
