@@ -4,6 +4,8 @@
     config = "demo"                   rollouts = 100                    first_start = 2_000_000
     [common]                          # fields of every experiment, by dotted names
     "sim.num_optimal" = 5
+    [of_task.pick]                    # of the experiments of one task
+    "sim.operator_noise" = "steady"
     [values.flat]                     # a further value run; the one without a name is always there
     "model.network_type" = "q"
     [policies.filter]                 # one policy; `value` names its value run
@@ -68,6 +70,7 @@ class Matrix(Struct, forbid_unknown_fields=True):
     rollouts: Annotated[int, Meta(ge=1)] = 100
     first_start: Count = 2_000_000
     common: Fields = {}
+    of_task: dict[Name, Fields] = {}
     values: dict[Name, Fields] = {}
     comparisons: list[Comparison] = []
 
@@ -110,6 +113,9 @@ def read(path: str) -> Matrix:
     for task in matrix.tasks:
         if task not in SIM_TASKS:
             raise UserError(f"{path}: tasks: unknown task {task!r}{nearest(task, SIM_TASKS)}")
+    for task in matrix.of_task:
+        if task not in matrix.tasks:
+            raise UserError(f"{path}: of_task: {task!r} is not one of tasks{nearest(task, matrix.tasks)}")
     for name, values in (("tasks", matrix.tasks), ("data_seeds", matrix.data_seeds), ("seeds", matrix.policy_seeds)):
         if len(set(values)) < len(values):
             raise UserError(f"{path}: {name}: one of them stands there twice")
@@ -178,7 +184,8 @@ def _table(matrix: Matrix, data: Experiment, cfg: Experiment, policy_seed: int) 
 def _data(matrix: Matrix, task: str, seed: int) -> Experiment:
     """The experiment that makes the data and, without changes, the value run."""
     name = f"{task}-{seed}"
-    fields = {"sim.seed": seed, "seed": seed, "sim.image_size": 0, "sim.workers": 1, **matrix.common}
+    fields: Fields = {"sim.seed": seed, "seed": seed, "sim.image_size": 0, "sim.workers": 1}
+    fields |= matrix.common | matrix.of_task.get(task, {})
     fields |= {"sim.task": task, "exp_name": name, "runs_dir": "runs", "assets_dir": f"assets/{name}"}
     fields |= {"evaluate.num_rollouts": matrix.rollouts, "evaluate.seed": matrix.first_start}
     fields |= {"evaluate.baselines": False, "evaluate.workers": 1, "evaluate.videos": 0}

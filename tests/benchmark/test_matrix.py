@@ -52,6 +52,8 @@ def test_data_and_training_seeds(tmp_path):
     again, first = items["tote-1-td-r3"], items["tote-1-td"]
     assert again.cfg.seed != first.cfg.seed and again.cfg.value_run_dir == first.cfg.value_run_dir
     assert again.cfg.policy_dir != first.cfg.policy_dir and again.cell.policy_seed == 3
+    noise = {name: item.cfg.sim.operator_noise for name, item in items.items()}
+    assert (noise["pick-1-td"], noise["pick-1-data"], noise["tote-1-td"]) == ("steady", "steady", "clumsy")
     assert (first.cfg.evaluate.seed, first.cfg.evaluate.num_rollouts) == (500, 4)
 
 
@@ -65,6 +67,7 @@ def _fields(tmp_path) -> dict:
     [
         (("config =", "confg ="), "missing required field `config`|unknown field `confg`"),
         (('"pick"]', '"pikc"]'), "unknown task 'pikc'.*pick"),
+        (("of_task.pick", "of_task.pikc"), "of_task: 'pikc' is not one of tasks.*pick"),
         (("[1, 2]", "[1, 1]"), "data_seeds: one of them stands there twice"),
         (("[1, 2]", "[-1]"), "Expected `int` >= 0"),
         (('than = "mixed"', 'than = "mixd"'), "unknown policy 'mixd'.*mixed"),

@@ -15,7 +15,7 @@ from hvd.benchmark.work import Work, finished
 from hvd.clusters.local import runner
 from hvd.errors import UserError
 
-SMALL = {'["tote", "pick"]': '["tote"]', "[1, 2]": "[1]"}
+SMALL = {'of_task.pick."sim.operator_noise" = "steady"': "", '["tote", "pick"]': '["tote"]', "[1, 2]": "[1]"}
 STEP = """
 import json, os, sys, time, yaml
 from pathlib import Path
