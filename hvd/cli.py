@@ -90,6 +90,7 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
         ),
         "report": Step("hvd.report.command", "report.html of the experiment", writes=_experiment),
         "serve": Step("hvd.serve.command", "a trained policy behind openpi's websocket protocol", own_flags=True),
+        "replay": Step("hvd.replay.command", "a robot's recorded questions, asked again", own_flags=True),
         "export": Step("hvd.export", "a complete run as a checkpoint of openpi", own_flags=True),
         "jobs": Step("hvd.jobs.command", "submitted jobs: list, logs, cancel, wait", own_flags=True),
         "gate": Step(

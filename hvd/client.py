@@ -27,6 +27,7 @@ from jaxtyping import Float
 from hvd.errors import UserError
 from hvd.robots import ROBOTS
 from hvd.serve import msgpack
+from hvd.serve.exchanges import Record
 
 Action = Float[np.ndarray, " a"]
 
@@ -68,8 +69,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def connect(url: str, *, api_key: str = "", timeout: float = 30.0) -> Iterator[Server]:
-    """A connection to the server at `url`, ws:// or wss://. Where it refuses, `ask` raises UserError with its line."""
+def connect(url: str, *, api_key: str = "", timeout: float = 30.0, record: str = "") -> Iterator[Server]:
+    """A connection to the server at `url`, ws:// or wss://. Where it refuses, `ask` raises UserError with its line.
+
+    `record`: a new file for all that is asked and answered (`hvd replay` reads it).
+    """
     from websockets.sync.client import connect as open_connection
 
     headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
@@ -78,17 +82,28 @@ def connect(url: str, *, api_key: str = "", timeout: float = 30.0) -> Iterator[S
     )
     with connection:
 
-        def receive() -> Mapping[str, Any]:
+        def receive() -> bytes:
             reply = connection.recv(timeout)
             if isinstance(reply, str):
                 raise UserError(f"{url}: {reply.strip()}")
-            return msgpack.unpack(reply)
+            return bytes(reply)
+
+        about = receive()
+        kept = Record(record, about) if record else None
 
         def ask(observation: Mapping[str, Any]) -> Mapping[str, Any]:
-            connection.send(msgpack.pack(dict(observation)))
-            return receive()
+            asked, request = time.monotonic(), msgpack.pack(dict(observation))
+            connection.send(request)
+            reply = receive()
+            if kept:
+                kept.add(asked, time.monotonic(), request, reply)
+            return msgpack.unpack(reply)
 
-        yield Server(receive(), ask)
+        try:
+            yield Server(msgpack.unpack(about), ask)
+        finally:
+            if kept:
+                kept.close()
 
 
 class Client:

@@ -25,6 +25,7 @@ LAYERS = (
     ("method",),
     ("plan", "sim", "evaluate", "report", "serve", "export", "prepare", "stages"),
     ("client",),
+    ("replay",),
     ("clusters", "jobs", "launch"),
     ("benchmark",),
     ("cli",),

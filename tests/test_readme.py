@@ -22,6 +22,7 @@ from hvd.fields import leaves
 from hvd.launch import submit
 from hvd.plan import command as plan
 from hvd.plan import devices as plan_devices
+from hvd.replay import command as replay
 from hvd.serve import command as serve
 from tests.clusters import kubernetes_cluster
 from tests.folders import ROOT
@@ -104,7 +105,7 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
 
 def test_every_option_that_is_named_exists():
     known = {*leaves(Experiment), *leaves(submit.Submit), *leaves(convert.ConvertConfig)}
-    commands = (serve.ServeOptions, export.Export, plan.Options, benchmark.Options)
+    commands = (serve.ServeOptions, export.Export, plan.Options, benchmark.Options, replay.Options)
     for own in (*commands, overrides.Choice, overrides.RunDirectory):
         known |= {*leaves(own)}
     known |= {"help", "extra", "no_push_to_hub"}

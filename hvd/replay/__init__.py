@@ -1,0 +1,1 @@
+"""`hvd replay`: a robot's recorded questions, asked again."""
