@@ -21,27 +21,34 @@ def packed(content) -> bytes:
 
 
 @contextlib.contextmanager
-def server(about=None, offset=0.0, first_seed=50):
-    """Its url. Without a seed in the question it draws the next one."""
-    seeds = itertools.count(first_seed)
+def running(answer, about):
+    """A server's url. `answer`: request -> reply; a text is sent as one."""
 
-    def answer(connection):
-        connection.send(msgpack.pack(about or {"config": "demo", "robot": "r1"}))
+    def talk(connection):
+        connection.send(msgpack.pack(about))
         for message in connection:
-            asked = msgpack.unpack(message)
-            if "bad" in asked:
-                connection.send("refused: bad")
-                continue
-            seed = int(asked.get("seed", next(seeds)))
-            actions = np.full((4, 2), float(asked["state"].sum()) + seed + offset, np.float32)
-            connection.send(msgpack.pack({"actions": actions, "seed": seed}))
+            reply = answer(msgpack.unpack(message))
+            connection.send(reply if isinstance(reply, str) else msgpack.pack(reply))
 
-    with serve(answer, "127.0.0.1", 0) as made:
+    with serve(talk, "127.0.0.1", 0) as made:
         thread = threading.Thread(target=made.serve_forever, daemon=True)
         thread.start()
         yield f"ws://127.0.0.1:{made.socket.getsockname()[1]}"
         made.shutdown()
         thread.join(10)
+
+
+def server(about=None, offset=0.0, first_seed=50):
+    """One that answers by state and seed. Without a seed in the question it draws the next one."""
+    seeds = itertools.count(first_seed)
+
+    def answer(request):
+        if "bad" in request:
+            return "refused: bad"
+        seed = int(request.get("seed", next(seeds)))
+        return {"actions": np.full((4, 2), float(request["state"].sum()) + seed + offset, np.float32), "seed": seed}
+
+    return running(answer, about or {"config": "demo", "robot": "r1"})
 
 
 @pytest.fixture
