@@ -120,6 +120,7 @@ class Client:
 
     Attributes:
         late: ticks for which no action was there, and the last one was held.
+        too_late: questions that the server did not answer, because the old chunk would have been over by then.
         missed: ticks that `next` was called too late for.
         limited: ticks whose action the limits changed.
     """
@@ -140,7 +141,7 @@ class Client:
         about = about or {}
         robot = ROBOTS.get(about.get("robot", ""))
         self._moving = [d for d in range(robot.action_dim) if d not in robot.position_dims] if robot else []
-        self._tells = bool(about.get("real_time_chunking"))
+        self._tells, self._has_deadlines = bool(about.get("real_time_chunking")), bool(about.get("deadlines"))
         self._ask, self._limits, self._clock, self._sleep = ask, limits, clock, sleep
         self._period, self._step, self._every, self._policy_rate = 1 / rate, policy_rate / rate, every, policy_rate
         self._chunk = np.zeros((0, 0), np.float32)
@@ -150,7 +151,7 @@ class Client:
         self._last = pose
         self._due: float | None = None
         self._threads = futures.ThreadPoolExecutor(1, "hvd-client")
-        self.late = self.missed = self.limited = 0
+        self.late = self.missed = self.limited = self.too_late = 0
 
     def next(self, observe: Callable[[], Mapping[str, Any]]) -> Action:
         """The action of the next tick, after waiting for it. The first call waits for the first chunk too.
@@ -195,6 +196,9 @@ class Client:
         if self._tells and len(left):
             message["prev_chunk_left_over"] = left
             message["inference_delay"] = min(math.ceil(max(self._delays) * self._policy_rate), len(left))
+        seconds = (len(self._chunk) - self._at) / self._policy_rate
+        if self._has_deadlines and seconds > 0:
+            message["deadline_ms"] = max(1, round(1e3 * seconds))
         answer = self._threads.submit(self._timed, message)
         self._asked = answer, self._clock(), self._at
         return answer
@@ -209,6 +213,9 @@ class Client:
         answer, asked, at = self._asked
         self._asked = None
         reply, came = answer.result()
+        if reply.get("late"):
+            self.too_late += 1
+            return
         self._delays.append(came - asked)
         self._at -= math.floor(at)
         self._chunk = np.asarray(reply["actions"])

@@ -39,6 +39,14 @@ class Answer:
     rows: int
 
 
+class Late(Exception):
+    """The answer would come after the request's deadline. `waited`: seconds."""
+
+    def __init__(self, waited: float):
+        super().__init__(f"too late: it waited {waited:.3f} s")
+        self.waited = waited
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Job:
     request: Request
@@ -47,6 +55,7 @@ class _Job:
     since: float
     start: float  # on the clock of work
     long: bool
+    until: float  # when the answer is no longer of use
 
 
 class Batcher:
@@ -67,6 +76,7 @@ class Batcher:
         self._clock = 0.0  # work: the start of the latest batch
         self._ends: dict[Hashable, float] = {}  # client -> where its last request ends on that clock
         self._short_at = self._long_at = 0.0  # when the last one that is not long came; when a long one may be next
+        self._seconds: dict[Hashable, float] = {}  # kind of request -> what its last batch took
         self._log = Sparingly()
         self._changed = threading.Condition()
         self._stopping = False
@@ -84,11 +94,18 @@ class Batcher:
         return self._thread.is_alive() and self._failures < _BROKEN_AFTER
 
     def submit(
-        self, request: Request, wanted: Callable[[], bool], *, client: Hashable = None, share: int = 1
+        self,
+        request: Request,
+        wanted: Callable[[], bool],
+        *,
+        client: Hashable = None,
+        share: int = 1,
+        arrived: float | None = None,
     ) -> "concurrent.futures.Future[Answer]":
         """The future answer. A request that is no longer `wanted` when its turn comes is cancelled instead.
 
-        The future raises `Refused` when the answer would not be finite.
+        The future raises `Refused` when the answer would not be finite, `Late` when it would come after the request's
+        deadline, which counts from `arrived` (time.monotonic(); now).
 
         Args:
             client: whose request it is.
@@ -104,7 +121,8 @@ class Batcher:
             self._ends[client] = start + work * share
             if not long:
                 self._short_at = now
-            job = _Job(request, concurrent.futures.Future(), wanted, now, start, long)
+            until = (now if arrived is None else arrived) + request.deadline
+            job = _Job(request, concurrent.futures.Future(), wanted, now, start, long, until)
             self._jobs.append(job)
             self._changed.notify()
         return job.future
@@ -172,10 +190,16 @@ class Batcher:
         return chosen
 
     def _claim(self, job: _Job) -> bool:
-        if job.wanted():
-            return job.future.set_running_or_notify_cancel()
-        job.future.cancel()
-        job.future.set_running_or_notify_cancel()
+        if not job.wanted():
+            job.future.cancel()
+        if not job.future.set_running_or_notify_cancel():
+            return False
+        now = time.monotonic()
+        if now + self._seconds.get(job.request.kind, 0.0) <= job.until:
+            return True
+        job.future.set_exception(Late(now - job.since))  # its place is better given to others
+        if now <= job.until:  # a batch that once took long must not refuse for ever
+            self._seconds[job.request.kind] /= 2
         return False
 
     def _answer(self, jobs: list[_Job]) -> None:
@@ -184,7 +208,7 @@ class Batcher:
         begin = time.monotonic()
         found = self._sample(requests)
         end = time.monotonic()
-        seconds = end - begin
+        seconds = self._seconds[requests[0].kind] = end - begin
         if jobs[0].long and end - self._short_at < _ASKED_S:
             self._long_at = end + 2 * seconds
         self._metrics.batch(self._sample.size_for(rows), rows, seconds)

@@ -256,6 +256,7 @@ def describe(target: Experiment | str, policy: "Policy", reader: "RequestReader"
         "default_prompt": reader.default_prompt,
         "num_flow_steps": reader.num_flow_steps,
         "real_time_chunking": reader.chunking,
+        "deadlines": True,
     }
 
 

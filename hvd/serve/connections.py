@@ -29,7 +29,7 @@ from websockets.protocol import State
 from hvd.errors import one_line
 from hvd.serve import msgpack as serve_msgpack
 from hvd.serve import turns
-from hvd.serve.batching import Answer, Batcher
+from hvd.serve.batching import Answer, Batcher, Late
 from hvd.serve.limits import Connection, Guard, Limits, Sparingly
 from hvd.serve.metrics import Metrics
 from hvd.serve.observation import MAX_SEED, Refused, Request, RequestReader
@@ -180,6 +180,9 @@ class PolicyServer:
         except Refused as refused:
             reply, outcome = f"error: {refused}", "refused"
             self._refusals.say(f"refused {connection.name}: {reply}")
+        except Late as late:
+            timing = {"infer_ms": 1e3 * (time.monotonic() - begin), "wait_ms": 1e3 * late.waited}
+            reply, outcome = serve_msgpack.pack({"late": True, "server_timing": timing}), "late"
         except asyncio.CancelledError:
             if connection.state is State.OPEN:
                 raise
@@ -197,7 +200,7 @@ class PolicyServer:
             return None
         seconds = time.monotonic() - begin
         self._metrics.request(outcome, seconds)
-        if outcome != "answered":
+        if outcome not in ("answered", "late"):
             await asyncio.sleep(self._limits.pause)
         return seconds
 
@@ -212,7 +215,8 @@ class PolicyServer:
             request = await loop.run_in_executor(self._threads, read) if len(message) > turns.PART else read()
         prepared = time.monotonic() - begin
         wanted = functools.partial(_is_open, connection)
-        future = self._batcher.submit(request, wanted, client=connection, share=self._guard.share(connection))
+        share = self._guard.share(connection)
+        future = self._batcher.submit(request, wanted, client=connection, share=share, arrived=begin)
         answer: Answer = await asyncio.wrap_future(future)
         timing = {
             "infer_ms": 1e3 * (time.monotonic() - begin),

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Summa
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-OUTCOMES = ("answered", "refused", "failed", "abandoned")
+OUTCOMES = ("answered", "late", "refused", "failed", "abandoned")
 _WINDOW = 10_000  # latencies that quantiles are taken of
 
 

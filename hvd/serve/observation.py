@@ -11,13 +11,15 @@ Keys, LeRobot's and openpi's side by side:
     num_flow_steps                      Euler steps
     prev_chunk_left_over [n,A]          raw actions that are not executed yet, the first is executed now; and
     inference_delay                     how many of them will be over when the reply is there (hvd.models.chunking)
+    deadline_ms                         milliseconds from its arrival until which the reply is of use
 
 State and images may all have a leading batch axis; row i of a batch then gets the noise of a single request with
 seed + i. Imports no jax.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,9 @@ from hvd.robots import get_robot
 MAX_FLOW_STEPS = 100
 MAX_SEED = 2**31 - 1
 MAX_PROMPT = 4_096  # characters
-_EXTRAS = ("prompt", "task", "seed", "noise", "num_flow_steps", "prev_chunk_left_over", "inference_delay")
+MAX_DEADLINE_MS = 3_600_000
+_EXTRAS = ("prompt", "task", "seed", "noise", "num_flow_steps")
+_EXTRAS += ("prev_chunk_left_over", "inference_delay", "deadline_ms")
 
 
 class Refused(UserError):
@@ -51,6 +55,7 @@ class Request:
         seeds: of each row's noise; unused where `noise` is given.
         batched: the reply has a batch axis too.
         warning: about a prompt that the model sees in part; "" = there is none.
+        deadline: seconds after its arrival until which the answer is of use; infinite = always.
     """
 
     observation: Observation
@@ -61,6 +66,7 @@ class Request:
     batched: bool
     warning: str = ""
     committed: Committed | None = None
+    deadline: float = math.inf
 
     @property
     def rows(self) -> int:
@@ -133,8 +139,10 @@ class RequestReader:
         if not np.isfinite(observation["state"]).all():
             raise Refused("state is so large that its normalised form is not finite: is it in the dataset's units?")
         cut = self._transform.cut_prompts(prompts, state)
-        committed = self._committed(message, state, batched)
-        return Request(observation, state, seeds, noise, steps, batched, next(iter(cut.values()), ""), committed)
+        committed, warning = self._committed(message, state, batched), next(iter(cut.values()), "")
+        asked = "deadline_ms" in message
+        deadline = _integer(message, "deadline_ms", 1, 1, MAX_DEADLINE_MS) / 1e3 if asked else math.inf
+        return Request(observation, state, seeds, noise, steps, batched, warning, committed, deadline)
 
     def _state(self, message: Mapping[str, Any]) -> tuple[Float32[np.ndarray, "b s"], bool]:
         """[b,S], and whether the client sent a batch."""
@@ -332,17 +340,3 @@ def default_prompt(cfg: Experiment) -> str:
         except UserError:  # the data are not on this machine: the prompts are not known
             return ""
     return prompts.pop() if len(prompts) == 1 else ""
-
-
-def batch_of(requests: Sequence[Request], size: int) -> tuple[Observation, Float32[np.ndarray, "b s"]]:
-    """Observations and raw states of the requests as one batch of `size` rows, filled up with the last row."""
-    rows = sum(request.rows for request in requests)
-    pick = np.minimum(np.arange(size), rows - 1)
-
-    def joined(parts: Sequence[Any]) -> Any:
-        if isinstance(parts[0], dict):
-            return {name: joined([part[name] for part in parts]) for name in parts[0]}
-        return np.concatenate(parts)[pick]
-
-    state = np.concatenate([request.state for request in requests])[pick]
-    return joined([request.observation for request in requests]), state

@@ -14,7 +14,7 @@ from hvd.data.transforms import Observation
 from hvd.models import acting
 from hvd.models.chunking import Committed
 from hvd.runtime import preemption
-from hvd.serve.observation import MAX_FLOW_STEPS, Request, batch_of
+from hvd.serve.observation import MAX_FLOW_STEPS, Request
 from hvd.train.inference import Policy
 
 
@@ -106,3 +106,17 @@ def sizes_up_to(max_batch: int) -> tuple[int, ...]:
     """1, 2, 4, ... and max_batch itself."""
     powers = [2**i for i in range(max_batch.bit_length()) if 2**i < max_batch]
     return (*powers, max_batch)
+
+
+def batch_of(requests: Sequence[Request], size: int) -> tuple[Observation, Float32[np.ndarray, "b s"]]:
+    """Observations and raw states of the requests as one batch of `size` rows, filled up with the last row."""
+    rows = sum(request.rows for request in requests)
+    pick = np.minimum(np.arange(size), rows - 1)
+
+    def joined(parts: Sequence[Any]) -> Any:
+        if isinstance(parts[0], dict):
+            return {name: joined([part[name] for part in parts]) for name in parts[0]}
+        return np.concatenate(parts)[pick]
+
+    state = np.concatenate([request.state for request in requests])[pick]
+    return joined([request.observation for request in requests]), state

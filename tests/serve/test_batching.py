@@ -1,5 +1,6 @@
 """The model's thread: what is computed together, in which order, and what happens to what nobody wants any more."""
 
+import dataclasses
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -7,7 +8,7 @@ from concurrent.futures import CancelledError
 import numpy as np
 import pytest
 
-from hvd.serve.batching import Batcher
+from hvd.serve.batching import Batcher, Late
 from hvd.serve.metrics import Metrics
 from hvd.serve.observation import Refused, Request
 
@@ -102,6 +103,33 @@ def test_a_client_with_many_requests_does_not_keep_the_others_waiting():
         future.result(30)
     batcher.stop(30)
     assert fake.batches == [[100], [0], [10], [20], [21], [22], [1], [11], [2], [30]]
+
+
+def until(seconds: float, number: float = 0.0) -> Request:
+    return dataclasses.replace(request(number), deadline=seconds)
+
+
+def test_a_request_whose_deadline_is_over_is_not_computed(fake, batcher):
+    held(fake, batcher)
+    late, patient, other = (batcher.submit(until(s, i), yes) for i, s in enumerate((0.05, 60.0, 60.0)))
+    early = batcher.submit(until(1.0, 7.0), yes, arrived=time.monotonic() - 2.0)  # it was long on its way to here
+    time.sleep(0.1)
+    fake.gate.set()
+    assert patient.result(30).rows == other.result(30).rows == 2 and fake.batches == [[100], [1, 2]]
+    for future in (late, early):
+        with pytest.raises(Late) as told:
+            future.result(30)
+    assert told.value.waited >= 0.1
+
+
+def test_what_a_batch_takes_counts_but_one_that_took_long_does_not_refuse_for_ever(fake, batcher):
+    held(fake, batcher)
+    time.sleep(0.4)
+    fake.gate.set()
+    while batcher._seconds.get(request().kind, 0.0) < 0.4:
+        time.sleep(0.01)
+    ends = [batcher.submit(until(0.15), yes).exception(30) for _ in range(4)]
+    assert isinstance(ends[0], Late) and ends[-1] is None
 
 
 def test_long_requests_leave_the_others_most_of_the_time():

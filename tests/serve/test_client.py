@@ -60,6 +60,27 @@ def test_real_time_chunking_is_told_what_is_left():
     assert third["inference_delay"] == 2
 
 
+def test_an_answer_is_of_use_until_the_old_chunk_is_over():
+    world = World(0.2, every=4, about={"deadlines": True})
+    world.run(8)
+    assert "deadline_ms" not in world.messages[0] and world.messages[1]["deadline_ms"] == 400  # 4 of 8 actions are left
+    assert "deadline_ms" not in World(0.2, every=4).messages
+
+
+def test_what_the_server_did_not_answer_in_time_is_asked_again():
+    world = World(0.2, every=4)
+    answer = world.client._ask
+
+    def ask(message):
+        found = answer(message)
+        return {"late": True} if len(world.messages) == 2 else found
+
+    world.client._ask = ask
+    # asked at tick 4, refused at tick 6, asked again there, answered at tick 8: the old chunk's last action is 7
+    assert world.run(10) == [0, 1, 2, 3, 4, 5, 6, 7, 202, 203]
+    assert (world.client.too_late, world.client.late) == (1, 0)
+
+
 def test_late_answers_hold_the_last_action_with_velocities_zero():
     world = World(1.0, dims=21, every=4, about={"robot": "r1"})
     got = [world.client.next(dict) for _ in range(10)]

@@ -13,7 +13,8 @@ from hvd.data.transforms import InputTransform
 from hvd.errors import UserError
 from hvd.models.chunking import soft_mask
 from hvd.robots import get_robot
-from hvd.serve.observation import MAX_SEED, Refused, RequestReader, batch_of
+from hvd.serve.observation import MAX_SEED, Refused, RequestReader
+from hvd.serve.sampler import batch_of
 from tests.train import factory
 
 KEYMAP = KeyMap(
