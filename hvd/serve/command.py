@@ -62,6 +62,9 @@ class ServeOptions:
     max_wait_ms: float = option(0.0, between(0, 10_000), "how long a request may wait for others to join it")
     max_connections: int = option(32, between(1, 10_000), "clients at the same time")
     max_message_mb: float = option(32.0, between(0.01, 1024), "MiB of one request")
+    aliases: dict[str, str] = option({}, "keys of requests, pair by pair: the client's and ours")
+    other_keys: bool = option(False, "leave out keys of requests that nobody knows; else they are refused")
+    single_action: bool = option(False, "replies have `action` too, the first one of the chunk")
     tls_cert: str = option("", "PEM file of the server's certificate and its chain: clients connect to wss://")
     tls_key: str = option("", "PEM file of its key, without a passphrase; default: it is in --tls-cert too")
     log_every_s: float = option(60.0, between(0, 1e6), "seconds between log lines; 0 = none but the last")
@@ -181,6 +184,7 @@ def build(
     from hvd.serve.metrics import Metrics
     from hvd.serve.observation import RequestReader, default_prompt
     from hvd.serve.sampler import Sampler, sizes_up_to
+    from hvd.serve.translation import Translation
     from hvd.train.inference import load_policy
 
     begin = time.monotonic()
@@ -217,6 +221,7 @@ def build(
         api_key=api_key,
         tls=tls,
         noise_seed=options.noise_seed,
+        translation=Translation(options.aliases, options.other_keys, options.single_action),
     )
     line = (
         f"{about['run']} ({about['config']}, {about['robot']}): state of {reader.state_dim} dims, "

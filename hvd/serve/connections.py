@@ -33,6 +33,7 @@ from hvd.serve.batching import Answer, Batcher, Late
 from hvd.serve.limits import Connection, Guard, Limits, Sparingly
 from hvd.serve.metrics import Metrics
 from hvd.serve.observation import MAX_SEED, Refused, Request, RequestReader
+from hvd.serve.translation import NoReply, Translation
 
 _GRACE = 0.2  # seconds for requests that were sent before the client could know that the server stops
 
@@ -60,10 +61,11 @@ class PolicyServer:
         api_key: str = "",
         tls: ssl.SSLContext | None = None,
         noise_seed: int = 0,
+        translation: Translation | None = None,
     ):
         self._reader, self._batcher, self._metrics = reader, batcher, metrics
         self._metadata, self._limits = serve_msgpack.pack(dict(metadata)), limits or Limits()
-        self._api_key, self._tls = api_key, tls
+        self._api_key, self._tls, self._translation = api_key, tls, translation or Translation()
         self._seeds = np.random.default_rng(noise_seed)
         self._threads = concurrent.futures.ThreadPoolExecutor(3, "hvd-serve-read")
         self._refusals, self._failures = Sparingly(), Sparingly()
@@ -177,6 +179,8 @@ class PolicyServer:
         try:
             reply = await self._answer(connection, message, last, begin)
             outcome = "answered"
+        except NoReply:
+            return time.monotonic() - begin
         except Refused as refused:
             reply, outcome = f"error: {refused}", "refused"
             self._refusals.say(f"refused {connection.name}: {reply}")
@@ -208,11 +212,11 @@ class PolicyServer:
         """The packed reply."""
         read = functools.partial(self._read, message, int(self._seeds.integers(MAX_SEED + 1)))
         if len(message) > turns.LARGE:
-            request = await self._guard.turns.decode(self._threads, read)
+            request, size = await self._guard.turns.decode(self._threads, read)
         else:
             self._guard.turns.asked()
             loop = asyncio.get_running_loop()
-            request = await loop.run_in_executor(self._threads, read) if len(message) > turns.PART else read()
+            request, size = await loop.run_in_executor(self._threads, read) if len(message) > turns.PART else read()
         prepared = time.monotonic() - begin
         wanted = functools.partial(_is_open, connection)
         share = self._guard.share(connection)
@@ -226,8 +230,10 @@ class PolicyServer:
         }
         if last is not None:
             timing["prev_total_ms"] = 1e3 * last
+        actions = answer.actions if request.batched else answer.actions[0]
         reply = {
-            "actions": answer.actions if request.batched else answer.actions[0],
+            "actions": actions,
+            **self._translation.reply(actions, size),
             "policy_timing": {"infer_ms": 1e3 * answer.inference},
             "server_timing": timing,
         }
@@ -238,7 +244,8 @@ class PolicyServer:
             reply["seed"] = int(request.seeds[0])
         return serve_msgpack.pack(reply)
 
-    def _read(self, message: str | bytes, seed: int) -> Request:
+    def _read(self, message: str | bytes, seed: int) -> tuple[Request, int]:
+        """The request, and how many actions its reply repeats as `action_chunk`."""
         if isinstance(message, str):
             raise Refused("a text message; an observation is a binary message, msgpack as openpi_client sends it")
         if len(message) > self._limits.message:
@@ -248,7 +255,9 @@ class PolicyServer:
             decoded = serve_msgpack.unpack(message)
         except serve_msgpack.Malformed as error:
             raise Refused(f"not a msgpack message of openpi's form: {error}") from None
-        return self._reader.read(decoded, seed)
+        horizon = self._reader.cfg.model.action_horizon
+        translated, size = self._translation.request(decoded, self._reader.known, horizon)
+        return self._reader.read(translated, seed), size
 
     def _say_cut(self, connection: Connection, line: str) -> None:
         """A prompt that is cut in the log: once, and no more than so many of them."""

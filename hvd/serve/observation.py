@@ -116,21 +116,21 @@ class RequestReader:
         self._short = {key.rsplit(".", 1)[-1]: camera for camera, key in self.cameras.items()}
         self._short |= {camera: camera for camera in self.cameras}
         self._by_key = {key: camera for camera, key in self.cameras.items()}
-        self._known = ("state", *self.state_keys, "images", *self._by_key, *_EXTRAS)
+        self.known = ("state", *self.state_keys, "images", *self._by_key, *_EXTRAS)
 
     def read(self, message: Any, seed: int) -> Request:
         """The request in a decoded message; `seed` is of its noise if it names none. Raises `Refused`."""
         if not isinstance(message, dict):
             raise Refused(f"the message is a {type(message).__name__}; an observation is a dict")
         for key in message:
-            if key not in self._known:
+            if key not in self.known:
                 name = (key if isinstance(key, str) else repr(key))[:80]
-                raise Refused(f"unknown key {name!r}{nearest(name, self._known)}")
+                raise Refused(f"unknown key {name!r}{nearest(name, self.known)}")
         state, batched = self._state(message)
         images = self._images(message, len(state), batched)
         prompts = self._prompts(message, len(state), batched)
         seeds, noise = self._noise(message, len(state), batched, seed)
-        steps = _integer(message, "num_flow_steps", self.num_flow_steps, 1, MAX_FLOW_STEPS)
+        steps = whole_number(message, "num_flow_steps", self.num_flow_steps, 1, MAX_FLOW_STEPS)
         try:
             with np.errstate(over="ignore", invalid="ignore"):
                 observation = self._transform.observation(state, images, prompts)
@@ -141,7 +141,7 @@ class RequestReader:
         cut = self._transform.cut_prompts(prompts, state)
         committed, warning = self._committed(message, state, batched), next(iter(cut.values()), "")
         asked = "deadline_ms" in message
-        deadline = _integer(message, "deadline_ms", 1, 1, MAX_DEADLINE_MS) / 1e3 if asked else math.inf
+        deadline = whole_number(message, "deadline_ms", 1, 1, MAX_DEADLINE_MS) / 1e3 if asked else math.inf
         return Request(observation, state, seeds, noise, steps, batched, warning, committed, deadline)
 
     def _state(self, message: Mapping[str, Any]) -> tuple[Float32[np.ndarray, "b s"], bool]:
@@ -213,6 +213,8 @@ class RequestReader:
         if value.dtype != np.uint8:
             hint = "; openpi_client.image_tools.convert_to_uint8 turns 0..1 into it" if value.dtype.kind == "f" else ""
             raise Refused(f"{place} is {value.dtype}; expected {expected}{hint}")
+        if value.shape[-1:] == (4,):
+            value = value[..., :3]  # without alpha
         if value.ndim == 3 + batched and value.shape[-1] != 3 and value.shape[-3] == 3:
             value = np.moveaxis(value, -3, -1)
         if value.ndim != 3 + batched or value.shape[-1] != 3 or (batched and len(value) != rows):
@@ -254,7 +256,7 @@ class RequestReader:
     def _noise(
         self, message: Mapping[str, Any], rows: int, batched: bool, seed: int
     ) -> tuple[UInt32[np.ndarray, " b"], Float32[np.ndarray, "b k a"] | None]:
-        first = _integer(message, "seed", seed, 0, MAX_SEED)
+        first = whole_number(message, "seed", seed, 0, MAX_SEED)
         seeds = ((first + np.arange(rows, dtype=np.int64)) % (MAX_SEED + 1)).astype(np.uint32)
         if "noise" not in message:
             return seeds, None
@@ -287,7 +289,7 @@ class RequestReader:
         count = value.shape[-2]
         if not 1 <= count <= horizon or not np.isfinite(value).all():
             raise Refused(f"{left} has {count} actions; expected 1 to {horizon}, of finite numbers")
-        mask = soft_mask(count, _integer(message, delay, 0, 0, count), horizon)
+        mask = soft_mask(count, whole_number(message, delay, 0, 0, count), horizon)
         actions = self._transform.actions_in(value.reshape(len(state), count, dims), state)
         return Committed(np.pad(actions, ((0, 0), (0, horizon - count), (0, 0))), np.tile(mask, (len(state), 1)))
 
@@ -320,7 +322,8 @@ def _numbers(name: str, value: Any) -> Float32[np.ndarray, "*n"]:
         return array.astype(np.float32)
 
 
-def _integer(message: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
+def whole_number(message: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
+    """The number in a message; Refused where it is none from `low` to `high`."""
     value = message.get(name, default)
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Protocol, runtime_checkable
 
-from hvd.serve.observation import Request
-
 PART = 1 << 16  # bytes of a message; those above are read in turns, a part (256 KiB at most) each
 LARGE = 4 << 20  # bytes; those above take at most a third of the time while others ask
 _ASKED_S = 1.0  # "while others ask": a smaller one came in this time
@@ -50,7 +48,7 @@ class Turns:
             self._waiting[connection] = None
             self._arm(0.0)
 
-    async def decode(self, threads: Executor, work: Callable[[], Request]) -> Request:
+    async def decode[T](self, threads: Executor, work: Callable[[], T]) -> T:
         """work() on a large message in a thread; one at a time."""
         async with self._decoding:
             await asyncio.sleep(self._large_at - time.monotonic())

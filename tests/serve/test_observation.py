@@ -77,6 +77,13 @@ def leaves(tree):
     return [leaf for value in tree.values() for leaf in (leaves(value) if isinstance(value, dict) else [value])]
 
 
+def test_alpha_is_left_out():
+    alpha = np.concatenate([IMAGE, np.full((20, 30, 1), 9, np.uint8)], axis=-1)
+    made, plain = (make_reader().read(GOOD | {"images": IMAGES | {"base_0_rgb": x}}, 0) for x in (alpha, IMAGE))
+    for a, b in zip(leaves(made.observation), leaves(plain.observation), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_images_by_the_datasets_short_names_and_channels_first():
     reader = make_reader()
     short = {"head": np.moveaxis(IMAGE, -1, 0), "cam_left": np.moveaxis(IMAGE[::-1], -1, 0)}
