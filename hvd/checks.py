@@ -56,10 +56,15 @@ def _check_model(cfg: Experiment) -> None:
         raise UserError(
             f"model.action_patch {model.action_patch} does not divide model.action_horizon {model.action_horizon}"
         )
-    if cfg.evaluate.execute_steps > model.action_horizon:
+    execute, delay = cfg.evaluate.execute_steps, cfg.evaluate.delay
+    if execute + delay > model.action_horizon:
         raise UserError(
-            f"evaluate.execute_steps {cfg.evaluate.execute_steps} is more than the {model.action_horizon} actions "
+            f"evaluate.execute_steps {execute} and delay {delay} are more than the {model.action_horizon} actions "
             "of a chunk (model.action_horizon)"
+        )
+    if delay > execute:
+        raise UserError(
+            f"evaluate.delay {delay} is more than execute_steps {execute}: one chunk is asked for at a time"
         )
     if model.spells_state:
         _check_spelled_state(cfg)

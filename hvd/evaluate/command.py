@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from hvd.configs import Experiment
-from hvd.errors import UserError
 from hvd.evaluate import credit as evaluate_credit
 from hvd.evaluate import offline as evaluate_offline
 from hvd.evaluate import scores as evaluate_scores
@@ -50,20 +50,17 @@ def main(cfg: Experiment, load: Loader | None = None) -> None:
         evaluate_scores.main(cfg)
 
 
-def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], videos: int | None = None) -> dict:
-    """Run cfg.evaluate.num_rollouts rollouts and write results.json; returns its content."""
+def roll_out(
+    cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], videos: int | None = None, out: str = ""
+) -> dict:
+    """Run cfg.evaluate.num_rollouts rollouts and write results.json (into `out`); returns its content."""
     from hvd.sim.render import available_backend
     from hvd.sim.rollouts import RolloutSpec
     from hvd.sim.workers import run_jobs
 
     settings, started = cfg.evaluate, time.monotonic()
     control = run_name == NOTHING
-    if settings.execute_steps > cfg.model.action_horizon:
-        raise UserError(
-            f"evaluate.execute_steps {settings.execute_steps} is more than model.action_horizon "
-            f"{cfg.model.action_horizon}; execute at most a whole chunk"
-        )
-    out = folder(cfg, run_name)
+    target = epath.Path(out) if out else folder(cfg, run_name)
     seeds = [settings.seed + i for i in range(settings.num_rollouts)]
     filmed = seeds[: settings.videos if videos is None else videos]
     cameras = {} if control else cameras_of(cfg)
@@ -71,11 +68,13 @@ def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], 
         task=cfg.sim.task,
         horizon=cfg.sim.horizon,
         execute_steps=settings.execute_steps,
+        delay=0 if control else settings.delay,
+        chunking="replace" if control else settings.chunking,
         state_keys=("observation.state",) if control else cfg.optimal_data.keys.state,
         cameras=cameras,
         image_size=cfg.sim.image_size,
         backend=available_backend() if cameras or filmed else "rays",
-        videos={seed: out / "videos" / f"rollout_{seed}.mp4" for seed in filmed},
+        videos={seed: target / "videos" / f"rollout_{seed}.mp4" for seed in filmed},
     )
     groups = [seeds[i : i + GROUP] for i in range(0, len(seeds), GROUP)]
     _loaded.clear()
@@ -86,7 +85,7 @@ def roll_out(cfg: Experiment, run_name: str, load: Loader, run: dict[str, Any], 
             bar.update(len(rollouts))
     results = _results(cfg, run_name, run, [rollout for i in range(len(groups)) for rollout in done[i]], filmed)
     results["wall_s"] = round(time.monotonic() - started, 1)
-    write_json(out / "results.json", results)
+    write_json(target / "results.json", results)
     return results
 
 
@@ -110,6 +109,8 @@ def _results(
         "num_rollouts": len(rollouts),
         "horizon": cfg.sim.horizon,
         "execute_steps": settings.execute_steps,
+        "delay": settings.delay,
+        "chunking": settings.chunking,
         "action_horizon": cfg.model.action_horizon,
         "policy_digest": run["digest"],
         "policy_step": run["step"],

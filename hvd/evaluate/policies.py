@@ -17,9 +17,9 @@ def trained(cfg: Experiment):
 
     policy = load_policy(cfg)
 
-    def act(state, images, prompts: Sequence[str], noise: tuple[int, int]):
+    def act(state, images, prompts: Sequence[str], noise: tuple[int, int], left=None):
         key = jax.random.fold_in(jax.random.key(noise[0]), noise[1])
-        return policy.act(state, images, prompts, key)
+        return policy.act(state, images, prompts, key, left)
 
     return act
 

@@ -18,6 +18,18 @@ class Committed(NamedTuple):
     weights: Any
 
 
+def commit(actions: Float32[np.ndarray, "b n a"], delay: int, horizon: int) -> Committed:
+    """What a new chunk of `horizon` actions is to go on from.
+
+    Args:
+        actions: normalised and padded, not executed yet; the first is executed now.
+        delay: how many of them will be over when the new chunk is there.
+    """
+    rows, left = actions.shape[:2]
+    padded = np.pad(actions, ((0, 0), (0, horizon - left), (0, 0)))
+    return Committed(padded, np.tile(soft_mask(left, delay, horizon), (rows, 1)))
+
+
 def soft_mask(left: int, delay: int, horizon: int) -> Float32[np.ndarray, "{horizon}"]:
     """How much each action of a chunk counts: 1 before `delay`, falling to 0 at the end of the `left` old ones."""
     c = np.clip((left - np.arange(horizon)) / (left - delay + 1), 0.0, 1.0)

@@ -30,7 +30,7 @@ from hvd.configs import Experiment, KeyMap
 from hvd.data.columns import parse_column
 from hvd.data.transforms import InputTransform, Observation
 from hvd.errors import UserError, nearest
-from hvd.models.chunking import Committed, soft_mask
+from hvd.models.chunking import Committed, commit
 from hvd.robots import get_robot
 
 MAX_FLOW_STEPS = 100
@@ -289,9 +289,8 @@ class RequestReader:
         count = value.shape[-2]
         if not 1 <= count <= horizon or not np.isfinite(value).all():
             raise Refused(f"{left} has {count} actions; expected 1 to {horizon}, of finite numbers")
-        mask = soft_mask(count, whole_number(message, delay, 0, 0, count), horizon)
         actions = self._transform.actions_in(value.reshape(len(state), count, dims), state)
-        return Committed(np.pad(actions, ((0, 0), (0, horizon - count), (0, 0))), np.tile(mask, (len(state), 1)))
+        return commit(actions, whole_number(message, delay, 0, 0, count), horizon)
 
 
 def key_map(cfg: Experiment) -> KeyMap:

@@ -21,7 +21,7 @@ from hvd.data.transforms import InputTransform, Observation
 from hvd.errors import UserError
 from hvd.method import extraction
 from hvd.models import acting, precision
-from hvd.models.chunking import Committed
+from hvd.models.chunking import Committed, commit
 from hvd.models.pi0 import Pi0
 from hvd.models.separate import separate
 from hvd.models.value import ValueModel
@@ -70,10 +70,12 @@ class Policy:
             entry, p = extraction.extractor(cfg)
             denoise = steering.STEERED[entry.acts](denoise, critic, p)
 
-        def sample(params: Tree, observation: Observation, key: jax.Array) -> Float[Array, "b k a"]:
+        def sample(
+            params: Tree, observation: Observation, key: jax.Array, committed: Committed | None
+        ) -> Float[Array, "b k a"]:
             b = observation["state"].shape[0]
             noise = jax.random.normal(key, (b, cfg.model.action_horizon, cfg.model.action_dim))
-            return denoise(params, observation, noise, cfg.policy.num_flow_steps)
+            return denoise(params, observation, noise, cfg.policy.num_flow_steps, committed)
 
         self.denoise = denoise
         self._sample = jax.jit(sample)
@@ -84,6 +86,7 @@ class Policy:
         images: Mapping[str, UInt8[np.ndarray, "b h w 3"]],
         prompts: Sequence[str],
         key: jax.Array,
+        left: tuple[Float32[np.ndarray, "b n a"], int] | None = None,
     ) -> Float32[np.ndarray, "b k a"]:
         """A chunk of raw absolute actions.
 
@@ -91,9 +94,15 @@ class Policy:
             state: raw state, as in the dataset.
             images: by the model's camera names; a camera that is missing is masked.
             key: of the initial noise; the same key gives the same actions.
+            left: raw actions of the last chunk that are not executed yet, and how many of them will be over when this
+                chunk is: it goes on from them (hvd.models.chunking).
         """
         observation = self.transform.observation(state, images, prompts)
-        actions = jax.device_get(self._sample(self.params, observation, key))
+        committed = None
+        if left is not None:
+            normalised = self.transform.actions_in(left[0], state)
+            committed = commit(normalised, left[1], self.cfg.model.action_horizon)
+        actions = jax.device_get(self._sample(self.params, observation, key, committed))
         return self.transform.actions_out(actions, state)
 
 

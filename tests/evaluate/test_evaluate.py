@@ -124,7 +124,7 @@ def test_a_policy_that_is_not_complete_is_not_evaluated(tmp_path):
 
 def test_more_steps_than_a_chunk_has(tmp_path):
     cfg = experiment(tmp_path, evaluate=EvaluateConfig(execute_steps=5))
-    with pytest.raises(UserError, match=r"execute_steps 5 is more than model\.action_horizon 4"):
+    with pytest.raises(UserError, match="execute_steps 5 and delay 0 are more than the 4 of a chunk"):
         evaluate.main(cfg, nothing)
     assert not list(tmp_path.iterdir())
 

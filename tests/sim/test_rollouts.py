@@ -8,7 +8,7 @@ import pytest
 
 from hvd.errors import UserError
 from hvd.sim import scene
-from hvd.sim.env import Env
+from hvd.sim.env import Env, Step
 from hvd.sim.rollouts import RolloutSpec, roll_out_group
 from hvd.sim.tasks import get_task
 
@@ -113,7 +113,7 @@ def test_what_the_simulator_cannot_observe_is_said(changes, line):
 
 
 def test_a_chunk_must_be_long_enough():
-    with pytest.raises(UserError, match="execute_steps 6 is more than the 5"):
+    with pytest.raises(UserError, match="execute_steps 6 and delay 0 are more than the 5"):
         roll_out_group(RolloutSpec("pick", 10, 6), [1], hold)
 
 
@@ -121,3 +121,63 @@ def test_paths_of_videos_are_not_made_before_they_are_needed(tmp_path):
     spec = RolloutSpec("pick", 3, 1, videos={99: Path(tmp_path / "videos" / "x.mp4")})
     roll_out_group(spec, [1], hold)
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- chunks that come late
+
+
+class Numbers:
+    """A policy whose chunks say who made them: action k of the n-th chunk is 100 n + k in each dim."""
+
+    def __init__(self, actions: int = 8):
+        self.actions, self.left = actions, []
+
+    def __call__(self, state, images, prompts, noise, left=None):
+        self.left.append(left)
+        return np.tile(100.0 * noise[1] + np.arange(self.actions)[:, None], (len(state), 1, 21))
+
+
+def executed(monkeypatch, policy, steps=13, **spec) -> list[float]:
+    """What a robot is told in the first control steps."""
+    done = []
+
+    def step(self, action):
+        done.append(float(action[0]))
+        self.time += 1
+        return Step(0.0, False, False, self.time >= self.horizon, "")
+
+    monkeypatch.setattr(Env, "step", step)
+    roll_out_group(RolloutSpec("tote", steps, 4, **spec), [1], policy)
+    return done
+
+
+def test_the_old_chunk_goes_on_until_the_new_one_is_there(monkeypatch):
+    assert executed(monkeypatch, Numbers()) == [0, 1, 2, 3, 100, 101, 102, 103, 200, 201, 202, 203, 300]
+    late = executed(monkeypatch, Numbers(), delay=2)
+    assert late == [0, 1, 2, 3, 4, 5, 102, 103, 104, 105, 202, 203, 204]
+    assert executed(monkeypatch, Numbers(), delay=4) == [0, 1, 2, 3, 4, 5, 6, 7, 104, 105, 106, 107, 204]
+
+
+def test_an_ensemble_is_the_mean_of_what_is_there(monkeypatch):
+    told = executed(monkeypatch, Numbers(), chunking="ensemble")
+    weights = np.exp([0, -0.01])
+    mean = [np.average([4 + k, 100 + k], weights=weights) for k in range(4)]
+    np.testing.assert_allclose(told[:8], [0, 1, 2, 3, *mean])
+    late = executed(monkeypatch, Numbers(), chunking="ensemble", delay=2)
+    np.testing.assert_allclose(
+        late[:8], [0, 1, 2, 3, 4, 5, *(np.average([k, 96 + k], weights=weights) for k in (6, 7))]
+    )
+
+
+def test_a_guided_policy_is_told_what_is_left(monkeypatch):
+    policy = Numbers()
+    told = executed(monkeypatch, policy, chunking="guided", delay=2)
+    assert told == executed(monkeypatch, Numbers(), delay=2) and policy.left[0] is None
+    (actions, delay), (later, _) = policy.left[1:3]
+    assert actions.shape == (1, 4, 21) and actions[0, :, 0].tolist() == [4, 5, 6, 7] and delay == 2
+    assert later[0, :, 0].tolist() == [104, 105, 106, 107]
+
+
+def test_a_chunk_must_outlast_its_follower_s_delay():
+    with pytest.raises(UserError, match="execute_steps 5 and delay 4 are more than the 8 of a chunk"):
+        roll_out_group(RolloutSpec("tote", 10, 5, delay=4), [1], Numbers())

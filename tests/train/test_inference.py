@@ -84,6 +84,18 @@ def test_wrong_config(trained):
         inference.load_policy(cfg)
 
 
+@pytest.mark.slow
+def test_a_chunk_goes_on_from_what_is_left(policy):
+    """Real-time chunking: its first actions are those that are executed meanwhile."""
+    rows = [0, 5, 9]
+    state = stage_data.open_dataset(policy.cfg, "optimal").state[rows]
+    other = act(policy, rows, seed=3)
+    key, prompts = jax.random.key(0), ["carry the tote"] * 3
+    guided = policy.act(state, {}, prompts, key, (other[:, 1:], 2))
+    near, far = (np.abs(x[:, :2] - other[:, 1:3]).mean() for x in (guided, act(policy, rows)))
+    assert near < 0.5 * far
+
+
 # ------------------------------------------------------------------------------------- policies that ask the critic
 
 
