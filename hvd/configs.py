@@ -237,9 +237,7 @@ class EvaluateConfig:
     seed: int = option(1_000_000, NOT_NEGATIVE, FREE, "rollouts never share a seed with the data")
     execute_steps: int = option(10, AT_LEAST_1, FREE, "actions of a chunk that are executed before the next is asked")
     delay: int = option(0, NOT_NEGATIVE, FREE, "control steps from the question to the chunk; the old one goes on")
-    chunking: Literal["replace", "ensemble", "guided"] = option(
-        "replace", FREE, "ensemble: the mean of the chunks that say something of a step; guided: real-time chunking"
-    )
+    chunking: Literal["replace", "ensemble", "guided"] = option("replace", FREE, "guided: real-time chunking")
     workers: int = option(2, AT_LEAST_1, FREE)
     videos: int = option(3, NOT_NEGATIVE, FREE)
     action_samples: int = option(8, AT_LEAST_1, FREE, "held-out action error: also of the mean of so many chunks")
