@@ -183,9 +183,7 @@ class StageConfig:
     wrist_cameras: tuple[str, ...] = option(
         ("wrist",), IF_SET, "cameras whose name holds one of these are fixed to a hand: neither cropped nor turned"
     )
-    state_noise: float = option(
-        0.0, NOT_NEGATIVE, "std of noise on the normalised state in training, against overfitting to poses"
-    )
+    state_noise: float = option(0.0, NOT_NEGATIVE, "std of noise on the normalised state, against overfitting")
     log_interval: int = option(100, AT_LEAST_1, FREE)
     val_interval: int = option(1_000, AT_LEAST_1, FREE)
     val_batches: int = option(4, NOT_NEGATIVE, FREE)
