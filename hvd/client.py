@@ -181,6 +181,13 @@ class Client:
         self._last = action
         return action
 
+    def close(self) -> None:
+        """Wait for the answer that is on its way, which nobody needs: another client may then ask the same server."""
+        if self._asked is not None:
+            futures.wait([self._asked[0]])
+        self._asked = None
+        self._threads.shutdown()
+
     def _wait(self) -> None:
         now = self._clock()
         self._due = now if self._due is None else self._due + self._period

@@ -83,6 +83,7 @@ def main() -> None:
             while not over and time.monotonic() < until:
                 over = robot.send(client.next(robot.observe))
                 ticks += 1
+            client.close()
             late, missed, limited = late + client.late, missed + client.missed, limited + client.limited
     print(f"{ticks} ticks of {CONTROL_DT:g} s: {late} without an action in time, {missed} missed, {limited} limited")
     print(f"{robot.successes} of {robot.episodes} episodes succeeded")

@@ -83,6 +83,20 @@ def test_what_the_server_did_not_answer_in_time_is_asked_again():
     assert (world.client.too_late, world.client.late) == (1, 0)
 
 
+def test_a_closed_client_has_no_question_on_its_way():
+    world = World(0.2, every=4)
+    world.run(5)
+    assert world.client._asked is not None
+    done = []
+    closing = threading.Thread(target=lambda: done.append(world.client.close()))
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive() and not done
+    world.gate.release()
+    closing.join(30)
+    assert done == [None] and not any(thread.is_alive() for thread in world.client._threads._threads)
+
+
 def test_late_answers_hold_the_last_action_with_velocities_zero():
     world = World(1.0, dims=21, every=4, about={"robot": "r1"})
     got = [world.client.next(dict) for _ in range(10)]
