@@ -16,6 +16,7 @@
 What policies share is made once: the data of a task and a data seed, a value run, the table of advantages.
 """
 
+import collections
 import dataclasses
 import json
 import re
@@ -40,6 +41,8 @@ from hvd.overrides import Flag
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,60}$")]
 Fields = dict[str, Any]  # dotted name of a field -> value
+# what lies beside the policies in an experiment's folder, and names of items
+_TAKEN = ("data", "value", "table", "advantages", "evaluation", "recordings", "datasets", "configs", "logs")
 _SEEDS_APART = 10_000  # the training seeds of a policy seed, from those of the one before it
 
 
@@ -119,6 +122,9 @@ def read(path: str) -> Matrix:
     for name, values in (("tasks", matrix.tasks), ("data_seeds", matrix.data_seeds), ("seeds", matrix.policy_seeds)):
         if len(set(values)) < len(values):
             raise UserError(f"{path}: {name}: one of them stands there twice")
+    for name in (*matrix.policies, *matrix.values):
+        if name in _TAKEN:
+            raise UserError(f"{path}: {name!r} cannot name a policy or value run: a folder beside it is called so")
     for comparison in matrix.comparisons:
         for name in (*names(comparison.better), *names(comparison.than)):
             if name not in matrix.policies:
@@ -136,7 +142,12 @@ def items(matrix: Matrix) -> list[Item]:
     Raises:
         UserError: a field that is not there, or a config that `hvd` would refuse.
     """
-    return [item for seed in matrix.data_seeds for task in matrix.tasks for item in _of_data(matrix, task, seed)]
+    found = [item for seed in matrix.data_seeds for task in matrix.tasks for item in _of_data(matrix, task, seed)]
+    counts = collections.Counter(item.name for item in found)
+    for name, count in counts.items():
+        if count > 1:
+            raise UserError(f"two things of the matrix would be called {name}: give a policy or value run another name")
+    return found
 
 
 def _of_data(matrix: Matrix, task: str, seed: int) -> Iterator[Item]:

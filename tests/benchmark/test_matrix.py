@@ -73,6 +73,7 @@ def _fields(tmp_path) -> dict:
         (('than = "mixed"', 'than = "mixd"'), "unknown policy 'mixd'.*mixed"),
         (("[policies.td]", "[policies.'../td']"), "Expected `str` matching regex"),
         (("title", "= title"), "Invalid|invalid"),
+        (("[policies.td]", "[policies.value]"), "'value' cannot name a policy"),
     ],
 )
 def test_a_file_that_is_no_matrix_is_refused(tmp_path, change, line):
@@ -88,11 +89,12 @@ def test_a_file_that_is_no_matrix_is_refused(tmp_path, change, line):
         (('"policy.score"', '"policy.scroe"'), "policies.ratio: unknown field --policy.scroe; nearest: --policy.score"),
         (('"policy.score"', '"model.tau"'), "policies.ratio"),
         (('"policy.extractor" = "filter"\n"policy.score" = "ratio"', '"value.gamma" = 0.5'), "value.gamma is not the"),
+        (("[policies.td]", "[policies.flat-value]"), "two things of the matrix would be called tote-1-flat-value"),
         (('value = "flat"', 'value = "falt"'), "policies.flat: unknown value run 'falt'.*flat"),
     ],
 )
 def test_a_policy_that_cannot_be(tmp_path, change, line):
     path = tmp_path / "m.toml"
-    path.write_text(FILE.read_text().replace(*change))
+    path.write_text(FILE.read_text().replace(*change).replace('"td"', '"mixed"'))
     with pytest.raises(UserError, match=line):
         matrix.items(matrix.read(str(path)))

@@ -1,16 +1,14 @@
 """Take a bar from the low shelf, deep bent, and put it on top of a tall cabinet, upright, on the other side."""
 
-import functools
+import dataclasses
 
 import mujoco as mj
 import numpy as np
 from jaxtyping import Float
 
-from hvd.sim.carry import SUBTASKS, Carry
-from hvd.sim.mistakes import Sizes, carry_mistakes, carry_opportunities
-from hvd.sim.scene import GOAL_HALF, HALF_TURNS, OVERVIEW, QUARTER_TURNS
-from hvd.sim.tasks import Task
-from hvd.sim.tasks.pick import PickOperator
+from hvd.sim.carry import Carry
+from hvd.sim.scene import GOAL_HALF, OVERVIEW
+from hvd.sim.tasks import pick
 from hvd.sim.teleoperator import TURN_X
 
 CABINET_XY, CABINET_HEIGHT = np.array([1.25, -1.05]), 1.40
@@ -38,7 +36,7 @@ class StowProgress(Carry):
         return bool(CABINET_HEIGHT < position[2] < CABINET_HEIGHT + self.env.task.half[2] + 0.02)
 
 
-class StowOperator(PickOperator):
+class StowOperator(pick.PickOperator):
     """Takes the bar with the right gripper, and rises with it on the way to the cabinet."""
 
     _goal, _top, _upright = CABINET_XY, CABINET_HEIGHT, TALL
@@ -54,26 +52,10 @@ class StowOperator(PickOperator):
             self.go("advance")
 
 
-_SIZES = Sizes(
-    out_of_reach=(0.73, 0.80),
-    too_high=(0.11, 0.15),
-    too_wide=(0.05, 0.07),
-    to_either_side=True,
-    released_early_in=("lift", "back_away", "sidestep"),
-)
-
-TASK = Task(
+TASK = dataclasses.replace(
+    pick.TASK,
     prompt="take the yellow bar from the low shelf and put it on the blue mark on top of the tall cabinet",
-    half=np.array([0.022, 0.022, 0.05]),
-    mass=0.12,
-    rgba=(0.9, 0.7, 0.1, 1.0),
-    hands=("right",),
-    symmetries=np.concatenate([HALF_TURNS, QUARTER_TURNS]),
-    turned=0.0,
-    subtasks=SUBTASKS,
     progress=StowProgress,
     operator=StowOperator,
-    mistakes=functools.partial(carry_mistakes, sizes=_SIZES),
-    opportunities=carry_opportunities(_SIZES),
     furnish=furnish,
 )
