@@ -236,6 +236,7 @@ def test_a_thousand_requests_of_four_clients(server, policy):
     gained = {name: after[name] - before[name] for name in after if "requests_total" in name}
     assert {name.split('"')[1]: n for name, n in gained.items()} == {
         "answered": 900,
+        "late": 0,
         "refused": 100,
         "failed": 0,
         "abandoned": 0,
