@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Float32, Float64, Int
 
 from hvd.data.dataset import Dataset, check_horizon
 from hvd.data.frames import Frames
@@ -30,13 +30,15 @@ source, index [B], weights [B,levels]; in the value stage also reward, discount 
 @dataclass(frozen=True)
 class Source:
     """One dataset's part of the batches: `share` of its `rows` per global batch; `weights` [rows of the dataset,
-    levels] are the policy stage's omega, None = ones; `number` is what a batch's `source` calls it."""
+    levels] are the policy stage's omega, None = ones; `number` is what a batch's `source` calls it; `told` [rows of the
+    dataset] is the number of the text of SampleSpec.texts that stands before a row's prompt, None = the last one."""
 
     dataset: Dataset
     rows: Int[np.ndarray, " n"]
     share: int
     weights: Float32[np.ndarray, "n_dataset levels"] | None = None
     number: int = 0
+    told: Int[np.ndarray, " n_dataset"] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class SampleSpec:
             observation out.
         gamma: discount per step.
         image_cache: read frames from a file of resized frames, made on first use.
+        texts: what may stand before a prompt; the first one where it is left out.
+        drop: share of samples whose text is left out.
     """
 
     transform: InputTransform
@@ -55,6 +59,8 @@ class SampleSpec:
     next_images: Literal["none", "true", "current"] = "none"
     gamma: float = 1.0
     image_cache: bool = False
+    texts: tuple[str, ...] = ("",)
+    drop: float = 0.0
 
     @property
     def horizon(self) -> int:
@@ -81,7 +87,7 @@ class Batcher:
                     raise UserError(f"{dataset.name}: {name} has {widths}: run `hvd norm-stats` for this data")
         tables = {i: Transitions(d, spec.horizon, spec.gamma) for i, d in datasets.items()}
         fixed = not spec.transform.model.spells_state
-        tokens = {i: spec.transform.tokenizer.encode(list(d.tasks)) for i, d in datasets.items() if fixed}
+        tokens = {i: spec.transform.tokenizer.encode(self._spoken(d)) for i, d in datasets.items() if fixed}
         self._source = {s.number: s for s in sources}
         self._transitions = {s.number: tables[id(s.dataset)] for s in sources}
         self._tokens = {s.number: tokens[id(s.dataset)] for s in sources if fixed}
@@ -97,15 +103,22 @@ class Batcher:
         """The batch of these samples."""
         return self.start(source, rows)()
 
-    def start(self, source: Int[np.ndarray, " b"], rows: Int[np.ndarray, " b"]) -> Callable[[], Batch]:
-        """Begin to build a batch; the returned function waits for it."""
+    def start(
+        self,
+        source: Int[np.ndarray, " b"],
+        rows: Int[np.ndarray, " b"],
+        chances: Float64[np.ndarray, " b"] | None = None,
+    ) -> Callable[[], Batch]:
+        """Begin to build a batch; the returned function waits for it. A sample's text is left out where its chance is
+        below SampleSpec.drop."""
         spec, transform = self.spec, self.spec.transform
         b, value = len(rows), spec.next_images != "none"
         parts: list[tuple[np.ndarray, Batch]] = []
         next_rows = np.zeros(b, np.int64)
         for i in np.unique(source):
             at = np.flatnonzero(source == i)
-            part, following = self._numbers(int(i), rows[at], value)
+            dropped = chances is not None and chances[at] < spec.drop
+            part, following = self._numbers(int(i), rows[at], value, dropped)
             parts.append((at, part))
             next_rows[at] = following
         batch = parts[0][1] if len(parts) == 1 else _merge(parts, b)
@@ -133,7 +146,9 @@ class Batcher:
 
         return finish
 
-    def _numbers(self, i: int, rows: np.ndarray, value: bool) -> tuple[Batch, np.ndarray]:
+    def _numbers(
+        self, i: int, rows: np.ndarray, value: bool, dropped: np.ndarray | bool = False
+    ) -> tuple[Batch, np.ndarray]:
         """All that is not an image, of rows of one source; and the next rows."""
         source, transitions, transform = self._source[i], self._transitions[i], self.spec.transform
         dataset = source.dataset
@@ -142,7 +157,7 @@ class Batcher:
             np.ones((len(rows), self.spec.num_levels), np.float32) if source.weights is None else source.weights[rows]
         )
         batch: Batch = {
-            "observation": {"state": transform.state(state), **self._prompts(i, rows, rows)},
+            "observation": {"state": transform.state(state), **self._prompts(i, rows, rows, dropped)},
             "actions": transform.actions_in(chunk.actions, state),
             "action_mask": chunk.action_mask,
             "weights": weights,
@@ -158,15 +173,21 @@ class Batcher:
         }
         return batch, following
 
-    def _prompts(self, i: int, rows: np.ndarray, states: np.ndarray) -> Batch:
-        """The tasks of some rows, with the states of others where the prompt holds the state."""
-        dataset = self._source[i].dataset
-        tasks = dataset.task_ids[rows]
+    def _prompts(self, i: int, rows: np.ndarray, states: np.ndarray, dropped: np.ndarray | bool = False) -> Batch:
+        """The tasks of some rows behind their texts, with the states of others where the prompt holds the state."""
+        dataset, told = self._source[i].dataset, self._source[i].told
+        text = np.full(len(rows), len(self.spec.texts) - 1) if told is None else told[rows]
+        spoken = np.where(dropped, 0, text) * len(dataset.tasks) + dataset.task_ids[rows]
         if i in self._tokens:
-            ids, mask = (of_task[tasks] for of_task in self._tokens[i])
+            ids, mask = (of_prompt[spoken] for of_prompt in self._tokens[i])
         else:
-            ids, mask = self.spec.transform.prompts([dataset.tasks[t] for t in tasks], dataset.state[states])
+            all_prompts = self._spoken(dataset)
+            ids, mask = self.spec.transform.prompts([all_prompts[x] for x in spoken], dataset.state[states])
         return {"tokenized_prompt": ids, "tokenized_prompt_mask": mask}
+
+    def _spoken(self, dataset: Dataset) -> list[str]:
+        """Every task behind every text, the tasks of one text together."""
+        return [text + task for text in self.spec.texts for task in dataset.tasks]
 
     def _start_images(
         self, source: np.ndarray, rows: np.ndarray, camera: str, out: np.ndarray, mask: np.ndarray
@@ -281,7 +302,8 @@ class Loader:
             while not self._stop.is_set():
                 while len(started) < 2:  # the decoding of the next batch begins before this one is done
                     source, rows = self.order.slice(step, *self._slice)
-                    started.append((step, self.batcher.start(source, rows)))
+                    chances = self.order.chances(step, *self._slice) if self.batcher.spec.drop else None
+                    started.append((step, self.batcher.start(source, rows, chances)))
                     step += 1
                 this, finish = started.popleft()
                 self._put((this, self._place(finish()), None))

@@ -4,9 +4,11 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Float64, Int32, Int64
 
 from hvd.errors import UserError
+
+_CHANCES = 1 << 20  # no source has that number
 
 
 class Order:
@@ -57,6 +59,12 @@ class Order:
         part = slice(self.batch_size // count * index, self.batch_size // count * (index + 1))
         source, rows = self.batch_rows(step)
         return source[part], rows[part]
+
+    def chances(self, step: int, index: int, count: int) -> Float64[np.ndarray, " b"]:
+        """A number from [0, 1) for each sample of `slice`, which depends on seed and step alone."""
+        drawn = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, _CHANCES, step])))
+        part = self.batch_size // count
+        return drawn.random(self.batch_size)[part * index : part * (index + 1)]
 
     def _stream(self, source: int, start: int, count: int) -> Int64[np.ndarray, " count"]:
         """Rows number start .. start + count of a source's endless stream."""

@@ -2,6 +2,7 @@
 and a served policy use the same `InputTransform`, so that training and acting cannot differ.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from hvd.robots import Robot, get_robot
 
 Observation = dict[str, Any]
 """Numpy arrays: state [B,action_dim], images {camera: uint8 [B,S,S,3]}, image_masks {camera: bool [B]},
-tokenized_prompt int32 [B,L], tokenized_prompt_mask bool [B,L]."""
+tokenized_prompt int32 [B,L], tokenized_prompt_mask bool [B,L]; where a policy is guided by its prompt's words
+(hvd.method.condition) also plain: the last two without these words."""
 
 
 class InputTransform:
@@ -36,6 +38,7 @@ class InputTransform:
         stats: Mapping[str, normalize.NormStats],
         tokenizer: Tokenizer,
     ):
+        self._told, self._without = "", False
         self.model, self.norm, self.robot, self.stats, self.tokenizer = model, norm, robot, dict(stats), tokenizer
         self._delta_mask = np.asarray(robot.delta_mask())
         normalize.check_delta(norm, robot, stats["state"].dim)
@@ -48,6 +51,13 @@ class InputTransform:
         """With the experiment's shared statistics (unless given) and its tokenizer."""
         stats = normalize.load_shared(cfg) if stats is None else stats
         return cls(cfg.model, cfg.norm, get_robot(cfg.robot), stats, Tokenizer(cfg.model))
+
+    def telling(self, told: str, without: bool) -> "InputTransform":
+        """The same with `told` before every prompt of an observation, which also has the prompts `without` it, under
+        "plain"."""
+        other = copy.copy(self)
+        other._told, other._without = told, without
+        return other
 
     def state(self, state: Float[np.ndarray, "b s"]) -> Float32[np.ndarray, "b d"]:
         """Normalised and zero-padded state."""
@@ -78,7 +88,7 @@ class InputTransform:
         prompts: Sequence[str],
     ) -> Observation:
         """A batch of raw observations as the model takes them; cameras that are not in `images` are masked."""
-        tokens, token_mask = self.prompts(prompts, state)
+        plain = {"plain": self._tokens(prompts, state)} if self._without else {}
         size, b = self.model.image_size, len(state)
         pictures, masks = {}, {}
         for camera in self.model.cameras:
@@ -91,9 +101,13 @@ class InputTransform:
             "state": self.state(state),
             "images": pictures,
             "image_masks": masks,
-            "tokenized_prompt": tokens,
-            "tokenized_prompt_mask": token_mask,
+            **self._tokens([self._told + prompt for prompt in prompts], state),
+            **plain,
         }
+
+    def _tokens(self, prompts: Sequence[str], state: Float[np.ndarray, "b s"]) -> Observation:
+        tokens, mask = self.prompts(prompts, state)
+        return {"tokenized_prompt": tokens, "tokenized_prompt_mask": mask}
 
     def prompts(
         self, prompts: Sequence[str], state: Float[np.ndarray, "b s"]
@@ -106,10 +120,10 @@ class InputTransform:
 
     def cut_prompts(self, prompts: Sequence[str], state: Float[np.ndarray, "b s"] | None = None) -> dict[str, str]:
         """The prompts that the model sees in part, each with a line about it; without `state`, for the longest one."""
-        if state is None:
-            middle = np.zeros((len(prompts), self.stats["state"].dim))  # bin 128: three digits
-            return self.tokenizer.too_long(prompts, middle if self.model.spells_state else None)
-        return self.tokenizer.too_long(prompts, self._spelled(state))
+        middle = np.zeros((len(prompts), self.stats["state"].dim)) if self.model.spells_state else None  # three digits
+        spelled = middle if state is None else self._spelled(state)
+        lines = self.tokenizer.too_long([self._told + prompt for prompt in prompts], spelled)
+        return {told.removeprefix(self._told): line for told, line in lines.items()}
 
     def _spelled(self, state: Float[np.ndarray, "b s"]) -> Float64[np.ndarray, "b s"] | None:
         if not self.model.spells_state:

@@ -133,7 +133,7 @@ def _is_there(target: Path, mark: Mapping[str, Any]) -> bool:
 def _say(target: Path, cfg: Experiment, options: Export, params: Any, asset: str) -> None:
     import jax
 
-    from hvd.method import extraction
+    from hvd.method import condition, extraction
 
     arrays = jax.tree.leaves(params)
     millions = sum(x.size for x in arrays) / 1e6
@@ -142,6 +142,8 @@ def _say(target: Path, cfg: Experiment, options: Export, params: Any, asset: str
         return
     if extraction.extractor(cfg)[0].acts:
         print(f"note: this run acts by its critic ({extraction.label(cfg)}); openpi's form holds the policy alone")
+    if extraction.extractor(cfg)[0].conditioned:
+        print(f"note: this run acts on prompts that begin with {condition.texts(cfg)[-1]!r}; openpi's client says it")
     model = cfg.model
     names = [model.paligemma_variant, model.action_expert_variant]
     if options.merge_lora:

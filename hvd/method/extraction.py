@@ -3,6 +3,7 @@
 Imports no jax. Letters in shapes: n rows of a dataset, l levels.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,10 +55,12 @@ class Extracted:
     Attributes:
         weights: of each row of the dataset and each level, float32; NaN in rows that are not trained on.
         keep: rows of the dataset that are trained on; None = all that have a whole chunk.
+        good: which levels of a row its prompt calls good (hvd.method.condition); None = prompts say nothing of it.
     """
 
     weights: Float32[np.ndarray, "n l"]
     keep: Bool[np.ndarray, " n"] | None = None
+    good: Bool[np.ndarray, "n l"] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Extractor:
         scored: it goes by --policy.score.
         labelled: it goes by the labels of simulated data: an upper bound for experiments.
         acts: of hvd.train.steering.STEERED: the policy asks the critic while it acts; "" = it does not.
+        conditioned: its prompts say how good the action is (hvd.method.condition).
     """
 
     rows: Callable[[Experiment, Parameters, Any, Outcomes], Extracted]
@@ -80,6 +84,7 @@ class Extractor:
     scored: bool = False
     labelled: bool = False
     acts: str = ""
+    conditioned: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------- the scores
@@ -172,11 +177,25 @@ def even(cfg: Experiment, p: Parameters, table: Advantages, outcomes: Outcomes) 
     return Extracted(ones, _gate(cfg, outcomes) if cfg.policy.gate != "none" else None)
 
 
+def conditioned(cfg: Experiment, p: Parameters, table: Advantages, outcomes: Outcomes) -> Extracted:
+    """The rows behind the gate, all alike, each told of which levels the score is at or above a quantile of it."""
+    scores, gate = _scores(cfg, table, outcomes)
+    behind = gate & np.isfinite(scores[:, 0])
+    good = np.nan_to_num(scores, nan=-np.inf) >= np.quantile(scores[behind], p["quantile"], axis=0)
+    return dataclasses.replace(even(cfg, p, table, outcomes), good=good)
+
+
 EXTRACTORS: dict[str, Extractor] = {
     "weighted": Extractor(weighted, needs_value=lambda cfg: weights.weighting(cfg).needs_value),
     "normalised": Extractor(normalised),
     "filter": Extractor(filtered, {"quantile": Parameter(0.5, SHARE)}, scored=True),
     "soft": Extractor(soft, {"temperature": Parameter(1.0, POSITIVE), "clip": Parameter(5.0, POSITIVE)}, scored=True),
+    "condition": Extractor(
+        conditioned,
+        {"quantile": Parameter(0.7, SHARE), "drop": Parameter(0.3, SHARE), "guidance": Parameter(1.0, POSITIVE)},
+        scored=True,
+        conditioned=True,
+    ),
     "oracle": Extractor(oracle, needs_value=lambda cfg: False, labelled=True),
     "best_of_n": Extractor(even, {"n": Parameter(8.0, AT_LEAST_1)}, acts="best_of_n"),
     "q_guided": Extractor(even, {"strength": Parameter(0.2, POSITIVE)}, acts="q_guided"),

@@ -2,6 +2,9 @@
 stage"). `hvd train-policy`. With policy.weighting "none" the same code is imitation and needs no value run.
 """
 
+import dataclasses
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,8 @@ from jaxtyping import Float
 
 from hvd import mixture
 from hvd.configs import Experiment
-from hvd.method import advantages, extraction, flow, value_run
+from hvd.method import advantages, condition, extraction, flow, value_run
+from hvd.method.extraction import Extracted
 from hvd.models import precision
 from hvd.models.augment import augment, draw
 from hvd.models.pi0 import Pi0, freeze_filter
@@ -19,7 +23,7 @@ from hvd.train import optimizer as optim
 from hvd.train.mesh import Devices
 from hvd.train.program import Batch, Metrics, Program
 from hvd.train.stage import run_stage
-from hvd.train.stage_data import StageData, Weights
+from hvd.train.stage_data import StageData, Told, Weights, cut_prompts
 from hvd.train.state import Graph, TrainState, Tree
 
 
@@ -103,7 +107,19 @@ def main(cfg: Experiment, overwrite: bool = False) -> None:
             outcomes = {name: extraction.Outcomes.of(dataset) for name, dataset in datasets.items()}
             extracted = extraction.extract(cfg, made, outcomes)
             keep = {name: e.keep for name, e in extracted.items() if e.keep is not None}
-            return data.only(keep), {name: e.weights for name, e in extracted.items()}
+            return _told(cfg, data, extracted).only(keep), {name: e.weights for name, e in extracted.items()}
 
         predecessors = {"value": value.digest} if value else {}
         run_stage(cfg, "policy", make_program, overwrite=overwrite, predecessors=predecessors, choose_rows=choose_rows)
+
+
+def _told(cfg: Experiment, data: StageData, extracted: Mapping[str, Extracted]) -> StageData:
+    """The data with words before its prompts, where the extractor says how good each row is."""
+    rows = {name: condition.which(cfg, e.good) for name, e in extracted.items() if e.good is not None}
+    if not rows:
+        return data
+    condition.check(cfg, data.transform.tokenizer)
+    texts = condition.texts(cfg)
+    lines = cut_prompts(data.transform.telling(texts[-1], without=False), data.datasets)
+    print("".join(f"{line}\n" for line in lines), end="", flush=True)
+    return dataclasses.replace(data, told=Told(texts, rows, extraction.extractor(cfg)[1]["drop"]))

@@ -29,6 +29,7 @@ STEPS_AT_ONCE = 10  # flow steps whose times are embedded together
 MAX_STEPS = 100  # of the flow where their number is known only when the program runs
 
 type Tree = dict[str, Any]
+type Steer = Callable[[Float[Array, "b k a"], Float[Array, ""], Float[Array, "b k a"]], Float[Array, "b k a"]]
 Buffers = tuple[Array, Array]  # keys and values of one layer [b, prefix + suffix + padding, kv_heads, head_dim]
 
 
@@ -47,7 +48,7 @@ def sample_actions(
     noise: Float[Array, "b k a"],
     num_steps: int | Int[Array, ""] = 10,
     committed: Committed | None = None,
-    climb: Callable[[Float[Array, "b k a"]], Float[Array, "b k a"]] | None = None,
+    steer: Steer | None = None,
 ) -> Float[Array, "b k a"]:
     """Actions (normalised, padded) by `num_steps` Euler steps from `noise`, as Pi0.sample_actions.
 
@@ -56,7 +57,7 @@ def sample_actions(
         weights: by hvd.models.separate.
         num_steps: a traced one is at most MAX_STEPS.
         committed: guide every step of the flow towards these actions; it costs a backward pass of the expert a step.
-        climb: final actions as estimated in a step -> where to move them, in all steps together.
+        steer: (x, t, velocity) -> the velocity that is taken; the actions as estimated from there are x - t velocity.
     """
     prefix = embed_prefix(
         obs,
@@ -89,18 +90,15 @@ def sample_actions(
         return _linear(weights["action_out_proj"], out[:, -cfg.action_horizon :].astype(jnp.float32)), buffers
 
     flow = _guided(velocity, committed) if committed is not None else lambda x, _, *rest: velocity(x, *rest)
-    return _integrate(cfg, weights, _climbing(flow, climb) if climb else flow, noise, buffers, num_steps)
+    return _integrate(cfg, weights, _steered(flow, steer) if steer else flow, noise, buffers, num_steps)
 
 
-def _climbing(flow: Any, climb: Any) -> Any:
-    """The velocity that also moves the final actions, as estimated from here. Time runs from 1 to 0: x moves against
-    the velocity."""
-
-    def climbing(x: Array, t: Array, of_time: Tree, buffers: Any) -> tuple[Array, Any]:
+def _steered(flow: Any, steer: Steer) -> Any:
+    def steered(x: Array, t: Array, of_time: Tree, buffers: Any) -> tuple[Array, Any]:
         v, after = flow(x, t, of_time, buffers)
-        return v - climb(x - t * v), after
+        return steer(x, t, v), after
 
-    return climbing
+    return steered
 
 
 def _guided(velocity: Any, committed: Committed) -> Any:

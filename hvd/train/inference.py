@@ -6,7 +6,7 @@ complete.json names (rule 1: a run that is not complete is not used).
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from hvd.configs import Experiment
 from hvd.data import normalize
 from hvd.data.transforms import InputTransform, Observation
 from hvd.errors import UserError
-from hvd.method import extraction
+from hvd.method import condition, extraction
 from hvd.models import acting, precision
 from hvd.models.chunking import Committed, commit
 from hvd.models.pi0 import Pi0
@@ -50,6 +50,9 @@ class Policy:
         noisy: Float32[np.ndarray, " a"] | None = None,
         critic: steering.Critic | None = None,
     ):
+        entry, p = extraction.extractor(cfg)
+        if entry.conditioned:
+            transform = transform.telling(condition.texts(cfg)[-1], without=p["guidance"] != 1)
         self.cfg, self.transform = cfg, transform
         self.params = separate(cfg.model, params) | ({"critic": critic.params} if critic else {})
         # Padded dims are never trained: they were 0 in training and stay 0 here
@@ -61,14 +64,15 @@ class Policy:
             noise: Float[Array, "b k a"],
             num_steps: int | Int[Array, ""],
             committed: Committed | None = None,
-            climb: Callable[[Array], Array] | None = None,
+            steer: acting.Steer | None = None,
         ) -> Float[Array, "b k a"]:
             noise = noise * noisy[None, None]
-            return acting.sample_actions(cfg.model, params, observation, noise, num_steps, committed, climb)
+            return acting.sample_actions(cfg.model, params, observation, noise, num_steps, committed, steer)
 
         if critic:
-            entry, p = extraction.extractor(cfg)
             denoise = steering.STEERED[entry.acts](denoise, critic, p)
+        if entry.conditioned and p["guidance"] != 1:
+            denoise = steering.by_words(denoise, p["guidance"])
 
         def sample(
             params: Tree, observation: Observation, key: jax.Array, committed: Committed | None

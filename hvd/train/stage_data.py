@@ -23,9 +23,19 @@ type Weights = Mapping[str, Float32[np.ndarray, "_ l"]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Told:
+    """What stands before the prompts (hvd.method.condition): the texts, the number of each row's by the name of its set
+    (the last text in the sets that are not there), and the share of samples without."""
+
+    texts: tuple[str, ...]
+    of_rows: Mapping[str, Int64[np.ndarray, " _"]]
+    drop: float
+
+
+@dataclasses.dataclass(frozen=True)
 class StageData:
     """The open datasets of a stage by the names of their sets, their training and held-out rows, and each one's rows of
-    a batch; `made_of` says what the norm stats are of."""
+    a batch; `made_of` says what the norm stats are of, `told` what stands before the prompts."""
 
     cfg: Experiment
     stage: runs.Stage
@@ -36,6 +46,7 @@ class StageData:
     shares: dict[str, int]
     inputs: dict[str, str]
     made_of: MadeOf | None = None
+    told: Told | None = None
 
     @property
     def stage_cfg(self) -> StageConfig:
@@ -50,6 +61,7 @@ class StageData:
             next_images=self.cfg.value.next_images if value else "none",
             gamma=self.cfg.value.gamma,
             image_cache=self.cfg.image_cache,
+            **({"texts": self.told.texts, "drop": self.told.drop} if self.told else {}),
         )
 
     def loader(self, start: int, devices: Devices, weights: Weights) -> Loader:
@@ -90,10 +102,13 @@ class StageData:
         self, rows: Mapping[str, Int64[np.ndarray, " _"]], shares: Mapping[str, int], weights: Weights
     ) -> list[Source]:
         """One source a set, under the number that its role has in every run: it keys the order of the rows."""
-        return [
-            Source(self.datasets[name], rows[name], share, weights.get(name), mixture.number(self.cfg, name))
-            for name, share in shares.items()
-        ]
+        told = self.told.of_rows if self.told else {}
+
+        def source(name: str, share: int) -> Source:
+            number = mixture.number(self.cfg, name)
+            return Source(self.datasets[name], rows[name], share, weights.get(name), number, told.get(name))
+
+        return [source(name, share) for name, share in shares.items()]
 
 
 def abstract_batch(cfg: Experiment, stage: runs.Stage, devices: Devices) -> dict:
@@ -135,7 +150,7 @@ def open_data(cfg: Experiment, stage: runs.Stage) -> StageData:
     datasets = {name: open_dataset(cfg, name) for name in mixture.names(cfg, stage)}
     stats, made_of, said = normalize.for_data(cfg, datasets)
     transform = InputTransform.from_config(cfg, stats)
-    said += _cut_prompts(transform, datasets)
+    said += cut_prompts(transform, datasets)
     if not processes.rank():
         print("".join(f"{line}\n" for line in said), end="", flush=True)
     train, val = {}, {}
@@ -156,7 +171,7 @@ def open_data(cfg: Experiment, stage: runs.Stage) -> StageData:
     )
 
 
-def _cut_prompts(transform: InputTransform, datasets: Mapping[str, Dataset]) -> list[str]:
+def cut_prompts(transform: InputTransform, datasets: Mapping[str, Dataset]) -> list[str]:
     """A line for each task of the offered rows that is longer than the model reads."""
     prompts = {data.tasks[i]: data.name for data in datasets.values() for i in np.unique(data.task_ids[data.rows()])}
     return [f"warning: {prompts[prompt]}: {line}" for prompt, line in transform.cut_prompts(list(prompts)).items()]

@@ -1,4 +1,5 @@
-"""A policy that asks the critic while it acts: the best of several chunks by Q, or a flow that climbs Q.
+"""Policies whose flow is steered while they act: by the critic (the best of several chunks by Q, or a flow that climbs
+Q), or by the words before the prompt.
 
 Q is that of the last level, which sees the actions of all levels, and the smaller of the twins. Nothing is trained for
 it: the policy is imitation, the value run is the one that stood beside it. Names of hvd.method.extraction.EXTRACTORS.
@@ -17,7 +18,7 @@ from hvd.models.value import ValueModel
 from hvd.train.state import Graph, Tree
 
 Denoise = Callable[..., Float[Array, "b k a"]]
-"""(params, observation, noise, flow steps, committed, climb) -> normalised actions; `climb` as of
+"""(params, observation, noise, flow steps, committed, steer) -> normalised actions; `steer` as of
 hvd.models.acting.sample_actions."""
 
 
@@ -60,12 +61,12 @@ def q_guided(denoise: Denoise, critic: Critic, p: Mapping[str, float]) -> Denois
     standard deviations of the actions."""
 
     def guided(params: Tree, observation: Observation, noise: Array, num_steps: Any, committed: Any = None) -> Array:
-        def climb(estimate: Array) -> Array:
-            gradient = jax.grad(lambda a: critic.q(params, observation, a).sum())(estimate)
+        def steer(x: Array, t: Array, velocity: Array) -> Array:
+            gradient = jax.grad(lambda a: critic.q(params, observation, a).sum())(x - t * velocity)
             size = jnp.sqrt(jnp.square(gradient).mean(axis=(1, 2), keepdims=True))
-            return p["strength"] * gradient / jnp.maximum(size, 1e-12)
+            return velocity - p["strength"] * gradient / jnp.maximum(size, 1e-12)  # time runs from 1 to 0
 
-        return denoise(params, observation, noise, num_steps, committed, climb)
+        return denoise(params, observation, noise, num_steps, committed, steer)
 
     return guided
 
@@ -74,6 +75,25 @@ STEERED: Mapping[str, Callable[[Denoise, Critic, Mapping[str, float]], Denoise]]
     "best_of_n": best_of_n,
     "q_guided": q_guided,
 }
+
+
+def by_words(denoise: Denoise, guidance: float) -> Denoise:
+    """Classifier-free guidance (Ho and Salimans 2022): v = v_plain + guidance (v_told - v_plain), where `plain` lacks
+    the words before the prompt. Both come of one batch of twice the size."""
+
+    def guided(params: Tree, observation: Observation, noise: Array, num_steps: Any, committed: Any = None) -> Array:
+        told = {name: part for name, part in observation.items() if name != "plain"}
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), told, told | observation["plain"])
+        twice = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), (noise, committed))
+
+        def steer(x: Array, t: Array, velocity: Array) -> Array:
+            of_told, of_plain = jnp.split(velocity, 2)
+            mixed = of_plain + guidance * (of_told - of_plain)
+            return jnp.concatenate([mixed, mixed])
+
+        return denoise(params, both, twice[0], num_steps, twice[1], steer)[: len(noise)]
+
+    return guided
 
 
 def _more(noise: Float[Array, "b k a"], n: int) -> Float[Array, "bn k a"]:

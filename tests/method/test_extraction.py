@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from hvd import checks, overrides
+from hvd.data.tokenizer import Tokenizer
 from hvd.errors import UserError
-from hvd.method import extraction
+from hvd.method import condition, extraction
 from hvd.method.extraction import Outcomes
 from hvd.method.table import Advantages
 
@@ -115,6 +116,27 @@ def test_a_gate_alone_is_imitation_of_what_it_lets_through():
     half = np.arange(N + 1) >= 4
     got = extracted("--policy.weighting none --policy.gate success", None, outcomes(success=half))
     assert got.keep is not None and got.keep.tolist() == half.tolist() and (got.weights == 1).all()
+
+
+def test_conditioned_rows_are_told_which_levels_are_good():
+    """The upper 30 % of each level, in the text's order of cases; every row is trained on."""
+    q = columns(RISING, RISING[::-1], np.zeros(N))
+    flags = "--policy.extractor condition --policy.extractor_params.quantile 0.7"
+    got = extracted(flags, table(q=q), outcomes())
+    assert got.good is not None and got.keep is None and (got.weights == 1).all()
+    told = [condition.texts(parse(flags))[i] for i in condition.which(parse(flags), got.good)]
+    assert told[0] == "advantage base negative torso positive arms positive. "
+    assert told[7] == "advantage base positive torso negative arms positive. "
+    joint = parse(f"{flags} --policy.score_levels joint")
+    good = extraction.extract(joint, table(q=columns(*[RISING] * 3)), {"suboptimal": outcomes()})["suboptimal"].good
+    assert good is not None and condition.which(joint, good).tolist() == [1] * 5 + [2, 2, 2] + [1]
+    assert condition.texts(joint) == ("", "advantage negative. ", "advantage positive. ")
+
+
+def test_texts_that_the_model_cannot_tell_apart_are_refused():
+    cfg = parse("--policy.extractor condition --model.max_token_len 2")
+    with pytest.raises(UserError, match=r"have the same tokens; set model\.vocab_size"):
+        condition.check(cfg, Tokenizer(cfg.model))
 
 
 def test_a_closed_gate_is_said():

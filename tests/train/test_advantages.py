@@ -1,6 +1,7 @@
 """The advantages pass: right numbers for the right rows, resumable, never stale, never of a damaged value run."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from hvd.data.dataset import split_episodes
 from hvd.data.labels import Labels, Mistake, Waiting, episode_path, write_labels
 from hvd.data.loader import Batcher, SampleSpec, Source
 from hvd.errors import Lost, Stopped, UserError
-from hvd.method import advantages, extraction, policy, ratio, weights
+from hvd.method import advantages, condition, extraction, policy, ratio, weights
 from hvd.method.table import Advantages
 from hvd.train import complete, inference, mesh, stage_data, value_pass
 from hvd.train import run_dir as runs
@@ -289,6 +290,30 @@ def test_a_policy_filtered_by_the_expert_ratio(copied, monkeypatch, capsys):
     advantages.main(cfg)
     advantages.main(copied)
     assert capsys.readouterr().out.count("up to date") == 2
+
+
+def test_a_conditioned_policy_reads_how_good_each_chunk_is(copied, monkeypatch):
+    """Its own text stands before a row's task, that of good ones in the demonstrations; a share lacks it."""
+    cfg = with_policy(copied, extractor="condition", score_levels="joint", extractor_params={"drop": 0.25})
+    started = {}
+    monkeypatch.setattr(policy, "run_stage", lambda *args, **named: started.update(named))
+    policy.main(cfg)
+    data, weights = started["choose_rows"](stage_data.open_data(cfg, "policy"), mesh.make_devices(1))
+    scores, texts = Advantages.read(cfg.advantages_dir), condition.texts(cfg)
+    mixed = scores.of("suboptimal")
+    score = extraction.score(cfg, mixed)[:, 0]
+    good = dict(zip(mixed.row.tolist(), score >= np.quantile(score, 0.7), strict=True))
+    dropped = []
+    with data.loader(0, mesh.make_devices(1), weights) as loader:
+        for _, batch in itertools.islice(loader, 40):
+            rows = zip(*(np.asarray(batch[name]).tolist() for name in ("source", "index")), strict=True)
+            for (source, row), tokens in zip(rows, np.asarray(batch["observation"]["tokenized_prompt"]), strict=True):
+                task = data.datasets["suboptimal" if source else "optimal"].tasks[0]
+                told = texts[1 + good[row]] if source else texts[2]
+                spoken, _ = data.transform.tokenizer.encode([told + task, task])
+                dropped.append(np.array_equal(tokens, spoken[1]))
+                assert dropped[-1] or np.array_equal(tokens, spoken[0])
+    assert abs(np.mean(dropped) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / len(dropped))
 
 
 def test_the_oracle_needs_labels_and_no_value_run(copied, monkeypatch):

@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 
 from hvd.data.loader import Batcher, SampleSpec, Source
 from hvd.errors import UserError
-from hvd.train import inference, stage_data
+from hvd.train import inference, stage_data, steering
 from tests.train.compare import arrays
 
 
@@ -148,6 +149,35 @@ def test_a_flow_that_climbs_q_is_moved_so_far_as_it_is_told(trained, policy, ste
     assert (q_of(trained, far, rows) > q_of(trained, plain, rows)).mean() >= 0.8
     moved = [np.abs(x - plain).mean() for x in (near, far)]
     assert 0 < moved[0] < moved[1]
+
+
+def test_a_conditioned_policy_acts_on_the_words_and_is_guided_by_them(policy, steered):
+    rows = [3, 9, 20]
+    plain = act(policy, rows)
+    state = stage_data.open_dataset(policy.cfg, "optimal").state[rows]
+    words = ["advantage base positive torso positive arms positive. carry the tote"] * 3
+    told = policy.act(state, {}, words, jax.random.key(0))
+    assert np.abs(told - plain).max() > 1e-4
+    np.testing.assert_allclose(act(inference.load_policy(steered("condition")), rows), told, atol=1e-5)
+
+    def denoise(params, observation, noise, num_steps, committed, steer):
+        """One step of a flow whose velocity is the prompt's first token."""
+        velocity = np.ones((6, 2, 4)) * observation["tokenized_prompt"][:, :1, None]
+        return noise - steer(noise, jnp.float32(1), jnp.asarray(velocity))
+
+    tokens = {name: {"tokenized_prompt": np.full((3, 2), n)} for name, n in (("told", 5.0), ("plain", 2.0))}
+    guided = steering.by_words(denoise, 3.0)
+    moved = guided({}, tokens["told"] | {"plain": tokens["plain"]}, jnp.zeros((3, 2, 4)), 1)
+    np.testing.assert_allclose(moved, np.full((3, 2, 4), -(2.0 + 3 * (5.0 - 2.0))))
+
+
+@pytest.mark.slow
+def test_guidance_by_words_in_a_whole_policy(policy, steered):
+    """Guidance 1 is the told policy; more goes further in the same direction in one flow step."""
+    rows = [3, 9, 20]
+    near, far = (act(inference.load_policy(steered("condition", guidance=w)), rows) for w in (1.0, 1.000001))
+    np.testing.assert_allclose(near, far, atol=1e-4)
+    assert np.abs(act(inference.load_policy(steered("condition", guidance=3.0)), rows) - near).max() > 1e-3
 
 
 def test_a_policy_acts_by_no_other_value_run(steered):
