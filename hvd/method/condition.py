@@ -40,5 +40,5 @@ def check(cfg: Experiment, tokenizer: Tokenizer) -> None:
 def which(cfg: Experiment, good: Bool[np.ndarray, "n l"]) -> Int[np.ndarray, " n"]:
     """For each row the number of its text in `texts`."""
     if cfg.policy.score_levels in ("joint", "mean"):
-        return 1 + good.all(axis=1).astype(np.int64)
-    return np.asarray(1 + good.astype(np.int64) @ (1 << np.arange(good.shape[1])[::-1]))
+        return np.where(good.all(axis=1), 2, 1)
+    return np.asarray(1 + good.astype(np.int64) @ (1 << np.arange(good.shape[1])[::-1]), np.int64)

@@ -1,4 +1,4 @@
-"""SIGKILL at 13 random moments of both stages and SIGTERM at 3; every resumed run is the whole one.
+"""SIGKILL at 6 random moments of both stages and SIGTERM at 2; every resumed run is the whole one.
 
 `python -m tests.kills` does it 500 times, to other commands too.
 """
@@ -17,7 +17,7 @@ from tests.train.children import Child, Children
 from tests.train.compare import assert_same_run, lines
 
 STEPS = 120
-KILLS, TERMS = 13, 3
+KILLS, TERMS = 6, 2
 CHANGES = {
     stage: {"num_train_steps": STEPS, "save_interval": 4, "val_interval": 7, "log_interval": 5}
     for stage in ("value", "policy")
