@@ -93,6 +93,7 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
         "replay": Step("hvd.replay.command", "a robot's recorded questions, asked again", own_flags=True),
         "export": Step("hvd.export", "a complete run as a checkpoint of openpi", own_flags=True),
         "jobs": Step("hvd.jobs.command", "submitted jobs: list, logs, cancel, wait", own_flags=True),
+        "site": Step("hvd.site.command", "try a cluster by one small job: hvd site check", own_flags=True),
         "gate": Step(
             "hvd.clusters.kubernetes.gate",
             "in a Kubernetes pod: release the policy Job after the value Job",

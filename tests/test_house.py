@@ -26,7 +26,7 @@ LAYERS = (
     ("plan", "sim", "evaluate", "report", "serve", "export", "prepare", "stages"),
     ("client",),
     ("replay",),
-    ("clusters", "jobs", "launch"),
+    ("clusters", "jobs", "launch", "site"),
     ("benchmark",),
     ("cli",),
 )

@@ -85,7 +85,7 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
             args, _ = overrides.take_overwrite(args)
             check_config(overrides.experiment(args))
         case ["python", "launch/submit.py", *args]:
-            options, rest, settings = submit.parse(args)
+            options, rest, settings = submit.parse(args, submit.Submit())
             given, _ = overrides.take_overwrite(rest)
             cfg = overrides.experiment(given)
             check_config(cfg)

@@ -71,14 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def submit(argv: list[str]) -> int:
     """Parse, check, and run or print. Raises UserError; nothing is written before everything has been checked."""
-    options, rest, settings = parse(argv)
+    options, rest, settings = parse(argv, Submit())
     given, overwrite = overrides.take_overwrite(rest)
     here = options.cluster == "auto" or base.get(options.cluster).shares_files
     cfg = overrides.experiment(given, here=here)
-    name = base.choose(options.cluster)
-    for flag in settings:
-        if not flag.field.startswith(f"{name}."):
-            raise UserError(f"{flag.token} is for --cluster {flag.field.partition('.')[0]}, this is {name}")
+    name = choose(options.cluster, settings)
     cluster = base.get(name, settings)
     check_config(cfg)
     planned = cluster.plan(Request(cfg, options.stage, tuple(given), options.nodes, overwrite, options.after))
@@ -105,12 +102,21 @@ def submit(argv: list[str]) -> int:
     return next((code for code in codes if code), EXIT_COMPLETE)
 
 
-def parse(argv: Sequence[str]) -> tuple[Submit, list[str], list[overrides.Flag]]:
-    """The launcher's own options, the experiment's, and the settings of clusters (--slurm.NAME, ...)."""
+def choose(asked: str, settings: Sequence[overrides.Flag]) -> str:
+    """The cluster's name; UserError for settings of another one."""
+    name = base.choose(asked)
+    for flag in settings:
+        if not flag.field.startswith(f"{name}."):
+            raise UserError(f"{flag.token} is for --cluster {flag.field.partition('.')[0]}, this is {name}")
+    return name
+
+
+def parse[T](argv: Sequence[str], own: T) -> tuple[T, list[str], list[overrides.Flag]]:
+    """A command's own options, the experiment's, and the settings of clusters (--slurm.NAME, ...)."""
     prefixes = tuple(f"{name}." for name in base.names())
     flags = overrides.split_flags(_with_dashes(argv))
     settings = [flag for flag in flags if flag.field.startswith(prefixes)]
-    options, rest = overrides.take(Submit(), overrides.joined([flag for flag in flags if flag not in settings]))
+    options, rest = overrides.take(own, overrides.joined([flag for flag in flags if flag not in settings]))
     choice, fields = overrides.take(overrides.Choice(), rest)
     if not choice.config_file:
         choice = dataclasses.replace(choice, config=choice.config or "demo")

@@ -34,10 +34,11 @@ MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
-def initialize() -> None:
+def initialize(patience: int = processes.COLD_START_SECONDS) -> None:
     """Join the other processes, if the environment names any (hvd.runtime.processes), before the first use of a device.
 
-    May be called again. A run that was promised GPUs (HVD_EXPECT_GPUS, set by batch scripts) and finds none is refused.
+    They must meet within `patience` seconds. May be called again. A run that was promised GPUs (HVD_EXPECT_GPUS, set by
+    batch scripts) and finds none is refused.
     """
     if not any(os.environ.get(name) for name in MEMORY_VARIABLES):
         os.environ[MEMORY_VARIABLES[0]] = str(MEMORY_FRACTION)  # what `hvd plan` counts on; jax itself takes 0.75
@@ -53,7 +54,7 @@ def initialize() -> None:
         local_device_ids=found.local_devices,
         coordinator_bind_address=processes.bind_address(found.coordinator),
         cluster_detection_method="deactivate",
-        initialization_timeout=processes.COLD_START_SECONDS,
+        initialization_timeout=patience,
         shutdown_timeout_seconds=60,
     )
 

@@ -134,7 +134,7 @@ def test_options_of_the_launcher_of_the_site_and_of_the_config_are_told_apart():
         "--slurm.gpus-per-node",
         "4",
     ]
-    options, rest, settings = submit.parse(argv)
+    options, rest, settings = submit.parse(argv, submit.Submit())
     assert options == submit.Submit(stage="value", nodes=2, dry_run=True)
     assert rest == ["--config", "demo", "--seed", "3", "--exp_name", "x"]
     assert [(flag.field, flag.values) for flag in settings] == [("slurm.gpus_per_node", ("4",))]

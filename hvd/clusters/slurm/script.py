@@ -18,7 +18,12 @@ from hvd.errors import UserError
 from hvd.stages import Step
 
 PLAIN = ".venv/bin/python -m hvd.cli"
-NAMES = {"value": "value stage", "policy": "policy stage", "evaluate": "baselines, evaluation and report"}
+NAMES = {
+    "value": "value stage",
+    "policy": "policy stage",
+    "evaluate": "baselines, evaluation and report",
+    "site": "hvd site check",
+}
 _JOB_SH = Path("slurm") / "job.sh"
 
 

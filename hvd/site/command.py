@@ -1,0 +1,178 @@
+"""hvd site check [--nodes N] [--config NAME] [--cluster NAME] [--slurm.NAME ...] [--kubernetes.NAME ...]
+
+Tries a cluster by one small job with the flags and site files of the launcher, before anything expensive is queued.
+"""
+
+import contextlib
+import importlib
+import inspect
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hvd import overrides
+from hvd.clusters import base
+from hvd.clusters.base import JobState
+from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, Failed, UserError
+from hvd.fields import AT_LEAST_1, NOT_NEGATIVE, option
+from hvd.launch import submit
+from hvd.site import findings
+from hvd.site.findings import Asked, Finding, Report, Seen
+
+TRIALS = {name: f"hvd.clusters.{name}.trial" for name in ("slurm", "kubernetes")}
+_POLL_S = 0.5
+_WORK_S = 600  # that the job may run
+
+
+@dataclass(frozen=True)
+class Check:
+    """Try a cluster by one small job. A line for each thing: ok, FAILED and what to do, or not checked and why.
+
+    The flags and site files are the launcher's: the job has the nodes, GPUs and memory that a training would have.
+    Ends with 0 where nothing has failed, else with 1. Nothing of the job stays.
+    """
+
+    nodes: int = option(0, NOT_NEGATIVE, "of the job; 0: two, or one where a Kubernetes overlay has Jobs of one pod")
+    cluster: str = option("auto", f"{' or '.join(TRIALS)}; auto is Slurm where it answers, else Kubernetes")
+    timeout: int = option(600, AT_LEAST_1, "seconds that the job may wait in the queue")
+    space: float = option(10.0, NOT_NEGATIVE, "GB that must be free where runs are written")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the job runs on each node."""
+
+    folder: str = option("runs/.hvd-site", "to be made, and removed, on the storage that is tried")
+    patience: float = option(60.0, NOT_NEGATIVE, "seconds to wait for the other processes")
+
+
+class Trial(Protocol):
+    """The small job at one cluster."""
+
+    asked: Asked
+
+    def queue(self) -> str:
+        """What the cluster says to a job like a training's, in words. UserError: it refuses; Failed: no answer."""
+        ...
+
+    def start(self) -> None: ...
+
+    def state(self) -> JobState: ...
+
+    def reports(self) -> list[Report]:
+        """What its processes have reported so far."""
+        ...
+
+    def last_words(self) -> str:
+        """The last line of its log."""
+        ...
+
+    def images(self) -> dict[str, str]:
+        """Node -> the image that runs there; {} where the cluster does not tell."""
+        ...
+
+    def remove(self) -> None:
+        """End the job, where it was begun, and delete all that it has left."""
+        ...
+
+
+def main(argv: Sequence[str]) -> int:
+    """`hvd site ...`; returns its exit code."""
+    name, *rest = argv or ["help"]
+    if name == "probe" and not overrides.asks_help(argv):
+        from hvd.site import probe
+
+        asked = overrides.parse(Probe(), rest)
+        probe.Probe(Path(asked.folder), asked.patience).run()
+        return EXIT_COMPLETE
+    if name in ("help", "-h", "--help") or (name == "check" and overrides.asks_help(rest)):
+        overrides.print_help("hvd site check", inspect.getdoc(Check) or "", Check(), overrides.Choice("demo"))
+        return EXIT_COMPLETE
+    if name != "check":
+        raise UserError(f"hvd site: unknown command {name!r}; there is hvd site check")
+    with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # the terminal is closed: as for SIGTERM
+            signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+    return check(rest)
+
+
+def check(argv: Sequence[str]) -> int:
+    options, rest, settings = submit.parse(argv, Check())
+    cluster = submit.choose(options.cluster, settings)
+    if cluster not in TRIALS:
+        names = " or ".join(f"--cluster {name}" for name in TRIALS)
+        raise UserError(f"hvd site check tries a cluster, and none answers here: {names}")
+    cfg = overrides.experiment(rest, here=base.get(cluster).shares_files)
+    trial: Trial = importlib.import_module(TRIALS[cluster]).Trial(cfg, options.nodes, settings, options.space, _WORK_S)
+    failed = False
+    for finding in look(trial, options.timeout):
+        print(finding.line(), flush=True)
+        failed |= finding.state == "FAILED"
+    return EXIT_FAILED if failed else EXIT_COMPLETE
+
+
+def look(trial: Trial, timeout: float) -> Iterator[Finding]:
+    """All findings, in their order. `timeout`: seconds in the queue."""
+    yield findings.time_limit(trial.asked)
+    seen = Seen()
+    try:
+        yield Finding("queue", "ok", trial.queue())
+        run(trial, timeout, seen)
+    except (UserError, Failed) as error:
+        yield Finding("queue", "FAILED", str(error))
+        yield from (Finding(name, "not checked", "there was no job") for name in findings.NAMES)
+        return
+    yield from findings.judge(seen, trial.asked)
+
+
+def run(trial: Trial, timeout: float, seen: Seen) -> None:
+    """The job from its start to its removal."""
+    try:
+        trial.start()
+        _follow(trial, timeout, seen)
+    finally:
+        with _undisturbed():
+            trial.remove()
+
+
+def _follow(trial: Trial, timeout: float, seen: Seen) -> None:
+    """Until every process is done, the job has ended, or it has waited too long."""
+    began, asked, said = time.monotonic(), None, ""
+    while True:
+        state, before = trial.state(), time.time()
+        seen.take(trial.reports(), asked, time.time())
+        asked = before
+        if state.describe() != said:
+            said = state.describe()
+            print(f"job {state.id}: {said}", flush=True)
+        done = [one for one in seen.reports.values() if one.done]
+        if len(done) >= trial.asked.processes:
+            break
+        waited = time.monotonic() - began
+        if state.ended or state.never:
+            seen.trouble = f"{said}{f' ({state.never})' if state.never else ''}: {trial.last_words()}"
+            break
+        if waited > timeout + (_WORK_S if seen.reports else 0):
+            what = "did not end" if seen.reports else "has not started"
+            seen.trouble = f"it {what} within {waited:.0f} s ({said}); --timeout lets it wait longer"
+            break
+        time.sleep(_POLL_S)
+    seen.images = trial.images()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C does not leave the job behind that the first one takes back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    try:
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    except ValueError:  # not the main thread
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,182 @@
+"""`hvd site probe`: what the job of `hvd site check` runs on each node. It always ends with 0; findings are its output.
+
+Each report is a line of the log, and where the job has a folder that the launcher sees, a file there.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hvd import documents
+from hvd.errors import UserError, one_line
+from hvd.files import write_atomic
+from hvd.runtime import processes, records
+from hvd.site.findings import Devices, Peer, Report, Sum
+
+MARK = "hvd-site "  # before a report in the log
+_ROUNDS = 4  # the first one makes the files, the others replace them
+_ROUND_S = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Word:
+    """A file by which processes talk. `round`: -1 = the last one."""
+
+    round: int
+    time: float
+
+
+class Probe:
+    """One process of the job."""
+
+    def __init__(self, folder: Path, patience: float):
+        group = processes.group()
+        index, count = (group.index, group.count) if group else (0, 1)
+        self._patience, self._folder, self._made = patience, folder, []
+        self._report = Report(
+            index, count, socket.gethostname(), -1, 0.0, folder=str(folder.parent.absolute()), user=os.getuid()
+        )
+
+    def run(self) -> None:
+        """All of it, a report after each part. Nothing of it stays on the storage, however it ends."""
+        from hvd.train import run_dir
+
+        try:
+            self._tell(version=run_dir.code_version(), **self._storage(), **_nvidia())
+            if self._report.count > 1 and not self._report.storage_error:
+                self._tell(**self._meet())
+            self._tell(devices=_jax(Devices, "alone", self._patience))
+            if self._report.count > 1:
+                self._tell(sum=_jax(Sum, "sum", self._patience))
+            self._tell(done=True)
+        finally:
+            self._clear()
+
+    def _tell(self, **what: Any) -> None:
+        number = self._report.number + 1
+        self._report = dataclasses.replace(self._report, number=number, time=time.time(), **what)
+        text = json.dumps(dataclasses.asdict(self._report))
+        print(f"{MARK}{text}", flush=True)
+        if job := records.folder():
+            with contextlib.suppress(OSError):
+                write_atomic(job / f"site-{self._report.process}.json", text)
+
+    # ------------------------------------------------------------------------------------------------------ by files
+
+    def _storage(self) -> dict[str, Any]:
+        """Is the folder of runs writable, and how much is free there?"""
+        try:
+            for path in (self._folder.parent, self._folder):
+                if not path.exists():
+                    path.mkdir(parents=True, exist_ok=True)
+                    self._made.append(path)
+            self._made.append(self._folder)
+            self._write("hello", _Word(0, time.time()))
+            return {"free": shutil.disk_usage(self._folder).free}
+        except OSError as error:
+            return {"storage_error": one_line(f"{error.filename or self._folder}: {error.strerror or error}", 300)}
+
+    def _meet(self) -> dict[str, Any]:
+        """How fast files that one process renames are seen by another, and how their clocks differ."""
+        others = [number for number in range(self._report.count) if number != self._report.process]
+        late = [n for n in others if self._read("hello", n, self._patience, lambda word: True) is None]
+        if late:
+            return {"peers_error": f"{self._report.host} does not see the files of process {late[0]}"}
+        if self._report.process:
+            return self._answer()
+        peers: dict[str, Peer] = {}
+        for round_ in range(_ROUNDS):
+            began = time.time()
+            self._write("call", _Word(round_, began))
+            for number in others:
+                word = self._read("answer", number, _ROUND_S, lambda word, now=round_: word.round == now)
+                trip = time.time() - began
+                if word is None:
+                    return {"peers_error": f"a renamed file was not seen within {_ROUND_S:g} s by process {number}"}
+                if round_:
+                    before = peers.get(str(number))
+                    seen = max(trip / 2, before.seen_s if before else 0.0)
+                    peers[str(number)] = Peer(seen, word.time - (began + trip / 2))
+        self._write("call", _Word(-1, time.time()))
+        return {"peers": peers}
+
+    def _answer(self) -> dict[str, Any]:
+        last = -2
+        while last != -1:
+            word = self._read("call", 0, self._patience, lambda word, last=last: word.round != last)
+            if word is None:
+                break
+            last = word.round
+            self._write("answer", _Word(last, time.time()))
+        return {}
+
+    def _write(self, name: str, word: _Word) -> None:
+        path = self._folder / f"{name}-{self._report.process}.json"
+        write_atomic(path, json.dumps(dataclasses.asdict(word)))
+
+    def _read(self, name: str, process: int, seconds: float, fits: Callable[[_Word], bool]) -> _Word | None:
+        """The other process's file once it fits; None after so long."""
+        path, end = self._folder / f"{name}-{process}.json", time.monotonic() + seconds
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError, UserError):
+                word = documents.read(path, _Word)
+                if fits(word):
+                    return word
+            time.sleep(0.002)
+        return None
+
+    def _clear(self) -> None:
+        """Our own files; the folder goes with the last process that leaves it."""
+        with contextlib.suppress(OSError):
+            for path in self._folder.glob(f"*-{self._report.process}.json*"):
+                path.unlink(missing_ok=True)
+        for path in reversed(self._made):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def reports(text: str) -> list[Report]:
+    """Those of a log, oldest first."""
+    found = []
+    for line in text.splitlines():
+        _, mark, document = line.partition(MARK)
+        if mark and document.startswith("{"):
+            with contextlib.suppress(UserError):  # a line that is half written
+                found.append(documents.decode(document, Report, "a report"))
+    return found
+
+
+def _nvidia() -> dict[str, Any]:
+    """GPUs that the job sees, and their driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        asked = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    lines = asked.stdout.split()
+    return {"gpus": len(lines), "driver": lines[0] if lines else ""}
+
+
+def _jax[T: (Devices, Sum)](form: type[T], what: str, seconds: float) -> T:
+    """What hvd.site.devices finds; its error where it fails or hangs."""
+    command = [sys.executable, "-m", "hvd.site.devices", what, str(int(seconds))]
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several processes of a node share its GPUs
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=2 * seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return form(error=f"no answer within {2 * seconds:g} s")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode == 0 and lines:
+        return documents.decode(lines[-1], form, "hvd.site.devices")
+    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in said if "Error" in line] or said or [f"exit code {done.returncode}"]
+    return form(error=one_line(errors[-1], 300))
