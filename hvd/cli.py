@@ -13,6 +13,7 @@ import inspect
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -40,6 +41,7 @@ from hvd.experiments import CONFIGS
 from hvd.files import UNWRITABLE, full_disk
 from hvd.runtime import preemption, processes, records
 
+_IN_A_JOB = ("HVD_JOB_DIR", "KUBERNETES_SERVICE_HOST")
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -212,6 +214,8 @@ def run(argv: Sequence[str]) -> int:
     if name not in STEPS:
         raise UserError(f"unknown step {name!r}{nearest(name, [*STEPS, 'configs'])}")
     step = STEPS[name]
+    if (not step.own_flags or name == "gate") and any(map(os.environ.get, _IN_A_JOB)):
+        _tell_version(name)
     if step.own_flags:
         return importlib.import_module(step.module).main(rest) or EXIT_COMPLETE
     if overrides.asks_help(rest):
@@ -231,6 +235,12 @@ def run(argv: Sequence[str]) -> int:
     owner.job_alive = _job_alive
     main = importlib.import_module(step.module).main
     return (main(cfg, overwrite=overwrite) if step.trains else main(cfg)) or EXIT_COMPLETE
+
+
+def _tell_version(step: str) -> None:
+    from hvd.train import run_dir
+
+    print(f"{step} on {socket.gethostname()}: {run_dir.running()}", file=sys.stderr, flush=True)
 
 
 def _job_alive(scheduler: str, job: str) -> bool | None:

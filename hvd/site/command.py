@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from hvd import overrides
 from hvd.clusters import base
@@ -49,6 +49,7 @@ class Probe:
     patience: float = option(60.0, NOT_NEGATIVE, "seconds to wait for the other processes")
 
 
+@runtime_checkable
 class Trial(Protocol):
     """The small job at one cluster."""
 
@@ -117,14 +118,18 @@ def check(argv: Sequence[str]) -> int:
 def look(trial: Trial, timeout: float) -> Iterator[Finding]:
     """All findings, in their order. `timeout`: seconds in the queue."""
     yield findings.time_limit(trial.asked)
-    seen = Seen()
     try:
-        yield Finding("queue", "ok", trial.queue())
-        run(trial, timeout, seen)
+        said = trial.queue()
     except (UserError, Failed) as error:
         yield Finding("queue", "FAILED", str(error))
         yield from (Finding(name, "not checked", "there was no job") for name in findings.NAMES)
         return
+    yield Finding("queue", "ok", said)
+    seen = Seen()
+    try:
+        run(trial, timeout, seen)
+    except (UserError, Failed) as error:
+        seen.trouble = str(error)
     yield from findings.judge(seen, trial.asked)
 
 

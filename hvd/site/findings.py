@@ -81,6 +81,7 @@ class Asked:
         gpus: of a node.
         limit: seconds of a training job; None = none.
         grace: seconds between the signal and the end, for the save.
+        stop: seconds that the cluster itself gives between the two; None = what `grace` asks for.
         grace_option, limit_option: how they are set.
         space: bytes that must be free.
         version: of the code here; "" where it need not be that of the job.
@@ -91,6 +92,7 @@ class Asked:
     gpus: int = 0
     limit: int | None = None
     grace: int = 0
+    stop: int | None = None
     limit_option: str = ""
     grace_option: str = ""
     space: int = 0
@@ -167,6 +169,9 @@ def judge(seen: Seen, asked: Asked) -> list[Finding]:
 
 
 def time_limit(asked: Asked) -> Finding:
+    if asked.stop is not None and asked.stop <= asked.grace:
+        text = f"the save may take {asked.grace} s ({asked.grace_option}), and the cluster kills after {asked.stop}"
+        return Finding("time limit", "FAILED", f"{text}: a longer terminationGracePeriodSeconds")
     if asked.limit is None:
         return Finding("time limit", "ok", f"none; {asked.grace} s for the save")
     if asked.limit < 2 * asked.grace:

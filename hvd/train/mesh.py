@@ -27,10 +27,11 @@ from hvd.accelerators import MEMORY_FRACTION
 from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.runtime import preemption, processes
-from hvd.train import compilation, parameter_rules
+from hvd.train import compilation, parameter_rules, run_dir
 
 MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # share of a GPU that jax may take
 
+_DIGEST, _RUNNING = 16, 240  # bytes by which a process tells its node, and what it runs
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -248,11 +249,19 @@ def _check_even(devices: Sequence[Any]) -> None:
 
 
 def _nodes() -> dict[int, Hashable]:
-    """The node of each process, as all of them tell."""
+    """The node of each process, as all of them tell. UserError where they do not run the same code."""
     if jax.process_count() == 1:
         return {0: 0}
-    told = multihost_utils.process_allgather(np.frombuffer(_node_digest(), np.uint32))
-    return {index: tuple(row) for index, row in enumerate(np.asarray(told).tolist())}
+    mine = _node_digest() + run_dir.running().encode()[:_RUNNING].ljust(_RUNNING)
+    told = [row.tobytes() for row in np.asarray(multihost_utils.process_allgather(np.frombuffer(mine, np.uint8)))]
+    code = [row[_DIGEST:].decode(errors="replace").strip() for row in told]
+    for index, other in enumerate(code):
+        if other != code[0]:
+            raise UserError(
+                f"process {index} runs {other}, process 0 runs {code[0]}: bring all nodes to one version (one "
+                "checkout, or one image, named by its digest)"
+            )
+    return {index: row[:_DIGEST] for index, row in enumerate(told)}
 
 
 def _node_digest() -> bytes:
@@ -261,4 +270,4 @@ def _node_digest() -> bytes:
         name = Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
         name = socket.gethostname()
-    return hashlib.sha256(name.encode()).digest()[:16]
+    return hashlib.sha256(name.encode()).digest()[:_DIGEST]

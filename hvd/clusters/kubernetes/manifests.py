@@ -178,6 +178,8 @@ def _fill_in(doc: Manifest, request: Request, asked: Settings) -> None:
         again = ["--overwrite"] if request.overwrite and step[0] in ("train-value", "train-policy") else []
         container["args"] = [*step, *request.options, *again]
         container["image"] = asked.image or container["image"]
+        if "@" in asked.image:  # by digest: every step logs it, and nodes compare theirs
+            container.setdefault("env", []).append({"name": "HVD_IMAGE", "value": asked.image})
     for volume in pod.get("volumes", ()):
         if asked.claim and volume["name"] == "storage" and "persistentVolumeClaim" in volume:
             volume["persistentVolumeClaim"]["claimName"] = asked.claim

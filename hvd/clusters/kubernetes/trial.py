@@ -39,13 +39,13 @@ class Trial:
         nodes, container = spec.get("completions", 1), own_container(self._job)
         variables = {one["name"]: one.get("value", "") for one in container.get("env", ())}
         grace = variables.get("HVD_GRACE_SECONDS", "")
-        self._grace = (int(grace) if grace.isdigit() else 0, pod.get("terminationGracePeriodSeconds", 30))
         self.asked = Asked(
             nodes=nodes,
             processes=nodes,
             gpus=manifests.gpus([self._job], asked.gpu_resource),
             limit=spec.get("activeDeadlineSeconds"),
-            grace=self._grace[0],
+            grace=int(grace) if grace.isdigit() else 0,
+            stop=pod.get("terminationGracePeriodSeconds", 30),
             limit_option="activeDeadlineSeconds",
             grace_option="HVD_GRACE_SECONDS",
             space=int(space * 1e9),
@@ -53,12 +53,6 @@ class Trial:
         _turn(self._job, container, words, seconds)
 
     def queue(self) -> str:
-        save, stop = self._grace
-        if save >= stop:
-            raise UserError(
-                f"HVD_GRACE_SECONDS {save} of the Job leaves no time before the kill: "
-                f"terminationGracePeriodSeconds is {stop}, make it longer"
-            )
         for volume in self._job["spec"]["template"]["spec"].get("volumes", ()):
             claim = volume.get("persistentVolumeClaim", {}).get("claimName")
             if claim and not self._target.ask("get", "pvc", claim, "--ignore-not-found", "-o", "name"):

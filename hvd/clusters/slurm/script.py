@@ -147,6 +147,8 @@ def render(job: BatchJob) -> str:
     lines.append(f"gpu_settings=({shlex.join(f'{row.name}={row.value}' for row in rows)})")
     if site.container != "none":
         lines.append(f"container={site.container}")
+        if "@" in site.image:  # by digest: every step logs it, and nodes compare theirs
+            lines.append(f"export HVD_IMAGE={shlex.quote(site.image)}")
     lines += [
         f". {shlex.quote(program)} || exit 2",
         *site.setup,
