@@ -203,8 +203,8 @@ def _gpu(reports: Sequence[Report], asked: Asked) -> Finding:
         if one.gpus < asked.gpus:
             what = f"{one.host} shows the job {one.gpus} GPUs of {asked.gpus} (nvidia-smi)"
             return Finding("gpu", "FAILED", f"{what}; ask for them as the site wants it, or look at the node's driver")
-    for one in (one for one in reports if one.devices is not None):
-        if one.devices.error or one.devices.platform != "gpu":
+    for one in reports:
+        if one.devices and (one.devices.error or one.devices.platform != "gpu"):
             why = one.devices.error or f"its platform is {one.devices.platform!r}"
             advice = "install hvd[cuda12], or use the image for GPUs"
             return Finding("gpu", "FAILED", f"jax sees none of {one.host}'s {one.gpus} GPUs ({why}); {advice}")

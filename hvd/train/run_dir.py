@@ -208,13 +208,13 @@ def stats_digest(stats: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-@functools.cache
 def running() -> str:
     """The code that this process runs, and its image where that was named by digest."""
     image = os.environ.get("HVD_IMAGE")
     return f"hvd {code_version()}" + (f", image {image}" if image else "")
 
 
+@functools.cache
 def code_version() -> str:
     """Package version, with the git commit where hvd runs from a checkout ("+dirty" when files differ from it)."""
     version = importlib.metadata.version("hvd")

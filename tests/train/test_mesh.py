@@ -15,7 +15,7 @@ from hvd.errors import Stopped, UserError
 from hvd.experiments import get_config
 from hvd.method import policy
 from hvd.runtime import preemption, processes
-from hvd.train import mesh, state
+from hvd.train import mesh, run_dir, state
 from hvd.train.mesh import Devices
 
 
@@ -142,6 +142,19 @@ def test_half_an_environment(monkeypatch, values, message):
             monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         mesh.initialize()
+
+
+def test_processes_that_run_other_code_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(mesh.multihost_utils, "process_allgather", lambda mine: np.stack([mine, others(mine)]))
+    others = lambda told: told  # noqa: E731
+    assert len(set(mesh._nodes().values())) == 1
+    mine = run_dir.running()
+    monkeypatch.setenv("HVD_IMAGE", "registry/hvd@sha256:" + "b" * 64)
+    assert run_dir.running() == f"{mine}, image registry/hvd@sha256:{'b' * 64}"
+    others = lambda told: np.frombuffer(told.tobytes().replace(b"b" * 64, b"a" * 64), np.uint8)  # noqa: E731
+    with pytest.raises(UserError, match=r"process 1 runs hvd .*sha256:a{64}, process 0 runs hvd .*sha256:b{64}: bring"):
+        mesh._nodes()
 
 
 def test_poll(monkeypatch):
