@@ -24,6 +24,7 @@ from hvd.plan import command as plan
 from hvd.plan import devices as plan_devices
 from hvd.replay import command as replay
 from hvd.serve import command as serve
+from hvd.site import command as site_check
 from tests.clusters import kubernetes_cluster
 from tests.folders import ROOT
 
@@ -80,6 +81,10 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
             assert cli.main(words[3:]) == 0
         case ["hvd", "jobs", *args]:
             assert cli.main(["jobs", *args, "--help"]) == 0
+        case ["hvd", "site", "check", *args]:
+            _, rest, settings = submit.parse(args, site_check.Check())
+            check_config(overrides.experiment(rest))
+            assert all(flag.field.partition(".")[0] in site_check.TRIALS for flag in settings)
         case ["hvd", step, *args]:
             assert step in cli.STEPS
             args, _ = overrides.take_overwrite(args)
@@ -105,7 +110,7 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
 
 def test_every_option_that_is_named_exists():
     known = {*leaves(Experiment), *leaves(submit.Submit), *leaves(convert.ConvertConfig)}
-    commands = (serve.ServeOptions, export.Export, plan.Options, benchmark.Options, replay.Options)
+    commands = (serve.ServeOptions, export.Export, plan.Options, benchmark.Options, replay.Options, site_check.Check)
     for own in (*commands, overrides.Choice, overrides.RunDirectory):
         known |= {*leaves(own)}
     known |= {"help", "extra", "no_push_to_hub"}
