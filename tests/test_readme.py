@@ -24,7 +24,7 @@ from hvd.plan import command as plan
 from hvd.plan import devices as plan_devices
 from hvd.replay import command as replay
 from hvd.serve import command as serve
-from hvd.site import command as site_check
+from hvd.site import options as site_check
 from tests.clusters import kubernetes_cluster
 from tests.folders import ROOT
 
@@ -84,7 +84,7 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
         case ["hvd", "site", "check", *args]:
             _, rest, settings = submit.parse(args, site_check.Check())
             check_config(overrides.experiment(rest))
-            assert all(flag.field.partition(".")[0] in site_check.TRIALS for flag in settings)
+            assert all(flag.field.partition(".")[0] in site_check.CLUSTERS for flag in settings)
         case ["hvd", step, *args]:
             assert step in cli.STEPS
             args, _ = overrides.take_overwrite(args)

@@ -9,7 +9,6 @@ import inspect
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -17,36 +16,13 @@ from hvd import overrides
 from hvd.clusters import base
 from hvd.clusters.base import JobState
 from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, Failed, UserError
-from hvd.fields import AT_LEAST_1, NOT_NEGATIVE, option
 from hvd.launch import submit
 from hvd.site import findings
 from hvd.site.findings import Asked, Finding, Report, Seen
+from hvd.site.options import CLUSTERS, Check, Probe
 
-TRIALS = {name: f"hvd.clusters.{name}.trial" for name in ("slurm", "kubernetes")}
 _POLL_S = 0.5
 _WORK_S = 600  # that the job may run
-
-
-@dataclass(frozen=True)
-class Check:
-    """Try a cluster by one small job. A line for each thing: ok, FAILED and what to do, or not checked and why.
-
-    The flags and site files are the launcher's: the job has the nodes, GPUs and memory that a training would have.
-    Ends with 0 where nothing has failed, else with 1. Nothing of the job stays.
-    """
-
-    nodes: int = option(0, NOT_NEGATIVE, "of the job; 0: two, or one where a Kubernetes overlay has Jobs of one pod")
-    cluster: str = option("auto", f"{' or '.join(TRIALS)}; auto is Slurm where it answers, else Kubernetes")
-    timeout: int = option(600, AT_LEAST_1, "seconds that the job may wait in the queue")
-    space: float = option(10.0, NOT_NEGATIVE, "GB that must be free where runs are written")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What the job runs on each node."""
-
-    folder: str = option("runs/.hvd-site", "to be made, and removed, on the storage that is tried")
-    patience: float = option(60.0, NOT_NEGATIVE, "seconds to wait for the other processes")
 
 
 @runtime_checkable
@@ -103,11 +79,12 @@ def main(argv: Sequence[str]) -> int:
 def check(argv: Sequence[str]) -> int:
     options, rest, settings = submit.parse(argv, Check())
     cluster = submit.choose(options.cluster, settings)
-    if cluster not in TRIALS:
-        names = " or ".join(f"--cluster {name}" for name in TRIALS)
+    if cluster not in CLUSTERS:
+        names = " or ".join(f"--cluster {name}" for name in CLUSTERS)
         raise UserError(f"hvd site check tries a cluster, and none answers here: {names}")
     cfg = overrides.experiment(rest, here=base.get(cluster).shares_files)
-    trial: Trial = importlib.import_module(TRIALS[cluster]).Trial(cfg, options.nodes, settings, options.space, _WORK_S)
+    module = importlib.import_module(f"hvd.clusters.{cluster}.trial")
+    trial: Trial = module.Trial(cfg, settings, options, _WORK_S)
     failed = False
     for finding in look(trial, options.timeout):
         print(finding.line(), flush=True)

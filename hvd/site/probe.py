@@ -23,6 +23,7 @@ from hvd.runtime import processes, records
 from hvd.site.findings import Devices, Peer, Report, Sum
 
 MARK = "hvd-site "  # before a report in the log
+_NEW = "made"  # a file that says that the folder of runs was not there before
 _ROUNDS = 4  # the first one makes the files, the others replace them
 _ROUND_S = 10.0
 
@@ -41,7 +42,7 @@ class Probe:
     def __init__(self, folder: Path, patience: float):
         group = processes.group()
         index, count = (group.index, group.count) if group else (0, 1)
-        self._patience, self._folder, self._made = patience, folder, []
+        self._patience, self._folder = patience, folder
         self._report = Report(
             index, count, socket.gethostname(), -1, 0.0, folder=str(folder.parent.absolute()), user=os.getuid()
         )
@@ -75,11 +76,10 @@ class Probe:
     def _storage(self) -> dict[str, Any]:
         """Is the folder of runs writable, and how much is free there?"""
         try:
-            for path in (self._folder.parent, self._folder):
-                if not path.exists():
-                    path.mkdir(parents=True, exist_ok=True)
-                    self._made.append(path)
-            self._made.append(self._folder)
+            new = not self._folder.parent.exists()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if new:
+                (self._folder / _NEW).touch()
             self._write("hello", _Word(0, time.time()))
             return {"free": shutil.disk_usage(self._folder).free}
         except OSError as error:
@@ -139,9 +139,14 @@ class Probe:
         with contextlib.suppress(OSError):
             for path in self._folder.glob(f"*-{self._report.process}.json*"):
                 path.unlink(missing_ok=True)
-        for path in reversed(self._made):
-            with contextlib.suppress(OSError):
-                path.rmdir()
+            left = list(self._folder.iterdir())
+            if {path.name for path in left} <= {_NEW}:
+                for path in left:
+                    path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self._folder.rmdir()
+                if left:
+                    self._folder.parent.rmdir()
 
 
 def reports(text: str) -> list[Report]:

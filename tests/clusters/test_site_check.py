@@ -45,7 +45,9 @@ def test_slurm(slurm, tmp_path):
     runs = str(site.folder / "runs")
     subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", runs], check=True)
     try:
-        apart = site.call(*command, "--slurm.time", "60", "--slurm.extra=--nodelist=node[1-2]", check=False)
+        apart = site.call(
+            *command, "--slurm.time", "60", "--slurm.extra=--nodelist=node[1-2]", "--patience", "6", check=False
+        )
         failed = {name for name, state in states(apart.stdout).items() if state == "FAILED"}
         assert apart.returncode == 1 and failed == {"rename", "space"}, apart.stdout
         assert "0.0 GB are free" in apart.stdout and "on node2" in apart.stdout
@@ -53,7 +55,7 @@ def test_slurm(slurm, tmp_path):
         subprocess.run([*inside, "umount", runs], check=True)
     (site.folder / "runs").rmdir()
 
-    started = subprocess.Popen(command, cwd=site.folder, env=site.env, stdout=subprocess.PIPE, text=True)
+    started = subprocess.Popen(command, cwd=site.folder, env=site.env, stdout=subprocess.DEVNULL)
     until(lambda: slurm.run("squeue", "-h", "-n", "hvd-site", "-t", "R"), "the job runs", 30)
     started.send_signal(signal.SIGINT)
     assert started.wait(30) == 130

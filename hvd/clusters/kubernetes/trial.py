@@ -15,6 +15,7 @@ from hvd.files import is_local
 from hvd.overrides import Flag
 from hvd.site import probe
 from hvd.site.findings import Asked, Report
+from hvd.site.options import Check, Probe
 
 _STOP_S = 30  # that a pod of ours has to clear up
 _LATER_S = 3600  # after which the cluster itself ends a Job whose launcher was killed
@@ -23,15 +24,15 @@ _LATER_S = 3600  # after which the cluster itself ends a Job whose launcher was 
 class Trial:
     """See hvd.site.command.Trial."""
 
-    def __init__(self, cfg: Experiment, nodes: int, flags: Sequence[Flag], space: float, seconds: int):
+    def __init__(self, cfg: Experiment, flags: Sequence[Flag], wanted: Check, seconds: int):
         asked = site.load(flags)
         token = secrets.token_hex(4)
         name = f"hvd-site-{token}"
         runs = cfg.runs_dir if is_local(cfg.runs_dir) else "runs"
-        words = ("site", "probe", "--folder", f"{runs}/.hvd-site-{token}")
-        docs = _value(cfg, 1 if asked.overlay else nodes or 2, asked, name)
-        if asked.overlay and nodes != 1 and (nodes or "completionMode" in _job(docs)["spec"]):
-            docs = _value(cfg, nodes or 2, asked, name)
+        words = ("site", *Probe(f"{runs}/.hvd-site-{token}", wanted.patience).words())
+        docs = _value(cfg, 1 if asked.overlay else wanted.nodes or 2, asked, name)
+        if asked.overlay and wanted.nodes != 1 and (wanted.nodes or "completionMode" in _job(docs)["spec"]):
+            docs = _value(cfg, wanted.nodes or 2, asked, name)
         self._target = kubectl.Target(asked.context, manifests.namespace(docs))
         self._docs, self._job, self._begun = docs, _job(docs), False
         self._name = self._job["metadata"]["name"]
@@ -48,7 +49,7 @@ class Trial:
             stop=pod.get("terminationGracePeriodSeconds", 30),
             limit_option="activeDeadlineSeconds",
             grace_option="HVD_GRACE_SECONDS",
-            space=int(space * 1e9),
+            space=int(wanted.space * 1e9),
         )
         _turn(self._job, container, words, seconds)
 

@@ -19,6 +19,7 @@ from hvd.files import is_local
 from hvd.overrides import Flag
 from hvd.site import probe
 from hvd.site.findings import Asked, Report
+from hvd.site.options import Check, Probe
 from hvd.stages import Step
 from hvd.train import run_dir
 
@@ -28,15 +29,15 @@ _END_S = 60.0  # in which a cancelled job ends
 class Trial:
     """See hvd.site.command.Trial."""
 
-    def __init__(self, cfg: Experiment, nodes: int, flags: Sequence[Flag], space: float, seconds: int):
+    def __init__(self, cfg: Experiment, flags: Sequence[Flag], wanted: Check, seconds: int):
         asked = any(flag.field == "slurm.gpus_per_node" for flag in flags)
         settings = script.with_command(site.load(flags))
         gpus = settings.gpus_per_node if asked or cfg.accelerator == "gpu" else 0
         runs = cfg.runs_dir if is_local(cfg.runs_dir) else "runs"
         self._folder = Path(runs) / f".hvd-site-{secrets.token_hex(4)}"
         self._cluster, self._id = Slurm(flags), ""
-        words = ("probe", "--folder", str(self._folder))
-        self._like = BatchJob("site", [Step("site", "site", spread=True)], words, nodes or 2, gpus, settings)
+        words = Probe(str(self._folder), wanted.patience).words()
+        self._like = BatchJob("site", [Step("site", "site", spread=True)], words, wanted.nodes or 2, gpus, settings)
         short = dataclasses.replace(
             settings,
             time=f"{seconds // 60 or 1}",
@@ -54,7 +55,7 @@ class Trial:
             grace=settings.grace,
             limit_option="--slurm.time",
             grace_option="--slurm.grace",
-            space=int(space * 1e9),
+            space=int(wanted.space * 1e9),
             version=run_dir.code_version() if settings.container == "none" else "",
         )
 
