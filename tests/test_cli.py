@@ -49,6 +49,15 @@ def test_the_step_gets_the_config_with_its_overrides(step):
     assert seen[0].optimal_data.root == os.path.join("runs", "mine", "datasets", "optimal")
 
 
+def test_a_step_of_a_job_logs_what_it_runs(step, monkeypatch, capsys, tmp_path):
+    step(lambda cfg: None)
+    assert cli.main(["fake", "--config", "demo"]) == 0 and not capsys.readouterr().err
+    monkeypatch.setenv("HVD_JOB_DIR", str(tmp_path))
+    monkeypatch.setenv("HVD_IMAGE", "hvd@sha256:ab")
+    assert cli.main(["fake", "--config", "demo"]) == 0
+    assert re.fullmatch(r"fake on \S+: hvd [\d.]+\S*, image hvd@sha256:ab\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     "flags, expected",
     [([], False), (["--resume"], False), (["--overwrite"], True), (["--overwrite", "--seed", "1"], True)],
