@@ -88,14 +88,16 @@ def test_every_setting_has_its_place():
         assert trainer["resources"]["requests"] == {"cpu": "32", "memory": "200Gi"}
         env = environment(trainer)
         assert env["HVD_EXPECT_GPUS"]["value"] == "1" and "latency_hiding" in env["XLA_FLAGS"]["value"]
+        assert "HVD_IMAGE" not in env, "a tag may mean another image tomorrow"
     for one in jobs(docs):  # the gate, too: it reads the claim that the stages write
         assert one["spec"]["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == "nfs"
         assert {container["image"] for container in containers(one)} == {"reg/hvd:1"}
-    docs = render(gpus_per_node=0, queue="robots", priority="low")
+    docs = render(image="reg/hvd@sha256:ab", gpus_per_node=0, queue="robots", priority="low")
     for component in ("value", "policy"):
         trainer, labels = containers(job(docs, component))[-1], job(docs, component)["metadata"]["labels"]
         assert "nvidia.com/gpu" not in trainer["resources"]["limits"]
         assert environment(trainer)["HVD_EXPECT_GPUS"]["value"] == "0"
+        assert environment(trainer)["HVD_IMAGE"]["value"] == "reg/hvd@sha256:ab"
         assert labels["kueue.x-k8s.io/queue-name"] == "robots"
         assert job(docs, component)["spec"]["template"]["spec"]["priorityClassName"] == "low"
 

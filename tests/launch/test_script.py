@@ -80,6 +80,9 @@ def test_hvd_is_called_in_the_container_or_environment_of_the_site():
         'hvd=(--container-image=/i.sqsh --container-mounts="$PWD:$PWD" --container-workdir="$PWD" '
         "--no-container-mount-home hvd)"
     )
+    by_digest = Site(container="pyxis", image="docker://r/hvd@sha256:ab")
+    text = script.render(dataclasses.replace(CPU, site=by_digest))
+    assert "\nexport HVD_IMAGE=docker://r/hvd@sha256:ab\n" in text
 
 
 def test_the_batch_program_is_found_outside_of_a_checkout(tmp_path, monkeypatch):
