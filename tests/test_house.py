@@ -14,7 +14,14 @@ PRODUCT_LINES, TEST_LINES, GOLDEN_LINES = 33_000, 35_500, 1_500
 
 # A package or module may import what stands in its own line or above it. Tables of names that checks and configs read
 # stand apart from the rest of their package.
-TABLES = ("method.objectives", "method.weights", "method.extraction", "method.parameters", "method.table")
+TABLES = (
+    "method.objectives",
+    "method.weights",
+    "method.extraction",
+    "method.condition",
+    "method.parameters",
+    "method.table",
+)
 LAYERS = (
     ("errors", "files", "documents", "tables", "pools"),
     ("fields", "robots", "configs", "mixture", "experiments", "overrides", "checks", *TABLES),

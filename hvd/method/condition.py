@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from hvd.configs import Experiment
-from hvd.data.tokenizer import Tokenizer
 from hvd.errors import UserError
 
 WORDS = ("negative", "positive")
@@ -27,9 +26,8 @@ def texts(cfg: Experiment) -> tuple[str, ...]:
     return ("", *(f"advantage {' '.join(f'{a} {b}' for a, b in zip(names, case, strict=True))}. " for case in cases))
 
 
-def check(cfg: Experiment, tokenizer: Tokenizer) -> None:
-    """Raise UserError where the model cannot tell the texts apart."""
-    tokens, _ = tokenizer.encode(texts(cfg))
+def check(cfg: Experiment, tokens: Int[np.ndarray, "n t"]) -> None:
+    """Raise UserError where the model cannot tell the texts apart; `tokens` are those of `texts`."""
     if len(np.unique(tokens, axis=0)) < len(tokens):
         raise UserError(
             "policy.extractor condition: two of the texts before the prompts have the same tokens; set "

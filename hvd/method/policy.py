@@ -118,8 +118,8 @@ def _told(cfg: Experiment, data: StageData, extracted: Mapping[str, Extracted]) 
     rows = {name: condition.which(cfg, e.good) for name, e in extracted.items() if e.good is not None}
     if not rows:
         return data
-    condition.check(cfg, data.transform.tokenizer)
     texts = condition.texts(cfg)
+    condition.check(cfg, data.transform.tokenizer.encode(texts)[0])
     lines = cut_prompts(data.transform.telling(texts[-1], without=False), data.datasets)
     print("".join(f"{line}\n" for line in lines), end="", flush=True)
     return dataclasses.replace(data, told=Told(texts, rows, extraction.extractor(cfg)[1]["drop"]))

@@ -136,7 +136,7 @@ def test_conditioned_rows_are_told_which_levels_are_good():
 def test_texts_that_the_model_cannot_tell_apart_are_refused():
     cfg = parse("--policy.extractor condition --model.max_token_len 2")
     with pytest.raises(UserError, match=r"have the same tokens; set model\.vocab_size"):
-        condition.check(cfg, Tokenizer(cfg.model))
+        condition.check(cfg, Tokenizer(cfg.model).encode(condition.texts(cfg))[0])
 
 
 def test_a_closed_gate_is_said():
