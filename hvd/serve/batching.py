@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from hvd.serve.limits import Sparingly
 from hvd.serve.metrics import Metrics
 from hvd.serve.observation import Refused, Request
+from hvd.serve.turns import Shares, Turn
 
 _BROKEN_AFTER = 3  # batches that failed one after another
 _LONG = 2  # times the usual flow steps: requests above it take at most a third of the time while others ask
@@ -53,7 +54,7 @@ class _Job:
     future: "concurrent.futures.Future[Answer]"
     wanted: Callable[[], bool]
     since: float
-    start: float  # on the clock of work
+    turn: Turn
     long: bool
     until: float  # when the answer is no longer of use
 
@@ -61,9 +62,9 @@ class _Job:
 class Batcher:
     """Answers requests: one client's in the order they came, those of several clients in fair shares of work.
 
-    Each request starts, on a clock that counts rows x flow steps, where its client's last one ended, and the earliest
-    is next (start-time fair queueing). A batch is what waits when the model becomes free, as far as it has the same
-    number of flow steps and fits. Long requests wait for two thirds of the time while others come.
+    A request's work is its rows x flow steps (hvd.serve.turns.Shares). A batch is what waits when the model becomes
+    free, as far as it has the same number of flow steps and fits. Long requests wait for two thirds of the time while
+    others come.
 
     Args:
         max_wait: seconds that a request may wait for others to join its batch; 0 = it never waits for that.
@@ -73,8 +74,7 @@ class Batcher:
     def __init__(self, sample: Sample, metrics: Metrics, *, max_wait: float = 0.0, usual: int = 10):
         self._sample, self._metrics, self._max_wait, self._usual = sample, metrics, max_wait, usual
         self._jobs: list[_Job] = []
-        self._clock = 0.0  # work: the start of the latest batch
-        self._ends: dict[Hashable, float] = {}  # client -> where its last request ends on that clock
+        self._shares = Shares()
         self._short_at = self._long_at = 0.0  # when the last one that is not long came; when a long one may be next
         self._seconds: dict[Hashable, float] = {}  # kind of request -> what its last batch took
         self._log = Sparingly()
@@ -116,13 +116,11 @@ class Batcher:
         with self._changed:
             if self._stopping or not self._thread.is_alive():
                 raise Refused("the server is stopping")
-            start = max(self._clock, self._ends.get(client, 0.0))
-            self._ends = {name: end for name, end in self._ends.items() if end > self._clock}
-            self._ends[client] = start + work * share
+            turn = self._shares.turn(client, work, share)
             if not long:
                 self._short_at = now
             until = (now if arrived is None else arrived) + request.deadline
-            job = _Job(request, concurrent.futures.Future(), wanted, now, start, long, until)
+            job = _Job(request, concurrent.futures.Future(), wanted, now, turn, long, until)
             self._jobs.append(job)
             self._changed.notify()
         return job.future
@@ -176,7 +174,7 @@ class Batcher:
     def _choose(self) -> list[_Job]:
         """The job that is next, and others that go with it, in order; they leave the queue. [] while long ones wait."""
         held = time.monotonic() < self._long_at and not self._stopping
-        ready = sorted((job for job in self._jobs if not (job.long and held)), key=lambda job: job.start)
+        ready = sorted((job for job in self._jobs if not (job.long and held)), key=lambda job: job.turn)
         chosen: list[_Job] = []
         rows = 0
         for job in ready:
@@ -185,7 +183,7 @@ class Batcher:
                 chosen.append(job)
                 rows += job.request.rows
         if chosen:
-            self._clock = max(self._clock, chosen[0].start)
+            self._shares.began(chosen[0].turn)
             self._jobs = [job for job in self._jobs if job not in set(chosen)]
         return chosen
 

@@ -37,6 +37,7 @@ from hvd.serve.translation import NoReply, Translation
 
 _GRACE = 0.2  # seconds for requests that were sent before the client could know that the server stops
 
+_MORE = 4 << 20  # bytes beyond the limit that are read, so that the message can be refused with a line
 _CUT_PROMPTS = 100  # lines about prompts that are cut
 
 
@@ -67,7 +68,7 @@ class PolicyServer:
         self._metadata, self._limits = serve_msgpack.pack(dict(metadata)), limits or Limits()
         self._api_key, self._tls, self._translation = api_key, tls, translation or Translation()
         self._seeds = np.random.default_rng(noise_seed)
-        self._threads = concurrent.futures.ThreadPoolExecutor(3, "hvd-serve-read")
+        self._threads = concurrent.futures.ThreadPoolExecutor(turns.THREADS, "hvd-serve-read")
         self._refusals, self._failures = Sparingly(), Sparingly()
         self._guard = Guard(self._limits, metrics)
         self._stopping = False
@@ -87,7 +88,7 @@ class PolicyServer:
             sock=sock,
             origins=[None],  # no web page: a browser on this machine could otherwise reach a server on 127.0.0.1
             compression=None,
-            max_size=self._limits.message + min(self._limits.message, turns.LARGE),
+            max_size=self._limits.message + min(self._limits.message, _MORE),
             max_queue=1,
             open_timeout=self._limits.open,
             ping_interval=self._limits.ping,
@@ -211,12 +212,7 @@ class PolicyServer:
     async def _answer(self, connection: Connection, message: str | bytes, last: float | None, begin: float) -> bytes:
         """The packed reply."""
         read = functools.partial(self._read, message, int(self._seeds.integers(MAX_SEED + 1)))
-        if len(message) > turns.LARGE:
-            request, size = await self._guard.turns.decode(self._threads, read)
-        else:
-            self._guard.turns.asked()
-            loop = asyncio.get_running_loop()
-            request, size = await loop.run_in_executor(self._threads, read) if len(message) > turns.PART else read()
+        request, size = await self._guard.turns.decode(self._threads, read, len(message), connection)
         prepared = time.monotonic() - begin
         wanted = functools.partial(_is_open, connection)
         share = self._guard.share(connection)

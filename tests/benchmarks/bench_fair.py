@@ -1,6 +1,6 @@
 """What a polite client of `hvd serve` waits while others do what they should not.
 
-    python -m tests.benchmarks.bench_fair [--kinds NAME...] [--rounds 4] [--seconds 5] [--attackers 31]
+    python -m tests.benchmarks.bench_fair [--kinds NAME...] [--rounds 4] [--seconds 5] [--attackers 31] [--size 32 48]
 
 A client asks every 50 ms, alone and beside attackers, by turns in one run, so that both see the same machine. Attackers
 stand for another machine: they live in a process of their own, with an address of their own, which gets only the CPU
@@ -134,6 +134,7 @@ KINDS: dict[str, Callable[[int, int], Awaitable[None]]] = {
     "messages of 31 MiB": lambda port, i: asks(port, _junk(31 << 20)),
     "messages of 1 MiB": lambda port, i: asks(port, _junk(1 << 20)),
     "images of 3 MiB": lambda port, i: asks(port, _images(724)),
+    "images of 1 MiB": lambda port, i: asks(port, _images(417)),
     "100 flow steps": lambda port, i: asks(port, _steps(100 - i)),
     "pings": lambda port, i: pings(port),
     "half-open connections": lambda port, i: half_open(port),
@@ -159,9 +160,9 @@ def attack(kind: str, port: int, attackers: int) -> None:
     asyncio.run(everybody())
 
 
-def polite(url: str, seconds: float) -> list[float]:
+def polite(url: str, seconds: float, size: tuple[int, int]) -> list[float]:
     """Milliseconds of each answer."""
-    observation = served.observation(np.random.default_rng(0))
+    observation = served.observation(np.random.default_rng(0), size)
     found, end = [], time.monotonic() + seconds
     with connect(url) as server:
         while time.monotonic() < end:
@@ -185,7 +186,7 @@ def rounds(kind: str, server: served.Served, url: str, args: argparse.Namespace)
                 time.sleep(2 * _SETTLE_S)
             else:
                 time.sleep(_SETTLE_S)
-            quantiles[attacked].append(np.quantile(polite(url, args.seconds), (0.5, 0.95)))
+            quantiles[attacked].append(np.quantile(polite(url, args.seconds, tuple(args.size)), (0.5, 0.95)))
     alone, beside = (np.median(quantiles[attacked], axis=0) for attacked in (False, True))
     each = " ".join(f"{b[0] / a[0]:.1f}" for a, b in zip(quantiles[False], quantiles[True], strict=True))
     cells = (kind, *(f"{x:.1f}" for x in (alone[0], beside[0], beside[0] / alone[0])), each)
@@ -198,6 +199,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--attackers", type=int, default=31)
+    parser.add_argument(
+        "--size", nargs=2, type=int, default=(32, 48), help="height and width of the client's two images"
+    )
     parser.add_argument("--run", default="", help="folder of a complete policy run; a tiny one is trained without it")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -220,7 +224,7 @@ def main() -> None:
                 flags = ("--tls-cert", str(pem)) if tls else ()
                 with served.Served("--run", run, "--port", "0", *flags) as server:
                     url = f"{'wss' if tls else 'ws'}://127.0.0.1:{server.port}"
-                    polite(url, 1.0)
+                    polite(url, 1.0, tuple(args.size))
                     for kind in kinds:
                         print(rounds(kind, server, url, args), flush=True)
                     server.end()

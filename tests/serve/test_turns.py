@@ -11,8 +11,8 @@ from hvd.serve.turns import LARGE, PART, Turns
 class Client:
     """A connection that always has another part; `reads` says when it was let to."""
 
-    def __init__(self, held: int):
-        self.held, self.paused, self.reads = held, False, []
+    def __init__(self, held: int, share: int = 1):
+        self.held, self.share, self.paused, self.reads = held, share, False, []
 
     def pause(self) -> None:
         self.paused = True
@@ -45,6 +45,43 @@ def play(queue: Turns, clients: list[Client], seconds: float, part: float = 0.0)
 def test_one_part_is_read_in_a_turn_and_all_clients_come():
     *counts, most = play(Turns(), [Client(PART + 1) for _ in range(6)], 0.2)
     assert most == 1 and min(counts) >= max(counts) - 1 > 10
+
+
+def test_connections_of_one_address_share_the_turns_of_one():
+    *many, one, _ = play(
+        Turns(lambda client: client.share), [*(Client(PART + 1, 6) for _ in range(6)), Client(PART + 1)], 0.2
+    )
+    assert 0.8 < sum(many) / one < 1.25 and min(many) >= max(many) - 1
+
+
+def test_a_message_is_decoded_before_those_of_thirty_that_wait():
+    order, at_work = [], []
+
+    def decode(name):
+        at_work.append(name)
+        time.sleep(0.002)
+        order.append((name, len(at_work)))
+        at_work.remove(name)
+
+    async def asks(queue, client, name, times):
+        for _ in range(times):
+            await queue.decode(None, lambda: decode(name), LARGE, client)
+
+    async def run():
+        queue = Turns(lambda client: client.share)
+        many = [asyncio.create_task(asks(queue, Client(0, 30), "many", 4)) for _ in range(30)]
+        for _ in range(5):
+            await asyncio.sleep(0.02)
+            begin = len(order)
+            await asks(queue, Client(0), "one", 1)
+            assert len(order) - begin <= 1 + 2 * turns.SLOTS  # those that were at work, and what ended beside it
+        for each in many[:10]:
+            each.cancel()  # they have gone, and leave no slot taken
+        await asyncio.gather(*many, return_exceptions=True)
+        await asks(queue, Client(0), "last", 1)
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert order[-1][0] == "last" and max(count for _, count in order) <= turns.SLOTS
 
 
 def test_small_messages_take_no_turns():
@@ -82,7 +119,7 @@ def test_large_messages_are_decoded_one_after_another(monkeypatch):
     async def run():
         queue = Turns()
         queue.asked()
-        return await asyncio.gather(*(queue.decode(None, decode) for _ in range(3)))
+        return await asyncio.gather(*(queue.decode(None, decode, LARGE + 1, Client(0)) for _ in range(3)))
 
     assert asyncio.run(run()) == ["decoded"] * 3 and [count for count, _ in seen] == [1, 1, 1]
     times = [at for _, at in seen]
