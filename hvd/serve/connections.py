@@ -215,8 +215,7 @@ class PolicyServer:
         request, size = await self._guard.turns.decode(self._threads, read, len(message), connection)
         prepared = time.monotonic() - begin
         wanted = functools.partial(_is_open, connection)
-        share = self._guard.share(connection)
-        future = self._batcher.submit(request, wanted, client=connection, share=share, arrived=begin)
+        future = self._batcher.submit(request, wanted, client=connection, share=connection.share, arrived=begin)
         answer: Answer = await asyncio.wrap_future(future)
         timing = {
             "infer_ms": 1e3 * (time.monotonic() - begin),

@@ -118,7 +118,7 @@ class Guard:
         self.busy: set[Connection] = set()
         self._of_address: collections.Counter[str] = collections.Counter()
         self.http, self.keys = Pace(_HTTP_PER_S, _HTTP), Pace(_GUESSES_PER_S, 1)
-        self.turns = Turns(self.share)
+        self.turns = Turns()
 
     def connecting(self, connection: "Connection") -> None:
         """One more is half open. Beyond the limit, the oldest one of the address that has most of them is dropped."""
@@ -252,6 +252,10 @@ class Connection(ServerConnection):
             super().data_received(data[at : at + _SLICE])
             self._count()
         self._guard.turns.took(self, time.monotonic() - begin)
+
+    @property
+    def share(self) -> int:
+        return self._guard.share(self)
 
     def pause(self) -> None:
         self.transport.pause_reading()

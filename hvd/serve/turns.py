@@ -82,19 +82,20 @@ class Reads(Protocol):
 
     held: int
 
+    @property
+    def share(self) -> int:
+        """How many connections share what one gets."""
+        ...
+
     def pause(self) -> None: ...
     def go_on(self) -> None: ...
 
 
 class Turns:
-    """Connections in the middle of a message each read one part, then wait for their next turn.
+    """Connections in the middle of a message each read one part, then wait for their next turn."""
 
-    Args:
-        share: how many connections share what one gets.
-    """
-
-    def __init__(self, share: Callable[[Reads], int] = lambda connection: 1):
-        self._share, self._parts = share, Shares()
+    def __init__(self):
+        self._parts = Shares()
         self._waiting: dict[Reads, Turn] = {}
         self._large_at, self._asked_at = 0.0, -_ASKED_S  # when a large one may be next; when a smaller one came
         self._slots, self._large = Slots(SLOTS), Slots(1)
@@ -110,7 +111,7 @@ class Turns:
             self._spent(seconds)
         if connection.held > PART and connection not in self._waiting:
             connection.pause()
-            self._waiting[connection] = self._parts.turn(connection, 1.0, self._share(connection))
+            self._waiting[connection] = self._parts.turn(connection, 1.0, connection.share)
             self._arm(0.0)
 
     async def decode[T](self, threads: Executor | None, work: Callable[[], T], size: int, connection: Reads) -> T:
@@ -119,7 +120,7 @@ class Turns:
             self.asked()
         if size <= PART:
             return work()
-        loop, share = asyncio.get_running_loop(), self._share(connection)
+        loop, share = asyncio.get_running_loop(), connection.share
         if size <= LARGE:
             async with self._slots.one(connection, size, share):
                 return await loop.run_in_executor(threads, work)

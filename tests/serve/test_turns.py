@@ -48,9 +48,7 @@ def test_one_part_is_read_in_a_turn_and_all_clients_come():
 
 
 def test_connections_of_one_address_share_the_turns_of_one():
-    *many, one, _ = play(
-        Turns(lambda client: client.share), [*(Client(PART + 1, 6) for _ in range(6)), Client(PART + 1)], 0.2
-    )
+    *many, one, _ = play(Turns(), [*(Client(PART + 1, 6) for _ in range(6)), Client(PART + 1)], 0.2)
     assert 0.8 < sum(many) / one < 1.25 and min(many) >= max(many) - 1
 
 
@@ -68,7 +66,7 @@ def test_a_message_is_decoded_before_those_of_thirty_that_wait():
             await queue.decode(None, lambda: decode(name), LARGE, client)
 
     async def run():
-        queue = Turns(lambda client: client.share)
+        queue = Turns()
         many = [asyncio.create_task(asks(queue, Client(0, 30), "many", 4)) for _ in range(30)]
         for _ in range(5):
             await asyncio.sleep(0.02)
