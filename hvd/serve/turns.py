@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from typing import Protocol, runtime_checkable
 
 PART = 1 << 16  # bytes of a message; those above are read in turns, a part (256 KiB at most) each
-LARGE = 1 << 20  # bytes; those above take at most a third of the time while others ask
+LARGE = 1 << 18  # bytes; those above, of several parts, take at most a third of the time while others ask
 SLOTS = max(1, min(2, len(os.sched_getaffinity(0)) - 1))  # messages up to LARGE that are decoded at a time
 THREADS = SLOTS + 1  # and one of the others
 _ASKED_S = 1.0  # "while others ask": a smaller one came in this time

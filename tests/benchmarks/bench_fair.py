@@ -135,6 +135,8 @@ KINDS: dict[str, Callable[[int, int], Awaitable[None]]] = {
     "messages of 1 MiB": lambda port, i: asks(port, _junk(1 << 20)),
     "images of 3 MiB": lambda port, i: asks(port, _images(724)),
     "images of 1 MiB": lambda port, i: asks(port, _images(417)),
+    "images of 256 KiB": lambda port, i: asks(port, _images(208)),
+    "requests": lambda port, i: asks(port, _images(32)),
     "100 flow steps": lambda port, i: asks(port, _steps(100 - i)),
     "pings": lambda port, i: pings(port),
     "half-open connections": lambda port, i: half_open(port),
