@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import msgspec
 from msgspec import Meta
@@ -49,14 +49,18 @@ def read_bytes(path: os.PathLike | str, limit: int = LIMIT) -> bytes:
 
         data = epath.Path(path).read_bytes()
     else:
-        kind = Path(path).stat()
-        if not stat.S_ISREG(kind.st_mode):
-            raise UserError(f"{path} is not a regular file")
-        with Path(path).open("rb") as file:
+        with open_file(path) as file:
             data = file.read(limit + 1)
     if len(data) > limit:
         raise UserError(f"{path} has more than {limit} bytes, more than such a file can have")
     return data
+
+
+def open_file(path: os.PathLike | str) -> BinaryIO:
+    """A regular file, to be read; raises as `read` does."""
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise UserError(f"{path} is not a regular file")
+    return Path(path).open("rb")
 
 
 def decode[T](data: bytes | str, form: Form[T], where: str) -> T:

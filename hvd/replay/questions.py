@@ -18,7 +18,9 @@ def show(path: str, first: int) -> None:
     rows = [["second", "took (ms)", "request", "actions"]]
     for _, exchange in zip(range(first), exchanges.read(path)[1], strict=False):
         request, reply = (_unpacked(x, path) for x in (exchange.request, exchange.reply))
-        asked = " ".join(sorted(map(str, request)))
+        asked = " ".join(
+            sorted(repr(name)[1:-1][:40] for name in request)
+        )  # whoever wrote the record, no control characters
         rows.append([f"{exchange.at:.2f}", f"{exchange.took * 1e3:.1f}", asked, str(_actions(reply).shape)])
     print("\n".join(aligned(rows)), flush=True)
 
@@ -35,7 +37,9 @@ def ask_again(path: str, url: str, first: int, paced: bool) -> tuple[float, int]
     with connect(url, api_key=os.environ.get("HVD_API_KEY", "")) as server:
         for name in ("config", "robot"):
             if name in said and said[name] != server.about.get(name):
-                print(f"note: the record is of {name} {said[name]!r}, the server has {server.about.get(name)!r}")
+                print(
+                    f"note: the record is of {name} {said[name]!r:.80}, the server has {server.about.get(name)!r:.80}"
+                )
         began = time.monotonic()
         for _, exchange in zip(range(first), found, strict=False):
             request, reply = (dict(_unpacked(x, path)) for x in (exchange.request, exchange.reply))
@@ -60,7 +64,10 @@ def ask_again(path: str, url: str, first: int, paced: bool) -> tuple[float, int]
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max(initial=0.0)) if ours.shape == theirs.shape else float("inf")
+    """The largest one; infinite where an answer has another shape, or a number that is none."""
+    if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return float("inf")
+    return float(np.abs(ours - theirs).max(initial=0.0))
 
 
 def _summary(then: Sequence[float], now: Sequence[float], differences: Sequence[float]) -> list[str]:

@@ -11,9 +11,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgpack
+from msgspec import Meta
 
 from hvd import documents
 from hvd.documents import Form
@@ -21,14 +22,15 @@ from hvd.errors import UserError
 
 FORMAT = 1
 LIMIT = 256 << 20  # bytes of one exchange
+Seconds = Annotated[float, Meta(ge=0, lt=1e6)]
 
 
 @dataclass(frozen=True)
 class Exchange:
     """One request and its reply. `at`, `took`: seconds."""
 
-    at: float
-    took: float
+    at: Seconds
+    took: Seconds
     request: bytes
     reply: bytes
 
@@ -72,7 +74,7 @@ def read(path: os.PathLike | str) -> tuple[bytes, Iterator[Exchange]]:
         UserError: no such file, or not one of these; from the iterator too.
     """
     try:
-        file = Path(path).open("rb")
+        file = documents.open_file(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     objects = _objects(path, file)

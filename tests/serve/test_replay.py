@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import threading
 import time
 
@@ -143,3 +144,31 @@ def test_no_file(tmp_path):
         replay.main([str(tmp_path / "none")])
     with pytest.raises(UserError, match="give a record"):
         replay.main([])
+
+
+@pytest.mark.parametrize("at", [float("nan"), float("inf"), -1.0, 1e9])
+def test_a_record_s_times_are_not_believed(tmp_path, at):
+    path = tmp_path / "slow.hvdx"
+    kept = exchanges.Record(path, msgpack.pack({}))
+    kept._write({"at": at, "took": 0.1, "request": b"", "reply": b""})
+    kept.close()
+    with pytest.raises(UserError, match=r"exchange 0: .*at"):
+        list(exchanges.read(path)[1])
+
+
+def test_a_number_that_is_none_is_no_equal_answer(tmp_path, capsys):
+    path = tmp_path / "nan.hvdx"
+    kept = exchanges.Record(path, msgpack.pack({}))
+    reply = msgpack.pack({"actions": np.full((4, 2), np.nan, np.float32), "seed": 1})
+    kept.add(0.0, 0.1, msgpack.pack({"state": np.zeros(2, np.float32), "\x1b[2Jprompt": "go"}), reply)
+    kept.close()
+    with server() as url:
+        assert replay.main([str(path), "--url", url]) == 1
+    assert replay.main([str(path)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_record_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is not a regular file"):
+        exchanges.read(tmp_path / "pipe")
