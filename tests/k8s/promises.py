@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 from hvd import errors
+from hvd.runtime.processes import ENVIRONMENT
 from tests.k8s.render import Document, component, containers, jobs
 
 DAY = 24 * 3600
@@ -50,6 +51,11 @@ def _containers(docs: list[Document]) -> Iterator[Document]:
     return (container for job in jobs(docs) for container in containers(job))
 
 
+def _trains(container: Document) -> bool:
+    """A step of the evaluation may train, too."""
+    return container["name"] not in ("prepare", "gate")
+
+
 def _trainers(docs: list[Document]) -> Iterator[tuple[Document, Document]]:
     return ((job, containers(job)[-1]) for job in jobs(docs) if component(job) != "gate")
 
@@ -86,14 +92,14 @@ def volumes(docs: list[Document]) -> None:
                 assert quantity(volume["sizeLimit"]) < quantity(limit)
         for container in containers(job):
             mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
-            for path in ("/tmp", "/dev/shm") if container["name"] == "train" else ("/tmp",):
+            for path in ("/tmp", "/dev/shm") if _trains(container) else ("/tmp",):
                 assert mounts[path]["name"] in empty and not mounts[path].get("readOnly"), path
-            if container["name"] == "train":
+            if _trains(container):
                 assert empty[mounts["/dev/shm"]["name"]]["medium"] == "Memory"
 
 
 def rights(docs: list[Document]) -> None:
-    """Only the gate talks to the cluster: it may read the value Job and patch the policy Job."""
+    """Only the gate talks to the cluster: it may read the Job before it and patch those that it releases."""
     for job, pod in _pods(docs):
         assert pod["automountServiceAccountToken"] is (component(job) == "gate")
         assert pod["enableServiceLinks"] is False
@@ -107,11 +113,13 @@ def rights(docs: list[Document]) -> None:
     account = stages["gate"]["spec"]["template"]["spec"]["serviceAccountName"]
     (role,), (binding,) = roles, bindings
     args = containers(stages["gate"])[0]["args"]
-    for rule, option, verb in zip(role["rules"], ("--value-job", "--policy-job"), ("get", "patch"), strict=True):
-        name = args[args.index(option) + 1]
-        assert name in ("", *rule["resourceNames"])  # "": only the run on the storage is looked at
+    for rule, options, verb in zip(
+        role["rules"], (("--value-job",), ("--policy-job", "--evaluate-job")), ("get", "patch"), strict=True
+    ):
+        names = [args[args.index(option) + 1] for option in options if option in args]
+        assert names in ([""], rule["resourceNames"])  # "": only the run on the storage is looked at
         assert (rule["apiGroups"], rule["resources"], rule["verbs"]) == (["batch"], ["jobs"], [verb])
-        assert len(rule) == 4 and len(rule["resourceNames"]) == 1
+        assert len(rule) == 4 and len(rule["resourceNames"]) == len(names)
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account}]
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     assert [component(job) for job, pod in _pods(docs) if pod.get("serviceAccountName") == account] == ["gate"]
@@ -127,7 +135,7 @@ def resources(docs: list[Document]) -> None:
 def gpus(docs: list[Document]) -> None:
     """The trainers have GPUs, and refuse to start without; nobody else has any."""
     for container in _containers(docs):
-        trains = container["name"] == "train"
+        trains = _trains(container)
         assert (container["resources"]["limits"].get("nvidia.com/gpu", 0) > 0) is trains
         assert not trains or environment(container)["HVD_EXPECT_GPUS"]["value"] == "1"
 
@@ -226,7 +234,11 @@ def order(docs: list[Document]) -> None:
         names = [stages[stage]["metadata"]["name"] for stage in ("value", "policy")]
         assert pods["policy"] == 0
         wanted = ["--value-job", names[0], "--policy-job", names[1]]
-        assert args[1:7] == [*wanted, "--pods", str(stages["policy"]["spec"]["completions"])]
+        wanted += ["--pods", str(stages["policy"]["spec"]["completions"])]
+        if "evaluate" in stages:
+            assert pods["evaluate"] == 0
+            wanted += ["--evaluate-job", stages["evaluate"]["metadata"]["name"]]
+        assert args[1 : args.index("--config")] == wanted
         return
     (jobset,) = [doc for doc in docs if doc["kind"] == "JobSet"]
     first, second = jobset["spec"]["replicatedJobs"]
@@ -239,7 +251,8 @@ def processes(docs: list[Document]) -> None:
     services = {doc["metadata"]["name"]: doc["spec"] for doc in docs if doc["kind"] == "Service"}
     for job, trainer in _trainers(docs):
         spec, pod, name = job["spec"], job["spec"]["template"]["spec"], job["metadata"]["name"]
-        if not services:
+        if not services or component(job) == "evaluate":
+            assert not {*ENVIRONMENT} & {*environment(trainer)} and "subdomain" not in pod
             assert spec["completions"] == 1 and "completionMode" not in spec
             continue
         ours = {"batch.kubernetes.io/job-name": name}

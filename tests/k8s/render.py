@@ -77,7 +77,7 @@ def find(docs: list[Document], kind: str, name: str) -> Document:
 
 def jobs(docs: list[Document]) -> list[Document]:
     """The Jobs, and those that a JobSet would create, in the order in which their stages run."""
-    order = ("value", "policy", "gate")
+    order = ("value", "policy", "gate", "evaluate")
     made = [doc for doc in docs if doc["kind"] == "Job"]
     for doc in docs:
         if doc["kind"] == "JobSet":

@@ -161,6 +161,35 @@ def test_a_policy_job_that_is_missing_or_deleted(api, capsys):
     assert "Job p has been deleted" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("policy", ["Complete", "Failed", "gone"])
+def test_the_evaluation_is_released_behind_a_complete_policy(api, monkeypatch, policy):
+    """Its run is verified first; without it the gate ends with why."""
+    monkeypatch.setattr(gate.Api, "of_this_pod", lambda: api.client)
+    done: list[str] = []
+    monkeypatch.setattr(gate, "verify", lambda folder, stage, cfg: done.append(f"{stage} verified"))
+
+    def patched(found: dict) -> None:
+        name = found["metadata"]["name"]
+        done.append(f"{name} released")
+        if name == "p" and policy == "gone":
+            del api.jobs["p"]
+        else:
+            found["status"] = job(name, policy if name == "p" else "Complete", "OOM")["status"]
+
+    api.patched = patched
+    api.jobs = {"v": job("v", "Complete"), "p": job("p", parallelism=0), "e": job("e", parallelism=0)}
+    names = ["--value-job", "v", "--policy-job", "p", "--evaluate-job", "e", "--every", "0.02"]
+    ended = {"Failed": "failed: OOM", "gone": "has been deleted"}
+    if policy in ended:
+        with pytest.raises(Failed, match=f"Job p, which Job e waits for, {ended[policy]}"):
+            gate.main([*names, "--config", "demo"])
+    else:
+        assert gate.main([*names, "--config", "demo"]) == 0
+    first = ["value verified", "p released"]
+    assert [*dict.fromkeys(done)] == (first if policy in ended else [*first, "policy verified", "e released"])
+    assert api.jobs["e"]["spec"]["parallelism"] == (0 if policy in ended else 1)
+
+
 def test_outside_of_a_pod_it_says_so(monkeypatch):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(UserError, match="hvd gate runs in a pod"):

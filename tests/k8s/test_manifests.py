@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hvd import overrides
+from hvd import overrides, stages
 from hvd.clusters.base import Request
-from hvd.clusters.kubernetes import manifests, site, submission
+from hvd.clusters.kubernetes import evaluation, manifests, site, submission
 from hvd.errors import UserError
 from hvd.fields import leaves
 from hvd.launch import submit
@@ -35,11 +35,13 @@ def args(docs: list[Document], component: str, place: int = -1) -> list[str]:
 
 
 def test_the_files_are_what_is_rendered_by_default(capsys):
-    """What `kubectl apply -f k8s/value-job.yaml -f k8s/awr-job.yaml` applies."""
+    """What `kubectl apply -f k8s/value-job.yaml -f k8s/awr-job.yaml` applies, and the evaluation behind it."""
     files = [doc for doc in documents("base") if doc["kind"] not in ("PersistentVolumeClaim", "NetworkPolicy")]
-    assert render() == files
+    evaluation.behind_the_gate(files, "hvd-evaluate")
+    *first, last = render()
+    assert first == files and last["metadata"]["name"] == "hvd-evaluate"
     assert submit.main(["--stage", "all", "--cluster", "kubernetes", "--dry-run"]) == 0
-    assert list(yaml.safe_load_all(capsys.readouterr().out)) == files
+    assert list(yaml.safe_load_all(capsys.readouterr().out)) == [*first, last]
 
 
 def test_options_go_to_every_container_and_overwrite_to_the_training():
@@ -49,7 +51,14 @@ def test_options_go_to_every_container_and_overwrite_to_the_training():
     assert args(docs, "value") == ["train-value", *options, "--overwrite"]
     assert args(docs, "policy") == ["train-policy", *options, "--overwrite"]
     gate = ["gate", "--value-job", "hvd-x-value", "--policy-job", "hvd-x-awr", "--pods", "1"]
-    assert args(docs, "gate") == [*gate, *options]
+    assert args(docs, "gate") == [*gate, "--evaluate-job", "hvd-x-evaluate", *options]
+    wanted = [
+        step
+        for group in stages.parts(overrides.experiment(options), "evaluate", overwrite=True)["evaluate"]
+        for step in group
+    ]
+    assert [one["args"] for one in containers(job(docs, "evaluate"))] == [list(step.words(options)) for step in wanted]
+    assert len(wanted) == 8 and wanted[0].extra[-1] == "--overwrite", "baselines, evaluations, report"
 
 
 def test_one_stage():
@@ -57,7 +66,17 @@ def test_one_stage():
     policy = render(stage="policy")
     assert {doc["kind"] for doc in policy} == {"Job", "ServiceAccount", "Role", "RoleBinding"}
     assert job(policy, "policy")["spec"]["parallelism"] == 0, "the gate verifies the value run"
-    assert args(policy, "gate")[:3] == ["gate", "--value-job", ""]
+    assert args(policy, "gate")[:3] == ["gate", "--value-job", ""] and "--evaluate-job" not in args(policy, "gate")
+    (evaluation_,) = render(stage="evaluate")
+    assert evaluation_["metadata"]["name"] == "hvd-evaluate" and evaluation_["spec"]["parallelism"] == 1
+
+
+@pytest.mark.parametrize("nodes, gpus, baselines, each", [(1, 8, "true", 8), (1, 8, "false", 1), (1, 0, "false", 0)])
+def test_the_evaluation_is_one_pod_and_takes_one_gpu_where_it_trains_nothing(nodes, gpus, baselines, each):
+    docs = render("--evaluate.baselines", baselines, nodes=nodes, gpus_per_node=gpus)
+    for container in containers(job(docs, "evaluate")):
+        assert container["resources"]["limits"].get("nvidia.com/gpu", 0) == each
+    assert containers(job(docs, "policy"))[-1]["resources"]["limits"].get("nvidia.com/gpu", 0) == gpus
 
 
 def test_the_gate_may_read_the_job_that_it_waits_for():
@@ -75,9 +94,12 @@ def test_imitation_waits_for_nothing():
 @pytest.mark.parametrize("stage", ["policy", "all"])
 def test_a_value_run_that_is_given_leaves_nothing_to_wait_for(stage):
     docs = render("--policy.value_run", "/storage/runs/other/value", stage=stage)
-    (only,) = jobs(docs)
-    assert only is job(docs, "policy") and only["spec"]["parallelism"] == 1
-    assert all("/storage/runs/other/value" in container["args"] for container in containers(only))
+    whole = stage == "all"
+    assert [shipped.component(one) for one in jobs(docs)] == ["policy", *(["gate", "evaluate"] if whole else [])]
+    assert job(docs, "policy")["spec"]["parallelism"] == 1
+    assert [one["name"] for one in containers(job(docs, "policy"))] == [*(["prepare"] if whole else []), "train"]
+    assert all("/storage/runs/other/value" in one["args"] for doc in jobs(docs) for one in containers(doc))
+    assert not whole or args(docs, "gate")[:3] == ["gate", "--value-job", ""]
 
 
 def test_every_setting_has_its_place():
@@ -111,7 +133,12 @@ def test_every_setting_is_in_the_documents():
 def test_another_name_for_all_of_an_experiment():
     """And for nothing else: not for the user's own options."""
     docs = render("--exp_name", "hvd-value", name="exp2")
-    assert [doc["metadata"]["name"] for doc in docs] == ["exp2-value", "exp2-awr", *["exp2-awr-gate"] * 4]
+    assert [doc["metadata"]["name"] for doc in docs] == [
+        "exp2-value",
+        "exp2-awr",
+        *["exp2-awr-gate"] * 4,
+        "exp2-evaluate",
+    ]
     keeps(docs, but=("references", "network"))  # rights, order, accounts: by the new names
     assert args(docs, "value")[-2:] == ["--exp_name", "hvd-value"]
     text = json.dumps(docs).replace('"--exp_name", "hvd-value"', "")
@@ -123,8 +150,9 @@ def test_names_are_made_of_the_experiment_and_of_the_user(monkeypatch):
         monkeypatch.setattr("getpass.getuser", lambda: user)
         return [one["metadata"]["name"] for one in jobs(render(*argv))]
 
-    assert names() == names(user="anna") == ["hvd-value", "hvd-awr", "hvd-awr-gate"], "the files' own experiment"
-    assert names("--exp-name=a") == ["hvd-a-value", "hvd-a-awr", "hvd-a-awr-gate"]
+    files = ["hvd-value", "hvd-awr", "hvd-awr-gate", "hvd-evaluate"]
+    assert names() == names(user="anna") == files, "the files' own experiment"
+    assert names("--exp-name=a") == [name.replace("hvd-", "hvd-a-") for name in files]
     assert names("--exp_name", "a", user="anna")[0] == "hvd-anna-a-value"
     alike = ["tau0.7", "tau0_7", "tau0-7", "Tau0-7", "x" * 90, "x" * 91, "日本", "日", f"{'x' * 37}-y", f"{'x' * 37}-z"]
     made = [names("--exp_name", name)[0] for name in alike]
@@ -149,7 +177,8 @@ def test_a_second_experiment_by_hand(tmp_path):
     written = [
         doc for name in ("b-value", "b-awr") for doc in yaml.safe_load_all((tmp_path / f"{name}.yaml").read_text())
     ]
-    assert written == render("--exp_name", "b", name="b")
+    evaluation.behind_the_gate(written, "b-evaluate")
+    assert written == render("--exp_name", "b", name="b")[:-1]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +220,9 @@ def test_a_file_that_is_not_its_copy_in_the_base_is_refused(monkeypatch, tmp_pat
 
 
 # The claim is applied by itself; and the order is a promise of both stages together
-SEPARATE = {"all": ("references", "network")} | dict.fromkeys(("value", "policy"), ("references", "network", "order"))
+SEPARATE = {"all": ("references", "network")} | dict.fromkeys(
+    ("value", "policy", "evaluate"), ("references", "network", "order")
+)
 
 
 @pytest.mark.parametrize("stage", SEPARATE)
@@ -213,7 +244,8 @@ def test_overlays_keep_them_too(monkeypatch, tmp_path, stage, overlay):
     keeps(docs, but=(*SEPARATE[stage], *(["gpus", "exit_codes"] if overlay == "smoke" else [])))
     if overlay == "multi-node":
         spec = jobs(docs)[0]["spec"]
-        assert spec["completions"] == 3 and spec["backoffLimit"] == 9
+        pods = 1 if stage == "evaluate" else 3
+        assert spec["completions"] == pods and spec["backoffLimit"] == 3 * pods
     accounts = {doc["metadata"]["name"] for doc in docs if doc["kind"] == "ServiceAccount"}
     for one in jobs(docs):
         assert one["spec"]["template"]["spec"].get("serviceAccountName", "default") in {*accounts, "default"}

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from hvd import cli
 from hvd.clusters.kubernetes.cluster import Kubernetes
-from hvd.clusters.kubernetes.queue import KubernetesJob, is_name
+from hvd.clusters.kubernetes.queue import KubernetesJob, Queue, is_name, own_container
 from hvd.errors import UserError
 from tests.k8s.conftest import a_gate, a_job, a_pod, terminated
 
@@ -186,6 +186,19 @@ def test_cancel_takes_along_what_cannot_go_on(kubectl, capsys, name, gone):
     ((delete, _),) = kubectl.calls("delete")
     assert set(delete[2 : 2 + len(gone)]) == set(gone) and "--wait=false" in delete
     assert f"cancelled {', '.join(reversed(gone))}" in capsys.readouterr().out
+
+
+def test_the_evaluation_waits_for_the_policy(kubectl, capsys):
+    """Cancelled, it takes nothing along; with the policy it goes."""
+    four = [*three(), a_job("hvd-evaluate", "evaluate", parallelism=0)]
+    own_container(four[2])["args"][-2:-2] = ["--evaluate-job", "hvd-evaluate"]
+    kubectl.has(four)
+    queue = Queue()
+    waiting = {name: queue.state(name).waiting_for for name in queue.jobs}
+    assert waiting["hvd-evaluate"] == ["hvd-awr"] and waiting["hvd-awr"] == waiting["hvd-awr-gate"] == ["hvd-value"]
+    assert queue.dependents("hvd-evaluate") == ["hvd-evaluate"]
+    assert queue.dependents("hvd-awr") == ["hvd-awr", "hvd-awr-gate", "hvd-evaluate"]
+    assert queue.dependents("hvd-value") == ["hvd-value", "hvd-awr-gate", "hvd-awr", "hvd-evaluate"]
 
 
 @pytest.mark.parametrize(

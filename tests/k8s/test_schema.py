@@ -9,6 +9,7 @@ import yaml
 from kubernetes_validate import utils
 
 from tests.k8s.render import K8S, MANIFESTS, Document, documents, find, jobs
+from tests.k8s.test_manifests import render
 
 VERSIONS = ("1.28.0", "1.31.0", "1.33.0", "1.37.0")
 # A JobSet is no part of Kubernetes: its Jobs are looked at one by one, and of itself these fields (v1alpha2, v0.8)
@@ -67,6 +68,11 @@ def test_what_does_not_fit_is_refused(version, path, value):
     place[path[-1]] = value
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(job, version, strict=True)
+
+
+@pytest.mark.parametrize("version", (VERSIONS[0], VERSIONS[-1]))
+def test_the_evaluation_fits_the_schemas(version):
+    kubernetes_validate.validate(render(stage="evaluate")[0], version, strict=True)
 
 
 def test_the_shell_is_a_pod_like_the_gates():

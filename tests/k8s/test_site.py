@@ -175,7 +175,7 @@ def test_containers_of_the_users_own_stay_as_they_are(overlay, capsys):
     for one in jobs(docs):
         first, *ours = [c for c in containers(one) if c["name"] != "proxy"]
         assert first == chown and proxy in containers(one)
-        assert {c["image"] for c in ours} == {"r/hvd:2"} and all(c["args"][-1] == "mine" for c in ours)
+        assert {c["image"] for c in ours} == {"r/hvd:2"} and all("--exp-name mine" in " ".join(c["args"]) for c in ours)
     assert containers(job(docs, "value"))[-1]["resources"]["limits"]["nvidia.com/gpu"] == 2
 
 
@@ -261,23 +261,34 @@ def test_who_may_not_create_roles_has_the_launcher_release_the_policy(kubectl, m
     assert again == [("--stage", "all", "--cluster", "kubernetes", "--exp-name", "a")]
     assert not kubectl.calls("delete")
     made = [doc for _, text in kubectl.calls("apply", "create") for doc in yaml.safe_load_all(text)]
-    assert {(doc["kind"], doc["metadata"]["name"]) for doc in made} == {("Job", "hvd-a-value"), ("Job", "hvd-a-awr")}
+    names = ["hvd-a-value", "hvd-a-awr", "hvd-a-evaluate"]
+    assert {(doc["kind"], doc["metadata"]["name"]) for doc in made} == {("Job", name) for name in names}
+    last = find(made, "Job", "hvd-a-evaluate")
+    assert last["metadata"]["annotations"] == {"hvd/after": "hvd-a-awr", "hvd/pods": "1"}
+    evaluation = live(last)
+    evaluation["metadata"]["annotations"] |= last["metadata"]["annotations"]
     policy = live(find(made, "Job", "hvd-a-awr"))
     policy["metadata"]["annotations"] |= find(made, "Job", "hvd-a-awr")["metadata"]["annotations"]
     value = find(made, "Job", "hvd-a-value")
     gate = a_job("hvd-a-awr-gate", "gate", condition="Failed", args=("gate", "--policy-job", "hvd-a-awr"))
-    kubectl.has([live(value), policy, gate])  # an older gate, of somebody who may create Roles
+    kubectl.has([live(value), policy, evaluation, gate])  # an older gate, of somebody who may create Roles
     assert main(["--stage", "all", "--cluster", "kubernetes", "--exp-name", "a", "--detach"]) == 0
     assert not kubectl.calls("delete") and "hvd-a-awr is there already and does the same" in capsys.readouterr().out
     assert cli.main(["jobs", "wait", "hvd-a-awr", "--timeout", "0"]) == 124 and not kubectl.calls("patch")
-    kubectl.has([live(value, condition="Failed"), policy])
+    kubectl.has([live(value, condition="Failed"), policy, evaluation])
     assert cli.main(["jobs", "wait", "hvd-a-awr"]) == 1 and not kubectl.calls("patch")
     assert "never start (job hvd-a-value, which it waits for, failed)" in capsys.readouterr().out
-    kubectl.has([live(value, condition="Complete"), policy])
-    assert cli.main(["jobs", "wait", "hvd-a-awr", "--timeout", "0"]) == 124
+    assert cli.main(["jobs", "wait", "hvd-a-evaluate"]) == 1 and not kubectl.calls("patch")
+    assert "never start (job hvd-a-awr, which it waits for, will never start)" in capsys.readouterr().out
+    kubectl.has([live(value, condition="Complete"), policy, evaluation])
+    assert cli.main(["jobs", "wait", "hvd-a-evaluate", "--timeout", "0"]) == 124
     ((patch, _),) = kubectl.calls("patch")
     assert patch == ["patch", "job", "hvd-a-awr", "-p", '{"spec": {"parallelism": 1}}']
-    assert [state.id for state in Kubernetes().dependents("hvd-a-value")] == ["hvd-a-value", "hvd-a-awr"]
+    assert [state.id for state in Kubernetes().dependents("hvd-a-value")] == names
+    policy["status"] = live(policy, condition="Complete")["status"]
+    kubectl.has([live(value, condition="Complete"), policy, evaluation])
+    assert cli.main(["jobs", "wait", "hvd-a-evaluate", "--timeout", "0"]) == 124
+    assert kubectl.calls("patch")[-1][0][2] == "hvd-a-evaluate"
 
 
 def test_pods_of_the_smoke_overlay_stay_where_their_volume_is():

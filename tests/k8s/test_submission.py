@@ -11,6 +11,7 @@ from hvd.errors import Failed, UserError
 from hvd.launch.submit import main
 from tests.k8s.conftest import live
 from tests.k8s.render import Document, containers, documents, find
+from tests.k8s.test_manifests import render
 
 THREE = ["hvd-value", "hvd-awr", "hvd-awr-gate"]
 
@@ -95,6 +96,56 @@ def test_a_failed_value_job_whose_gate_does_not_know_yet(kubectl):
     assert not kubectl.calls("delete", "apply", "create")
 
 
+def whole() -> list[Document]:
+    """What `--stage all` hands over, storage aside."""
+    return render("--evaluate.baselines", "false")
+
+
+@pytest.mark.parametrize(
+    "there, left, deleted",
+    [
+        # (value, policy, gate, evaluation): what `live` takes; which stay as they are, and which make room
+        (({}, {}, {}, {}), 4, 0),
+        (("Complete", "Complete", {}, {}), 4, 0),
+        (("Complete", "Complete", "Complete", "Complete"), 0, 4),
+        (("Complete", "Complete", "Complete", "Failed"), 0, 4),
+        (("Complete", "Failed", "Failed", {}), 0, 4),
+        (("Complete", {}, {}, None), 2, 1),  # the evaluation has been cancelled: a gate that knows it, too, is needed
+    ],
+)
+def test_the_whole_way_again(kubectl, capsys, there, left, deleted):
+    docs, names = whole(), [*THREE, "hvd-evaluate"]
+    states = {name: {"condition": one} if isinstance(one, str) else one for name, one in zip(names, there, strict=True)}
+    kubectl.has([live(find(docs, "Job", name), **state) for name, state in states.items() if state is not None])
+    done = submit(docs)
+    assert [name for _, name in done.stages] == ["hvd-value", "hvd-awr", "hvd-evaluate"]
+    assert capsys.readouterr().out.count("it is left as it is") == left
+    gone = [args[2:-1] for args, _ in kubectl.calls("delete")]
+    assert [len(one) for one in gone] == ([deleted] if deleted else [])
+    assert len(handed(kubectl)[-1] if handed(kubectl) else []) == 4 - left
+
+
+def test_a_failed_policy_whose_gate_does_not_know_yet(kubectl):
+    docs = whole()
+    states = zip([*THREE, "hvd-evaluate"], ("Complete", "Failed", "", ""), strict=True)
+    kubectl.has([live(find(docs, "Job", name), condition=one) for name, one in states])
+    with pytest.raises(UserError, match="hvd-awr has failed, and hvd-evaluate has not ended yet"):
+        submit(docs)
+    assert not kubectl.calls("delete", "apply", "create")
+
+
+def test_the_evaluation_again_by_itself(kubectl):
+    """Beside Jobs that have ended, and not beside one that the gate has yet to release."""
+    docs = whole()
+    again = render("--evaluate.baselines", "false", stage="evaluate")
+    kubectl.has([live(find(docs, "Job", "hvd-evaluate"))])
+    with pytest.raises(UserError, match=r"hvd-evaluate is there already and has another spec\.parallelism"):
+        submit(again)
+    kubectl.has([live(find(docs, "Job", name), condition="Complete") for name in (*THREE, "hvd-evaluate")])
+    assert submit(again).stages == [("evaluate", "hvd-evaluate")]
+    assert kubectl.calls("delete")[0][0][2:-1] == ["hvd-evaluate"] and handed(kubectl)[-1] == ["hvd-evaluate"]
+
+
 def trainer(doc: Document) -> Document:
     return containers(doc)[-1]
 
@@ -163,7 +214,7 @@ def test_data_lie_on_the_volume_and_are_not_looked_for_here(kubectl, capsys):
     assert main([*argv, "data/mine"]) == 0
     made = list(yaml.safe_load_all(kubectl.calls("create")[-1][1]))
     for one in made:
-        assert all(["--data", "data/mine"] == args["args"][-2:] for args in containers(one))
+        assert all("--data data/mine" in " ".join(args["args"]) for args in containers(one))
     kubectl.has([live(one) for one in made])
     assert main([*argv, "data/mine"]) == 0 and "is there already and does the same" in capsys.readouterr().out
     assert main([*argv, "data/other"]) == 2 and "has other arguments (optimal_data.root" in capsys.readouterr().err

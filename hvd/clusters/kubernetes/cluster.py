@@ -39,24 +39,18 @@ class Kubernetes:
 
     def plan(self, request: Request) -> Planned:
         asked = site.load(self._flags)
-        if request.stage == "evaluate":
-            raise UserError("--stage evaluate is no Job: run hvd evaluate and hvd report where the volume is mounted")
         if request.after and (request.stage != "policy" or not is_name(request.after)):
             raise UserError(f"--after {request.after!r}: it names the value Job that --stage policy waits for")
         docs = manifests.render(request, asked)
         self._known = kubectl.Target(asked.context, manifests.namespace(docs))
         gpus = manifests.gpus(docs, asked.gpu_resource)
         hardware = f"{gpus}x{asked.gpu}" if gpus and asked.gpu else ""
-        devices = request.nodes * max(1, gpus)
-        return Planned(request, manifests.to_yaml(docs), devices, request.nodes, hardware, request.nodes, docs)
+        nodes = 1 if request.stage == "evaluate" else request.nodes
+        return Planned(request, manifests.to_yaml(docs), nodes * max(1, gpus), nodes, hardware, nodes, docs)
 
     def check(self, planned: Planned) -> None:
         self._target.ask("version", "--client")  # it is there; what it says of the manifests comes with `submit`
         print(f"kubernetes: {self._target.describe()}", flush=True)
-        if planned.request.stage == "all":
-            print(
-                "--stage all is value and policy here; evaluation and report: docs/kubernetes.md, Data in, results out"
-            )
 
     def submit(self, planned: Planned, again: Sequence[str] = ()) -> list[Submitted]:
         done = submission.submit(planned.parts, self._target)
@@ -65,7 +59,10 @@ class Kubernetes:
         asked = {"context": self._target.context, "namespace": self._target.namespace}
         given = {name: value for name, value in asked.items() if value}
         kubectl_, ours = ("".join(f" --{start}{k} {v}" for k, v in given.items()) for start in ("", "kubernetes."))
-        return [Submitted(name, stage, f"kubectl logs job/{name}{kubectl_}", where=ours) for stage, name in done.stages]
+        logs = {
+            name: f"kubectl logs job/{name}{' --all-containers' * (stage == 'evaluate')}" for stage, name in done.stages
+        }
+        return [Submitted(name, stage, logs[name] + kubectl_, where=ours) for stage, name in done.stages]
 
     def owns(self, job: str) -> bool:
         return is_name(job)
@@ -119,8 +116,11 @@ class Kubernetes:
         return wait_for(job, timeout, ask)
 
     def _release(self, queue: Queue, job: KubernetesJob) -> None:
-        """Set a policy Job going that has no gate once the value Job is complete; the trainer verifies its run."""
+        """Set a Job going that has no gate once the one before it is complete; its first step verifies that one's run.
+        The one before it likewise."""
         before = queue.jobs.get(job.after) if job.after else None
+        if before is not None:
+            self._release(queue, before)
         if (
             job.after is None
             or job.state != "PAUSED"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvd import overrides
-from hvd.clusters.kubernetes.manifests import Manifest
+from hvd.clusters.kubernetes.names import Manifest
 from hvd.clusters.kubernetes.queue import KubernetesJob
 from hvd.configs import Experiment
 from hvd.errors import UserError
@@ -43,7 +43,7 @@ def difference(there: KubernetesJob, wanted: Manifest, *, living: bool) -> str:
 def same_run(there: KubernetesJob, wanted: Manifest) -> bool:
     """Is it a Job of the same stage on the same folder of the same volume?"""
     asked = KubernetesJob(wanted)
-    if there.component != asked.component or asked.component not in ("value", "policy"):
+    if there.component != asked.component or asked.component not in ("value", "policy", "evaluate"):
         return False
     runs = [_experiment(job.args) for job in (there, asked)]
     if runs[0] is None or runs[1] is None or _claims(there) != _claims(asked):

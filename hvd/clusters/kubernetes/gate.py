@@ -3,7 +3,8 @@
 The policy Job waits with `parallelism: 0`, so that it holds no GPU. The gate is a small Job beside it: it waits for the
 value Job, verifies the run on the shared storage (that Kubernetes calls the Job Complete does not prove it), and then
 sets the policy Job's parallelism. It stays until that Job has ended, because `kubectl apply` of the same file sets the
-parallelism to 0 again. The gate then releases the policy again, which goes on where it saved.
+parallelism to 0 again. The gate then releases the policy again, which goes on where it saved. The evaluation's Job
+waits behind the policy Job in the same way.
 
 It asks the cluster's REST interface itself: the image holds no kubectl (80 MB), and needs two calls of it.
 """
@@ -17,12 +18,14 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hvd import overrides
 from hvd.clusters.kubernetes.queue import KubernetesJob
 from hvd.configs import Experiment
 from hvd.errors import EXIT_COMPLETE, Failed, UserError
 from hvd.fields import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, option
+from hvd.method import value_run
 from hvd.train.complete import check_complete
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -111,7 +114,8 @@ class Gate:
 
     value_job: str = option("", "the Job to wait for; none: only the run is verified")
     policy_job: str = option("", "the Job to release; needed")
-    pods: int = option(1, AT_LEAST_1, "parallelism of the released Job")
+    pods: int = option(1, AT_LEAST_1, "parallelism of the policy Job")
+    evaluate_job: str = option("", "the Job to release once the policy Job is complete; none: there is no evaluation")
     appear: float = option(600.0, NOT_NEGATIVE, "seconds to wait for a Job that is not there yet")
     every: float = option(2.0, POSITIVE, "seconds between two questions")
 
@@ -119,7 +123,9 @@ class Gate:
 def main(argv: Sequence[str]) -> int:
     """`hvd gate [--value-job NAME] --policy-job NAME [--pods N] --config NAME ...`; 0 once the policy Job has ended."""
     if overrides.asks_help(argv):
-        about = "In a pod: wait for the value Job, verify its run, release the policy Job."
+        about = (
+            "In a pod: wait for the value Job, verify its run, release the policy Job, then the evaluation's likewise."
+        )
         overrides.print_help("hvd gate --policy-job NAME --config NAME", about, Gate(), overrides.Choice())
         return EXIT_COMPLETE
     options, rest = overrides.take(Gate(), argv)
@@ -129,8 +135,15 @@ def main(argv: Sequence[str]) -> int:
     api = Api.of_this_pod()
     if options.value_job:
         await_complete(api, options.value_job, appear=options.appear, every=options.every)
-    verify(cfg)
-    hold_open(api, options.policy_job, options.pods, appear=options.appear, every=options.every)
+    if value_run.own_needed(cfg):
+        verify(cfg.value_dir, "value", cfg)
+    ended = hold_open(api, options.policy_job, options.pods, appear=options.appear, every=options.every)
+    if options.evaluate_job:
+        if ended is None or ended.state != "COMPLETED":
+            why = f"failed: {ended.reason}" if ended is not None else "has been deleted"
+            raise Failed(f"Job {options.policy_job}, which Job {options.evaluate_job} waits for, {why}")
+        verify(cfg.policy_dir, "policy", cfg)
+        hold_open(api, options.evaluate_job, 1, appear=options.appear, every=options.every)
     return EXIT_COMPLETE
 
 
@@ -156,18 +169,18 @@ def await_complete(api: Api, name: str, *, appear: float, every: float) -> None:
         time.sleep(every)
 
 
-def verify(cfg: Experiment) -> None:
-    """The value run is there, whole, finite, of this config. UserError names what is wrong."""
+def verify(folder: str, stage: Literal["value", "policy"], cfg: Experiment) -> None:
+    """The stage's run is there, whole, finite, of this config. UserError names what is wrong."""
     try:
-        run = check_complete(cfg.value_dir, stage="value", cfg=cfg)
+        run = check_complete(folder, stage=stage, cfg=cfg)
     except UserError:
         time.sleep(_SETTLE_S)
-        run = check_complete(cfg.value_dir, stage="value", cfg=cfg)
-    print(f"{cfg.value_dir}: complete at step {run.step}, {len(run.files)} files verified", flush=True)
+        run = check_complete(folder, stage=stage, cfg=cfg)
+    print(f"{folder}: complete at step {run.step}, {len(run.files)} files verified", flush=True)
 
 
-def hold_open(api: Api, name: str, pods: int, *, appear: float, every: float) -> None:
-    """Keep the Job's parallelism at `pods` until it has ended or is deleted.
+def hold_open(api: Api, name: str, pods: int, *, appear: float, every: float) -> KubernetesJob | None:
+    """Keep the Job's parallelism at `pods` until it has ended (the Job is returned) or is deleted (None).
 
     Raises:
         Failed: there is no such Job after `appear` seconds.
@@ -177,13 +190,13 @@ def hold_open(api: Api, name: str, pods: int, *, appear: float, every: float) ->
         job = api.set_parallelism(name, pods)
         if job is None and generation is not None:
             print(f"Job {name} has been deleted", flush=True)
-            return
+            return None
         if job is None and time.monotonic() - began > appear:
             raise Failed(f"there is no Job {name} to release after {appear:.0f} s")
         if job is not None:
             if job.ended:
                 print(f"Job {name}: {job.state}{f', {job.reason}' if job.reason else ''}", flush=True)
-                return
+                return job
             now = job.job["metadata"].get("generation", 0)
             if generation is None:
                 print(f"Job {name} is released: {pods} pod(s)", flush=True)

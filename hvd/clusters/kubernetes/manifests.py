@@ -4,8 +4,7 @@ Without options that is what `kubectl apply -f k8s/value-job.yaml -f k8s/awr-job
 than the files' own has names of its own, so that two of them never meet in a namespace.
 """
 
-import getpass
-import hashlib
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +14,10 @@ import yaml
 
 from hvd import gpu_environment
 from hvd.clusters.base import Request
-from hvd.clusters.kubernetes import kubectl, site
-from hvd.clusters.kubernetes.queue import COMPONENT, OWN, own_container, value_of
+from hvd.clusters.kubernetes import evaluation, kubectl, site
+from hvd.clusters.kubernetes.names import ENDINGS, Manifest, component, own_name, renamed
+from hvd.clusters.kubernetes.queue import OWN, own_container
 from hvd.clusters.kubernetes.site import Settings
-from hvd.configs import Experiment
 from hvd.errors import UserError
 from hvd.method.value_run import own_needed
 
@@ -28,70 +27,67 @@ MULTI_NODE = K8S / "overlays" / "multi-node"
 GPU = "nvidia.com/gpu"
 VOLUME = "hvd/volume"
 _GPUS = re.compile(r"nvidia\.com/(gpu|mig-.*)|amd\.com/gpu|gpu\.intel\.com/.*")  # what GPUs are called
-# What belongs to one experiment, by component, and how the names of its objects end
-ENDINGS = {"value": "value", "policy": "awr", "gate": "awr-gate"}
-_OTHERS = {"all": (), "value": ("policy", "gate"), "policy": ("value",)}  # components that a stage leaves out
-
-_LONGEST = 38  # characters behind "hvd-"; a Job's name has 63, and its pods' names add to it
-
-Manifest = dict[str, Any]
+# Components that a stage leaves out
+_OTHERS = {
+    "all": (),
+    "value": ("policy", "gate", "evaluate"),
+    "policy": ("value", "evaluate"),
+    "evaluate": ("value", "policy", "gate"),
+}
 
 
 def render(request: Request, asked: Settings) -> list[Manifest]:
     """The manifests of the stage. Its `options` go to every container."""
     docs = _source(request.nodes, asked)
     name = asked.name or own_name(request.cfg, docs)
-    docs = _renamed(docs, name) if name else docs
+    docs = renamed(docs, name) if name else docs
     left_out = set(_OTHERS[request.stage])
-    if request.stage != "value" and not own_needed(request.cfg):  # imitation, and a value run that is given: no wait
-        left_out |= {"gate", "value"} if request.cfg.policy.value_run else {"gate"}
+    if request.stage == "policy" and not own_needed(request.cfg):  # imitation, and a value run that is given: no wait
+        left_out |= {"gate"}
+    if request.stage == "all" and request.cfg.policy.value_run:
+        left_out |= {"value"}
+        _prepare_first(docs)
     if asked.gate_account:  # somebody else has made it, with its rights
         docs = [doc for doc in docs if doc["kind"] == "Job" or component(doc) != "gate"]
+    policies = [doc for doc in docs if doc["kind"] == "Job" and component(doc) == "policy"]
+    last = [] if "evaluate" in left_out else [evaluation.job(doc) for doc in policies]
     docs = [doc for doc in docs if component(doc) not in left_out]
     for doc in docs:
-        if asked.namespace:
-            doc["metadata"]["namespace"] = asked.namespace
-            for subject in doc.get("subjects", ()):
-                subject |= {"namespace": asked.namespace} if "namespace" in subject else {}
         if doc["kind"] == "Job" and component(doc) in ENDINGS:
             _fill_in(doc, request, asked)
         elif doc["kind"] == "Role" and request.after:  # the gate reads that Job instead of the files' one
             doc["rules"][0]["resourceNames"] = [request.after]
+    for doc in last:
+        _fill_in(doc, dataclasses.replace(request, nodes=1), _for_evaluation(doc, request, asked))
+        evaluation.fill_in(doc, request)
+        evaluation.behind_the_gate(docs, doc["metadata"]["name"])
+    docs += last
+    for doc in docs if asked.namespace else ():
+        doc["metadata"]["namespace"] = asked.namespace
+        for subject in doc.get("subjects", ()):
+            subject |= {"namespace": asked.namespace} if "namespace" in subject else {}
     return docs
 
 
-def own_name(cfg: Experiment, docs: Sequence[Manifest]) -> str:
-    """What the names of the experiment's objects begin with: hvd, the user (if not root) and the experiment.
-
-    "" for the experiment that the files themselves are about (demo): their names stay. A digest tells apart what would
-    be the same name in Kubernetes' letters, such as tau0.7 and tau0_7.
-    """
-    run = cfg.exp_name or cfg.name
-    jobs = [doc for doc in docs if doc["kind"] == "Job" and component(doc) in ENDINGS]
-    files = {value_of(own_container(doc).get("args", ()), "exp_name", "config") for doc in jobs}
-    if run in files:
-        return ""
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a container without /etc/passwd
-        user = ""
-    text = f"{user}-{run}" if user not in ("", "root") else run
-    short = re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
-    if short != text or len(short) > _LONGEST:
-        digest = hashlib.sha256(text.encode()).hexdigest()[:6]
-        short = f"{short[: _LONGEST - 7].strip('-')}-{digest}".strip("-")
-    return f"hvd-{short}"
+def _for_evaluation(doc: Manifest, request: Request, asked: Settings) -> Settings:
+    """A step that trains takes a node's GPUs, any other one GPU."""
+    number = asked.gpus_per_node if asked.gpus_per_node >= 0 else gpus([doc], asked.gpu_resource)
+    trains = any(step.spread for step in evaluation.steps(request))
+    return asked if trains or number <= 1 else dataclasses.replace(asked, gpus_per_node=1)
 
 
-def component(doc: Manifest) -> str:
-    """value, policy, gate, or what belongs to no stage (storage, accounts)."""
-    return doc["metadata"].get("labels", {}).get(COMPONENT, "")
+def _prepare_first(docs: Sequence[Manifest]) -> None:
+    """What the value Job does before it trains, for a policy Job without one."""
+    jobs = {component(doc): doc["spec"]["template"]["spec"] for doc in docs if doc["kind"] == "Job"}
+    if "value" in jobs and "policy" in jobs:
+        prepare = [one for one in jobs["value"].get("initContainers", ()) if one["name"] == "prepare"]
+        jobs["policy"]["initContainers"] = [*jobs["policy"].get("initContainers", ()), *prepare]
 
 
 def gpus(manifests: Sequence[Manifest], called: str = "") -> int:
     """GPUs of a training pod. `called`: their name, where it is none of those that are known."""
     for doc in manifests:
-        if doc["kind"] == "Job" and component(doc) in ("value", "policy"):
+        if doc["kind"] == "Job" and component(doc) in ("value", "policy", "evaluate"):
             return next((int(number) for _, number in _gpu_limits(own_container(doc), called)), 0)
     return 0
 
@@ -137,28 +133,6 @@ def _source(nodes: int, asked: Settings) -> list[Manifest]:
     return docs
 
 
-def _renamed(docs: Sequence[Manifest], name: str) -> list[Manifest]:
-    """With `name` as the first part of the experiment's names, and wherever one of them is named.
-
-    Storage, Secret and the trainer's account keep theirs. kustomize's namePrefix would rename all objects, and neither
-    the gate's arguments nor the coordinator's address.
-    """
-    names = {doc["metadata"]["name"]: f"{name}-{ENDINGS[component(doc)]}" for doc in docs if component(doc) in ENDINGS}
-    names |= {f"{old}-0.{old}": f"{new}-0.{new}" for old, new in names.items()}  # process 0, by its Service
-
-    def put(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: put(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [put(part) for part in value]
-        if not isinstance(value, str):
-            return value
-        host, colon, port = value.partition(":")
-        return names.get(host, host) + colon + port
-
-    return [put(doc) for doc in docs]
-
-
 def _containers(doc: Manifest) -> Iterator[Manifest]:
     """Those of hvd; an overlay's others are left as they are."""
     pod = doc["spec"]["template"]["spec"]
@@ -188,7 +162,8 @@ def _fill_in(doc: Manifest, request: Request, asked: Settings) -> None:
     if component(doc) == "gate":
         args = own_container(doc)["args"]
         args[args.index("--pods") + 1] = str(nodes)
-        if request.stage == "policy":  # without a value Job beside it the run on the storage is all there is to look at
+        # without a value Job beside it the run on the storage is all there is to look at
+        if request.stage == "policy" or not own_needed(request.cfg):
             args[args.index("--value-job") + 1] = request.after
         return
     if "completionMode" in spec:

@@ -19,13 +19,13 @@ from hvd.errors import Failed, UserError, nearest
 
 OURS = "app.kubernetes.io/name=hvd"
 COMPONENT = "app.kubernetes.io/component"
-OWN = ("prepare", "train", "gate")  # containers of hvd; an overlay may add others
+OWN = ("prepare", "train", "gate", "report")  # containers of hvd; an overlay may add others
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,250}[a-z0-9])?")
 # The trainer's bar: `value:  52%|####  | 31/60 [00:15<00:14,  2.03step/s, loss=5.4]`
 _BAR = re.compile(r"(\d+)/(\d+) \[[^\[\]]*?,\s*([\d.]+)(step/s|s/step)")
 _MADE = "ContainerCreating"  # an image, a volume or a secret may be missing: a warning says so
 _STARTS = ("PodInitializing",)  # no reason to wait: it passes
-# Of a policy Job that no gate releases, because the user may not give one its rights: the launcher does it (cluster.py)
+# Of a Job that no gate releases, because the user may not give one its rights: the launcher does it (cluster.py)
 AFTER, PODS = "hvd/after", "hvd/pods"
 
 
@@ -48,7 +48,7 @@ class KubernetesJob:
 
     @property
     def component(self) -> str:
-        """value, policy or gate."""
+        """value, policy, evaluate or gate."""
         return self.job["metadata"].get("labels", {}).get(COMPONENT, "")
 
     @property
@@ -75,7 +75,7 @@ class KubernetesJob:
             # without a pod (quotas, admission, a missing account) the Job itself has the warning
             names = [pod.get("metadata", {}).get("name", "") for pod in reversed(self.pods)] or [self.name]
             said = next((self.warnings[name][-1] for name in names if self.warnings.get(name)), "")
-            waits = next((why for pod in reversed(self.pods) if (why := _why_pending(pod))), "")
+            waits = next((why for pod in reversed(self.pods) if (why := why_pending(pod))), "")
             return waits if waits and (waits != _MADE or not said) else said
         return ""
 
@@ -93,8 +93,14 @@ class KubernetesJob:
 
     @property
     def after(self) -> str | None:
-        """The value Job behind which the launcher releases this one ("" = none); None where a gate does it."""
+        """The Job behind which the launcher releases this one ("" = none); None where a gate does it."""
         return self.job["metadata"].get("annotations", {}).get(AFTER)
+
+    @property
+    def chain(self) -> list[str]:
+        """Of a gate: the Job that it waits for ("" = none), then those that it releases, in their order."""
+        later = [self.option("policy_job"), self.option("evaluate_job")]
+        return [self.option("value_job"), *(name for name in later if name)]
 
     @property
     def args(self) -> Sequence[str]:
@@ -154,7 +160,8 @@ def _last_word(pod: Mapping[str, Any]) -> str:
     return ""
 
 
-def _why_pending(pod: Mapping[str, Any]) -> str:
+def why_pending(pod: Mapping[str, Any]) -> str:
+    """What the pod itself says of why it does not run yet; "" where it says nothing."""
     for waiting in _containers(pod, "waiting"):
         if waiting.get("reason") and waiting["reason"] not in _STARTS:
             return _words(waiting["reason"], waiting.get("message"))
@@ -165,7 +172,7 @@ def _why_pending(pod: Mapping[str, Any]) -> str:
 
 
 class Queue:
-    """The Jobs of the namespace at one moment, oldest first: `jobs` by name, and `gates` by their policy Job's name.
+    """The Jobs of the namespace at one moment, oldest first: `jobs` by name, `gates` by the names that they release.
 
     Raises:
         Unreachable: the cluster does not answer, or refuses.
@@ -184,7 +191,7 @@ class Queue:
             warnings = self._warnings()
             self.jobs = {name: dataclasses.replace(job, warnings=warnings) for name, job in self.jobs.items()}
         gates = [job for job in self.jobs.values() if job.component == "gate"]
-        self.gates = {gate.option("policy_job"): gate for gate in gates}
+        self.gates = {name: gate for gate in gates for name in gate.chain[1:]}
         for name, job in self.jobs.items():
             if job.after is not None:  # the launcher releases it; a gate was its predecessor's
                 self.gates.pop(name, None)
@@ -216,7 +223,7 @@ class Queue:
         """What `hvd jobs` shows. Without `steps` the Job's log is not read."""
         job = self.job(name)
         gate = job if job.component == "gate" else self.gates.get(name)
-        after = gate.option("value_job") if gate else job.after or ""
+        after = self.after(name)
         step, total, rate = progress(job, self._target) if steps else (None, None, None)
         left = None if job.ended or step is None or total is None or not rate else (total - step) / rate
         state = JobState(
@@ -239,22 +246,40 @@ class Queue:
             log=f"kubectl logs job/{name}",
             ended=job.ended,
         )
-        before = self.jobs.get(job.after or "")
-        if job.state == "PAUSED" and before is not None and before.state == "FAILED":
-            never = f"job {before.name}, which it waits for, failed"
-            return dataclasses.replace(state, never=never, exit_code=before.exit_code or 1)
-        if job.state != "PAUSED" or gate is None or gate.state != "FAILED":
+        return state if state.state != "PAUSED" else self._forever(state, gate)
+
+    def after(self, name: str) -> str:
+        """The Job that must be complete before this one may start; "" for none."""
+        job, gate = self.jobs[name], self.gates.get(name)
+        if gate is None:
+            return job.chain[0] if job.component == "gate" else job.after or ""
+        return gate.chain[gate.chain.index(name) - 1]
+
+    def _forever(self, state: JobState, gate: KubernetesJob | None) -> JobState:
+        """The paused Job's state, with why it never will start where that is known."""
+        if gate is not None:
+            code = gate.exit_code or 1
+            why = f"its gate {gate.name} failed, exit code {code}: {gate.reason}"
+            return dataclasses.replace(state, never=why, exit_code=code) if gate.state == "FAILED" else state
+        after = self.after(state.id)
+        before = self.state(after, steps=False) if after in self.jobs else None
+        if before is None or not (before.state == "FAILED" or before.never):
             return state
-        why = f"its gate {gate.name} failed, exit code {gate.exit_code or 1}: {gate.reason}"
-        return dataclasses.replace(state, never=why, exit_code=gate.exit_code or 1)
+        why = f"job {after}, which it waits for, {'will never start' if before.never else 'failed'}"
+        return dataclasses.replace(state, never=why, exit_code=before.exit_code or 1)
 
     def dependents(self, name: str) -> list[str]:
-        """The Job and those that cannot go on without it: its gate, and what that holds back."""
+        """The Job and those that cannot go on without it: its gate, and what comes behind."""
         names = [self.job(name).name]
-        for policy, gate in self.gates.items():
-            if name in (gate.option("value_job"), policy, gate.name):
-                names += [other for other in (gate.name, policy) if other in self.jobs and other not in names]
-        return names + [one.name for one in self.jobs.values() if one.after == name and one.name not in names]
+        for gate in {one.name: one for one in self.gates.values()}.values():
+            order = [gate.name, *gate.chain[1:]] if name == gate.name else gate.chain
+            later = order[order.index(name) + 1 :] if name in order else []
+            # an evaluation that is cancelled takes nothing along: the gate is the policy's, too
+            if later or (len(gate.chain) == 2 and name in order):
+                names += [one for one in (gate.name, *later) if one in self.jobs and one not in names]
+        for other in names:
+            names += [one.name for one in self.jobs.values() if one.after == other and one.name not in names]
+        return names
 
 
 def is_name(text: str) -> bool:

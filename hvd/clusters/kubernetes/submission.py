@@ -11,16 +11,18 @@ from dataclasses import dataclass
 
 from hvd.clusters.kubernetes import kubectl
 from hvd.clusters.kubernetes.difference import difference, same_run
-from hvd.clusters.kubernetes.manifests import ENDINGS, Manifest, component, to_yaml
+from hvd.clusters.kubernetes.manifests import to_yaml
+from hvd.clusters.kubernetes.names import ENDINGS, Manifest, component
 from hvd.clusters.kubernetes.queue import AFTER, OURS, PODS, KubernetesJob, own_container, value_of
 from hvd.errors import Failed, UserError
 
+_STAGES = ("value", "policy", "evaluate")  # in this order; kustomize sorts by name
 _DRY_RUN = "-dry-run"  # behind the name of a Job that another one must make room for
 
 
 @dataclass(frozen=True)
 class Done:
-    """(stage, name) of the stages' Jobs in their order; must the launcher release the policy Job, having no gate?"""
+    """(stage, name) of the stages' Jobs in their order; must the launcher release the later ones, having no gate?"""
 
     stages: Sequence[tuple[str, str]]
     ours_to_release: bool = False
@@ -41,11 +43,8 @@ def submit(manifests: Sequence[Manifest], target: kubectl.Target = kubectl.CURRE
     manifests = _pulled(manifests, target)
     alone = any(doc["kind"] == "Role" for doc in manifests) and not target.may("create", "roles")
     if alone:
-        print(
-            "you may not create Roles in this namespace, so there is no gate: the launcher waits for the value Job",
-            end=" ",
-        )
-        print("and then releases the policy Job; call it again where it has ended before", flush=True)
+        print("you may not create Roles in this namespace, so there is no gate: the launcher waits for each", end=" ")
+        print("Job and then releases the next one; call it again where it has ended before", flush=True)
         manifests = _without_gate(manifests)
     jobs = {doc["metadata"]["name"]: doc for doc in manifests if doc["kind"] == "Job" and component(doc) in ENDINGS}
     present = {name: KubernetesJob(job) for name, job in _items(target, "jobs").items()}
@@ -73,8 +72,7 @@ def submit(manifests: Sequence[Manifest], target: kubectl.Target = kubectl.CURRE
     for name in made:
         print(f"{name} created", flush=True)
     stages = {component(doc): name for name, doc in jobs.items()}
-    # kustomize sorts by name
-    return Done([(stage, stages[stage]) for stage in ("value", "policy") if stage in stages], alone)
+    return Done([(stage, stages[stage]) for stage in _STAGES if stage in stages], alone)
 
 
 def _pulled(manifests: Sequence[Manifest], target: kubectl.Target) -> Sequence[Manifest]:
@@ -94,13 +92,13 @@ def _pulled(manifests: Sequence[Manifest], target: kubectl.Target) -> Sequence[M
 
 
 def _without_gate(manifests: Sequence[Manifest]) -> list[Manifest]:
-    """The policy Job says instead which Job it waits for, and how many pods it then has."""
+    """The paused Jobs say instead which Job each of them waits for, and how many pods it then has."""
     (gate,) = [doc for doc in manifests if doc["kind"] == "Job" and component(doc) == "gate"]
-    kept = [doc for doc in manifests if component(doc) != "gate"]
+    kept, chain = [doc for doc in manifests if component(doc) != "gate"], KubernetesJob(gate).chain
+    pods = {"policy": value_of(own_container(gate)["args"], "pods"), "evaluate": "1"}
     for doc in kept:
-        if doc["kind"] == "Job" and component(doc) == "policy":
-            args = own_container(gate)["args"]
-            notes = {AFTER: value_of(args, "value_job"), PODS: value_of(args, "pods")}
+        if doc["kind"] == "Job" and component(doc) in pods:
+            notes = {AFTER: chain[chain.index(doc["metadata"]["name"]) - 1], PODS: pods[component(doc)]}
             doc["metadata"]["annotations"] = doc["metadata"].get("annotations", {}) | notes
     return kept
 
@@ -142,15 +140,19 @@ def _aside(doc: Manifest, ended: Sequence[str]) -> Manifest:
 
 def _over(job: KubernetesJob, present: Mapping[str, KubernetesJob]) -> bool:
     """Has it ended, or can it only end?"""
-    if job.component == "gate":  # one whose policy Job has ended is about to end, and releases no successor
-        held = present.get(job.option("policy_job"))
-        return job.ended or held is None or held.ended
-    gates = [one for one in present.values() if one.component == "gate" and one.option("policy_job") == job.name]
+    if job.component == "gate":  # one whose last Job has ended is about to end, and releases no successor
+        held = [present.get(name) for name in job.chain[1:]]
+        return (
+            job.ended
+            or any(one is None or one.state == "FAILED" for one in held)
+            or all(one and one.ended for one in held)
+        )
+    gates = [one for one in present.values() if one.component == "gate" and job.name in one.chain[1:]]
     gates = gates if job.after is None else []
     before = present.get(job.after or "")
-    # a policy Job whose gate has given up will never be released, nor one that waits for a value Job that has failed
-    given_up = any(gate.ended for gate in gates) or (before is not None and before.state == "FAILED")
-    return job.ended or (job.state == "PAUSED" and given_up)
+    # a Job whose gate has given up will never be released, nor one that waits for a Job that has failed
+    lost = before is not None and before.state != "COMPLETED" and _over(before, present)
+    return job.ended or (job.state == "PAUSED" and (lost or any(gate.ended for gate in gates)))
 
 
 def _refuse_others(jobs: Mapping[str, Manifest], present: Mapping[str, KubernetesJob], over: set[str]) -> None:
@@ -174,19 +176,25 @@ def _refuse_others(jobs: Mapping[str, Manifest], present: Mapping[str, Kubernete
 
 
 def _kept(jobs: Mapping[str, Manifest], present: Mapping[str, KubernetesJob], over: set[str]) -> list[str]:
-    """Names of those that stay: the living ones, and a complete value Job that the policy has begun behind.
+    """Names of those that stay: the living ones, and a complete Job that a later one has begun behind.
 
     Raises:
-        UserError: the value Job has failed and its gate does not know yet.
+        UserError: a Job has failed and its gate does not know yet.
     """
     living = [name for name in jobs if name in present and name not in over]
-    behind = [name for name in living if component(jobs[name]) != "value"]
-    for name, doc in jobs.items():
-        if component(doc) == "value" and name in over and behind:
+    order = sorted((name for name in jobs if component(jobs[name]) in _STAGES), key=lambda n: _place(jobs[n]))
+    kept = list(living)
+    for place, name in enumerate(order):
+        behind = [other for other in living if other not in order[: place + 1]]
+        if name in over and behind:
             if present[name].state == "FAILED":
                 raise UserError(f"Job {name} has failed, and {behind[0]} has not ended yet: try again in a minute")
-            living.append(name)
-    return living
+            kept.append(name)
+    return kept
+
+
+def _place(job: Manifest) -> int:
+    return _STAGES.index(component(job))
 
 
 def _claims(manifests: Sequence[Manifest], target: kubectl.Target) -> list[str]:
