@@ -101,6 +101,11 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
             "in a Kubernetes pod: release the policy Job after the value Job",
             own_flags=True,
         ),
+        "data": Step(
+            "hvd.clusters.kubernetes.data",
+            "a dataset onto the volume of a Kubernetes cluster, results off it",
+            own_flags=True,
+        ),
         "benchmark": Step(
             "hvd.benchmark.command", "a matrix of policies on simulated tasks, with statistics", own_flags=True
         ),

@@ -14,6 +14,7 @@ from hvd import cli, export, overrides
 from hvd.benchmark import command as benchmark
 from hvd.checks import check_config, check_devices
 from hvd.clusters import base
+from hvd.clusters.kubernetes import data
 from hvd.clusters.kubernetes import manifests as kubernetes
 from hvd.clusters.slurm import site
 from hvd.configs import Experiment
@@ -85,6 +86,9 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
             _, rest, settings = submit.parse(args, site_check.Check())
             check_config(overrides.experiment(rest))
             assert all(flag.field.partition(".")[0] in site_check.CLUSTERS for flag in settings)
+        case ["hvd", "data", *args]:
+            (verb, _, _), _, flags = data.parse(args)
+            assert verb in ("push", "pull") and kubernetes.site.load(flags)
         case ["hvd", step, *args]:
             assert step in cli.STEPS
             args, _ = overrides.take_overwrite(args)
@@ -110,7 +114,8 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
 
 def test_every_option_that_is_named_exists():
     known = {*leaves(Experiment), *leaves(submit.Submit), *leaves(convert.ConvertConfig)}
-    commands = (serve.ServeOptions, export.Export, plan.Options, benchmark.Options, replay.Options, site_check.Check)
+    commands = (serve.ServeOptions, export.Export, plan.Options, benchmark.Options, replay.Options)
+    commands = (*commands, site_check.Check, data.Copy)
     for own in (*commands, overrides.Choice, overrides.RunDirectory):
         known |= {*leaves(own)}
     known |= {"help", "extra", "no_push_to_hub"}

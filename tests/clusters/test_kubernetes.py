@@ -24,6 +24,7 @@ STEPS = 300
 JOBS = {"hvd-value": 2, "hvd-awr": 1, "hvd-awr-gate": 1}  # containers, those of initialisation included
 TRACED = ["--value.trace_samples", "true", "--policy.trace_samples", "true"]
 LONGER = [f"--{stage}.num_train_steps={STEPS}" for stage in ("value", "policy")]
+DATA = "app.kubernetes.io/component=data"
 MADE = ["jobs/hvd-value", "jobs/hvd-awr", "jobs/hvd-awr-gate"]
 
 
@@ -264,13 +265,14 @@ def test_applied_again_while_the_policy_runs_it_goes_on_where_it_saved(disturbed
     assert starts == [0, *stops] and len(stops) == 2 and stops[1] >= 160
 
 
-def test_the_launcher_applies_and_follows(kubernetes, calm):
-    """A rerun of what is complete: the Jobs make room, their successors find nothing to do.
+def test_the_launcher_applies_and_follows(kubernetes, calm, tmp_path):
+    """The whole way: value and policy find nothing to do, policies are evaluated; the results are pulled.
 
-    The second time by a user who may not create Roles: the launcher releases the policy.
+    The second time by a user who may not create Roles: the launcher releases policy and evaluation.
     """
     clear(kubernetes)
     flags = ["--config", "demo", "--exp_name", "calm", *TRACED, *LONGER, *SMOKE]
+    flags += ["--evaluate.num_rollouts=2", "--evaluate.videos=0", "--evaluate.no-checks", "--evaluate.no-baselines"]
     place = ["--stage", "all", "--cluster", "kubernetes", "--kubernetes.overlay", str(ROOT / "k8s/overlays/smoke")]
     kubernetes.kubectl("create", "serviceaccount", "ben")
     kubernetes.kubectl("create", "rolebinding", "ben", "--clusterrole=edit", "--serviceaccount=default:ben")
@@ -283,10 +285,23 @@ def test_the_launcher_applies_and_follows(kubernetes, calm):
     for attempt, more in enumerate(([], ["--kubernetes.context", "ben"])):
         done = kubernetes.call(sys.executable, "launch/submit.py", *place, *flags, *more, cwd=ROOT)
         assert bool(more) == ("you may not create Roles" in done.stdout) == ("Job hvd-calm-awr is rel" in done.stdout)
-        assert "hvd-calm-value: COMPLETED" in done.stdout and "hvd-calm-awr: COMPLETED" in done.stdout, (
-            f"{attempt}: {done.stdout}"
-        )
+        assert bool(more) == ("Job hvd-calm-evaluate is released: 1 pod(s)" in done.stdout)
+        for job in ("value", "awr", "evaluate"):
+            assert f"hvd-calm-{job}: COMPLETED" in done.stdout, f"{attempt}: {done.stdout}"
+        if not more:
+            gate = kubernetes.logs("hvd-calm-awr-gate")
+            assert "calm/policy: complete at step 300" in gate and "Job hvd-calm-evaluate is released" in gate
+        pull = ["data", "pull", "runs/calm", str(tmp_path / f"{attempt}"), *place[4:], *more]
+        kubernetes.call(sys.executable, "-m", "hvd.cli", *pull, cwd=ROOT)
+        assert "<html" in (tmp_path / f"{attempt}" / "report.html").read_text()
+        results = json.loads((tmp_path / f"{attempt}" / "evaluation" / "policy" / "results.json").read_text())
+        assert results["num_rollouts"] == 2 and read_complete(tmp_path / f"{attempt}" / "policy").step == STEPS
     assert "nothing to do" in kubernetes.logs("hvd-calm-awr")
+    until(lambda: not kubernetes.get("pods", "-l", DATA)["items"], "the pods that had the volume are gone", 60)
+    assert (
+        kubernetes.pods("hvd-calm-evaluate")[0]["metadata"]["creationTimestamp"]
+        >= (kubernetes.job("hvd-calm-awr")["status"]["completionTime"])
+    )
     uids = {job["metadata"]["name"]: job["metadata"]["uid"] for job in kubernetes.get("jobs")["items"]}
     other = [*place, *flags, "--value.batch_size", "8"]
     refused = kubernetes.call(sys.executable, "launch/submit.py", *other, cwd=ROOT, check=False)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.clusters.kubernetes_cluster import ROOT
 from tests.image import builder
@@ -26,20 +27,34 @@ def commands(heading: str, blocks: int = 1) -> list[str]:
 
 
 def put_in_and_take_out(kubernetes, folder: Path) -> None:
-    """The lines of "Data in, results out", with the image put into the file and a short evaluation."""
-    (folder / "k8s").mkdir()
-    (folder / "k8s" / "shell.yaml").write_text(
-        (ROOT / "k8s" / "shell.yaml").read_text().replace("image: hvd:cuda12", "image: localhost/hvd:cpu")
-    )
+    """The lines of "Data in, results out", with the image and the options of the smoke overlay, and few rollouts."""
     (folder / "data" / "mine").mkdir(parents=True)
     (folder / "data" / "mine" / "a").write_text("recorded")
-    lines = commands("Data in, results out", 2)
-    assert len(lines) == 8 and len([line for line in lines if " -- hvd " in line]) == 2
+    lines = commands("Data in, results out")
+    assert len(lines) == 4
+    (train,) = yaml.safe_load_all((ROOT / "k8s" / "overlays" / "smoke" / "kustomization.yaml").read_text())
+    options = next(
+        line["value"][3:]
+        for patch in train["patches"]
+        for line in yaml.safe_load(patch["patch"])
+        if line["path"].endswith("containers/0/args") and line["value"][0] == "train-policy"
+    )
     for line in lines:
-        short = "--evaluate.num_rollouts 2 --evaluate.videos 0 --evaluate.no-checks" if " -- hvd " in line else ""
-        kubernetes.call(*shlex.split(f"{line} {short}"), cwd=folder)
+        words = shlex.split(line)
+        assert words[0].endswith("uv")
+        step = words[2] == "python"
+        short = [*options, "--evaluate.num_rollouts=2", "--evaluate.videos=0", "--evaluate.no-checks"] if step else []
+        short += ["--evaluate.no-baselines"] if step else []
+        program = [sys.executable, str(ROOT / words[3])] if step else [sys.executable, "-m", "hvd.cli"]
+        place = ["--kubernetes.image", "localhost/hvd:cpu", "--kubernetes.overlay", str(ROOT / "k8s/overlays/smoke")]
+        words = words[4 if step else 3 :]
+        env = {"PYTHONPATH": str(ROOT)}
+        kubernetes.call(*program, *words, *short, *place, cwd=folder, **env)
+    kubernetes.kubectl("delete", "job", "hvd-evaluate", "--cascade=foreground")
     assert (kubernetes.storage / "data" / "mine" / "a").read_text() == "recorded"
-    assert "<html" in (folder / "report.html").read_text()
+    assert (
+        "<html" in (folder / "report.html").read_text() and (folder / "results" / "policy" / "complete.json").exists()
+    )
 
 
 def test_a_first_try(kubernetes, tmp_path):

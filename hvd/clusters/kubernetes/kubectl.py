@@ -67,6 +67,10 @@ class Target:
         """What it prints goes to our own output, as it comes."""
         subprocess.run(["kubectl", *argv, *self._flags()], check=False)
 
+    def command(self, verb: str, *argv: str) -> list[str]:
+        """The command line of such a call; options of ours stand before what is behind a --."""
+        return ["kubectl", verb, *self._flags(), *argv]
+
     def describe(self) -> str:
         """`context lab (https://10.0.0.1:6443), namespace robots`. UserError: an unknown context; asks no cluster."""
         done = self._run("config", "view", "--minify", "-o", "json")
