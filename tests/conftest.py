@@ -50,14 +50,16 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)  # the image's tests have no xdist
 def pytest_xdist_auto_num_workers(config) -> int:
-    """As many processes as cores, at most four; one for a single file, and for what needs the machine to itself."""
+    """One process more than there are cores (many tests wait), at most four; one for a single file, and for what needs
+    the machine to itself."""
     alone = set(ON_REQUEST) - {"slow"}
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         workers = int(os.environ["PYTEST_XDIST_AUTO_NUM_WORKERS"])
     elif (len(config.args) == 1 and ".py" in config.args[0]) or config.option.markexpr in alone:
         workers = 0
     else:
-        workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(4, cores + 1)
     if workers > 1:
         return workers
     config.option.dist = "no"
