@@ -109,18 +109,24 @@ def receive(stream: Reader, target: Path, *, overwrite: bool = False) -> int:
     try:
         with files.disk_errors(target, "nothing has been kept"):
             number = _fill(stream, made)
-            if overwrite and os.path.lexists(target):
+            replaces = overwrite and os.path.lexists(target)
+            if replaces:
                 os.rename(target, before)
             try:
                 os.rename(made, target)
             except OSError as error:
+                if replaces:
+                    os.rename(before, target)
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR):
                     raise
                 raise UserError(f"{target} has come into being meanwhile; it is left as it is") from error
         return number
     finally:
         for path in (made, before):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def check_free(target: Path, *, overwrite: bool) -> None:

@@ -61,6 +61,7 @@ def test_mistakes_make_no_pod(kubectl, tmp_path, capsys):
         (["push", "mine", "data/mine"], "mine/x is a link, and links are not followed"),
         (["push", "none", "data/mine"], "none: No such file or directory"),
         (["pull", "data/mine", "mine"], "is there already"),
+        (["pull", "data/mine", ".", "--overwrite"], "name the file or folder that data/mine becomes, such as mine"),
         (["pull", "data/mine"], "hvd data push LOCAL REMOTE, or hvd data pull REMOTE LOCAL"),
         (["push", "mine", "x", "--kubernetes.nam", "x"], "nearest: --kubernetes.name"),
     ):

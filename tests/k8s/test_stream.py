@@ -1,5 +1,6 @@
 """A folder through a pipe: what arrives is whole, and below the target; nothing is kept of anything else."""
 
+import errno
 import hashlib
 import io
 import json
@@ -51,6 +52,21 @@ def test_a_folder_and_a_file_arrive(folder, tmp_path):
     stream.receive(io.BytesIO(sent(folder / "data" / "a")), target, overwrite=True)
     assert target.read_bytes() == CONTENT["data/a"]
     assert [one.name for one in target.parent.iterdir()] == ["target"]
+
+
+def test_what_was_there_stays_where_its_successor_cannot_take_its_place(folder, tmp_path, monkeypatch):
+    (tmp_path / "target").write_bytes(b"old")
+    rename = os.rename
+
+    def fails_for_the_new(old, new):
+        if old.is_dir():
+            raise PermissionError(errno.EACCES, "no", str(new))
+        rename(old, new)
+
+    monkeypatch.setattr(stream.os, "rename", fails_for_the_new)
+    with pytest.raises(UserError, match="cannot write"):
+        stream.receive(io.BytesIO(sent(folder)), tmp_path / "target", overwrite=True)
+    assert (tmp_path / "target").read_bytes() == b"old" and kept(tmp_path) == ["target"]
 
 
 def test_nothing_is_kept_of_a_stream_that_is_cut_or_damaged(folder, tmp_path):
@@ -115,7 +131,8 @@ def test_links_and_special_files_are_refused_before_anything_is_sent(folder, tmp
         case _:
             place.symlink_to({"link to a file": folder / "data" / "a", "broken link": "nowhere"}.get(kind, tmp_path))
     out = io.BytesIO()
-    with pytest.raises(UserError, match=r"data/odd is (a link, and links are not followed|neither a file nor)"):
+    said = "neither a file nor a folder" if kind == "pipe" else "a link, and links are not followed"
+    with pytest.raises(UserError, match=f"data/odd is {said}"):
         stream.send(source, out)
     assert not out.getvalue()
 
@@ -125,6 +142,8 @@ def test_places_on_the_volume(tmp_path):
     (tmp_path / "away").symlink_to("/")
     assert stream.below(tmp_path, "data/mine") == tmp_path / "data" / "mine"
     assert stream.below(tmp_path, "new/deep") == tmp_path / "new" / "deep"
-    for path in ("", ".", "/etc", "../x", "data/../../x", "away/tmp"):
-        with pytest.raises(UserError):
+    for path in ("", ".", "/etc", "../x", "data/../../x"):
+        with pytest.raises(UserError, match="give a path below"):
             stream.below(tmp_path, path)
+    with pytest.raises(UserError, match=r"leads out of .* by a link"):
+        stream.below(tmp_path, "away/tmp")

@@ -6,6 +6,7 @@ A pod that has the volume runs `hvd data receive` or `hvd data send`, and `kubec
 
 import contextlib
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -89,6 +90,9 @@ def push(source: Path, remote: str, options: Copy, asked: site.Settings) -> None
 
 def pull(remote: str, target: Path, options: Copy, asked: site.Settings) -> None:
     """What is at `remote` on the volume becomes `target` here, whole or not at all."""
+    target = Path(os.path.abspath(target))
+    if Path.cwd().is_relative_to(target):
+        raise UserError(f"{target}: name the file or folder that {remote} becomes, such as {Path(remote).name}")
     stream.check_free(target, overwrite=options.overwrite)
     with _exec(asked, options, ["send", remote]) as process:
         assert process.stdout is not None
