@@ -66,6 +66,14 @@ def _check_model(cfg: Experiment) -> None:
         raise UserError(
             f"evaluate.delay {delay} is more than execute_steps {execute}: one chunk is asked for at a time"
         )
+    prefix = cfg.policy.prefix_max
+    if prefix >= model.action_horizon:
+        raise UserError(f"policy.prefix_max {prefix} must be less than model.action_horizon {model.action_horizon}")
+    if cfg.evaluate.chunking == "prefix" and not delay <= prefix > 0:
+        raise UserError(
+            f"evaluate.chunking prefix: policy.prefix_max {prefix} must be {max(1, delay)} or more (evaluate.delay); "
+            "train a policy with it, or choose evaluate.chunking guided"
+        )
     if model.spells_state:
         _check_spelled_state(cfg)
     dims = [dim for level in model.hierarchical_actions for dim in level]

@@ -225,6 +225,7 @@ class PolicyConfig(StageConfig):
     bc_lambda: float = option(1.0, NOT_NEGATIVE, "L = L_RL(suboptimal) + bc_lambda L_BC(optimal); L_RL ~ alpha^2")
     suboptimal_share: float = option(0.5, SHARE, "of each batch; 0 = the optimal set alone, 1 = the suboptimal alone")
     num_flow_steps: int = option(10, AT_LEAST_1, FREE, "Euler steps when acting")
+    prefix_max: int = option(0, NOT_NEGATIVE, IF_SET, "longest prefix of given actions, trained in; 0 = none")
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class EvaluateConfig:
     seed: int = option(1_000_000, NOT_NEGATIVE, FREE, "rollouts never share a seed with the data")
     execute_steps: int = option(10, AT_LEAST_1, FREE, "actions of a chunk that are executed before the next is asked")
     delay: int = option(0, NOT_NEGATIVE, FREE, "control steps from the question to the chunk; the old one goes on")
-    chunking: Literal["replace", "ensemble", "guided"] = option("replace", FREE, "guided: real-time chunking")
+    chunking: Literal["replace", "ensemble", "guided", "prefix"] = option("replace", FREE, "how a late chunk goes on")
     workers: int = option(2, AT_LEAST_1, FREE)
     videos: int = option(3, NOT_NEGATIVE, FREE)
     action_samples: int = option(8, AT_LEAST_1, FREE, "held-out action error: also of the mean of so many chunks")

@@ -51,6 +51,15 @@ def test_named_configs_are_right(name):
         ("--evaluate.execute_steps 21", "evaluate.execute_steps 21 and delay 0 are more than the 20 actions"),
         ("--evaluate.delay 11", "evaluate.execute_steps 10 and delay 11 are more than the 20 actions"),
         ("--evaluate.delay 3 --evaluate.execute_steps 2", "evaluate.delay 3 is more than execute_steps 2"),
+        ("--policy.prefix_max 20", "policy.prefix_max 20 must be less than model.action_horizon 20"),
+        (
+            "--evaluate.chunking prefix",
+            "evaluate.chunking prefix: policy.prefix_max 0 must be 1 or more (evaluate.delay)",
+        ),
+        (
+            "--evaluate.chunking prefix --policy.prefix_max 2 --evaluate.delay 3",
+            "evaluate.chunking prefix: policy.prefix_max 2 must be 3 or more",
+        ),
         ("--robot r2", "unknown robot 'r2'; nearest: r1"),
         ("--model.hierarchical_actions [[0,1,99]]", "model.hierarchical_actions: robot r1 has no action 99"),
         ("--model.hierarchical_actions [[0,1],[1]]", "model.hierarchical_actions: action 1 stands in it twice"),

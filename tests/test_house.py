@@ -38,7 +38,7 @@ LAYERS = (
     ("cli",),
 )
 RUNTIME_MAY_IMPORT = ("errors", "files", "documents")
-BELOW = {"evaluate": ("sim",)}  # within the line of several
+BELOW = {"evaluate": ("sim",), "serve": ("export",)}  # within the line of several
 
 # Not mended yet
 LONG_FILES: set[str] = set()

@@ -10,16 +10,16 @@ Loader = Callable[[Experiment], Any]
 
 
 def trained(cfg: Experiment):
-    """The trained policy of cfg.policy_dir as an Act."""
+    """The trained policy of cfg.policy_dir as an Act, with the flow steps of `cfg`."""
     import jax
 
     from hvd.train.inference import load_policy
 
-    policy = load_policy(cfg)
+    policy = load_policy(cfg, num_flow_steps=cfg.policy.num_flow_steps)
 
     def act(state, images, prompts: Sequence[str], noise: tuple[int, int], left=None):
         key = jax.random.fold_in(jax.random.key(noise[0]), noise[1])
-        return policy.act(state, images, prompts, key, left)
+        return policy.act(state, images, prompts, key, left, guided=cfg.evaluate.chunking == "guided")
 
     return act
 

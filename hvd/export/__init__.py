@@ -82,6 +82,8 @@ def export(cfg: Experiment, options: Export) -> Path:
         "asset_id": asset,
         **{name: getattr(options, name) for name in ("merge_lora", "keep_padding")},
     }
+    if stage == "policy" and cfg.policy.prefix_max:
+        mark["prefix_max"] = cfg.policy.prefix_max
     if _is_there(target, mark):
         print(f"{target}: this export is there already, nothing to do", flush=True)
         return target

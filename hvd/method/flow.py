@@ -5,7 +5,7 @@ Letters in shapes: b rows, k actions of a chunk, a action dims (padded), l kinem
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 
 def sample_time(key: Key[Array, ""] | UInt[Array, "2"], rows: int) -> Float[Array, "b"]:
@@ -14,11 +14,21 @@ def sample_time(key: Key[Array, ""] | UInt[Array, "2"], rows: int) -> Float[Arra
 
 
 def interpolate(
-    noise: Float[Array, "b k a"], actions: Float[Array, "b k a"], time: Float[Array, "b"]
+    noise: Float[Array, "b k a"], actions: Float[Array, "b k a"], time: Float[Array, "b"] | Float[Array, "b k"]
 ) -> tuple[Float[Array, "b k a"], Float[Array, "b k a"]]:
     """x_t = t noise + (1-t) actions and its velocity u = noise - actions."""
-    t = time[:, None, None]
+    t = time.reshape(len(time), -1, 1)
     return t * noise + (1.0 - t) * actions, noise - actions
+
+
+def after_prefix(
+    time: Float[Array, "b"], action_mask: Bool[Array, "b k"], given: Int[Array, "b"]
+) -> tuple[Float[Array, "b k"], Bool[Array, "b k"]]:
+    """The time of each action and which ones count, where the first `given` actions of a row are there as they are: at
+    time 0, and without an error.
+    """
+    free = jnp.arange(action_mask.shape[1])[None] >= given[:, None]
+    return jnp.where(free, time[:, None], 0.0), action_mask & free
 
 
 def level_errors(

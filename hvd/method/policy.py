@@ -71,7 +71,11 @@ def make_program(cfg: Experiment, devices: Devices, state_dims: int) -> Program:
         time = flow.sample_time(time_key, batch["actions"].shape[0])
         time = jax.lax.with_sharding_constraint(time, devices.replicated)
         imitated = jnp.any(batch["source"][:, None] == of_optimal_sets[None], axis=-1)
-        return batch | {"noise": noise, "time": time, "imitated": imitated, "share": flow.shares(imitated)}
+        made = {"noise": noise, "time": time, "imitated": imitated, "share": flow.shares(imitated)}
+        if own.prefix_max:
+            given = jax.random.randint(jax.random.fold_in(key, 2), time.shape, 0, own.prefix_max + 1)
+            made["time"], made["action_mask"] = flow.after_prefix(time, batch["action_mask"], given)
+        return batch | made
 
     # --- one step
     def step(s: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

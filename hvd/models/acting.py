@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hvd.configs import ModelConfig
 from hvd.models import attention, gemma, siglip
-from hvd.models.chunking import Committed
+from hvd.models.chunking import Committed, Given
 from hvd.models.lora import dense
 from hvd.models.pi0 import posemb_sincos
 from hvd.models.trunk import Observation, attention_mask, embed_prefix, token_positions
@@ -47,7 +47,7 @@ def sample_actions(
     obs: Observation,
     noise: Float[Array, "b k a"],
     num_steps: int | Int[Array, ""] = 10,
-    committed: Committed | None = None,
+    committed: Committed | Given | None = None,
     steer: Steer | None = None,
 ) -> Float[Array, "b k a"]:
     """Actions (normalised, padded) by `num_steps` Euler steps from `noise`, as Pi0.sample_actions.
@@ -57,6 +57,7 @@ def sample_actions(
         weights: by hvd.models.separate.
         num_steps: a traced one is at most MAX_STEPS.
         committed: guide every step of the flow towards these actions; it costs a backward pass of the expert a step.
+            Given ones, to a model that is trained so, stay as they are, and cost nothing.
         steer: (x, t, velocity) -> the velocity that is taken; the actions as estimated from there are x - t velocity.
     """
     prefix = embed_prefix(
@@ -78,25 +79,33 @@ def sample_actions(
     positions = jnp.sum(prefix.valid.astype(jnp.int32), axis=1)[:, None] + token_positions(valid)
     angles = gemma.rope_angles(positions, gemma.get_config(cfg.paligemma_variant).head_dim)
     state = None if cfg.family == "pi05" else _linear(weights["state_proj"], obs["state"])[:, None]
+    free: Any = True  # which actions the flow moves
+    done = None  # what depends on the time, at its end
+    if isinstance(committed, Given):
+        free = jnp.logical_not(committed.where)[..., None]
+        noise = jnp.where(free, noise, committed.actions)
+        done = jax.tree.map(lambda leaf: leaf[0], _of_times(cfg, weights, jnp.zeros(1)))
 
     def velocity(x: Array, of_time: Tree, buffers: list[Buffers]) -> tuple[Array, list[Buffers]]:
-        actions = _linear(weights["action_in_proj"], x)
+        actions, of_time = _linear(weights["action_in_proj"], x), _of_tokens(of_time, done, free)
         if state is not None:
-            mixed = actions @ weights["action_time_mlp_in"]["kernel"][: actions.shape[-1]] + of_time["mlp"][None, None]
+            mixed = actions @ weights["action_time_mlp_in"]["kernel"][: actions.shape[-1]] + of_time["mlp"]
             mixed = _linear(weights["action_time_mlp_out"], jax.nn.swish(mixed))
             actions = jnp.concatenate([state, mixed], axis=1)
         suffix = Suffix(prefix.x.shape[1], angles, mask)
         out, buffers = _expert(cfg, weights["PaliGemma"]["llm"], actions, of_time, suffix, buffers)
-        return _linear(weights["action_out_proj"], out[:, -cfg.action_horizon :].astype(jnp.float32)), buffers
+        v = _linear(weights["action_out_proj"], out[:, -cfg.action_horizon :].astype(jnp.float32))
+        return jnp.where(free, v, 0.0), buffers
 
-    flow = _guided(velocity, committed) if committed is not None else lambda x, _, *rest: velocity(x, *rest)
-    return _integrate(cfg, weights, _steered(flow, steer) if steer else flow, noise, buffers, num_steps)
+    guided = isinstance(committed, Committed)
+    flow = _guided(velocity, committed) if guided else lambda x, _, *rest: velocity(x, *rest)
+    return _integrate(cfg, weights, _steered(flow, steer, free) if steer else flow, noise, buffers, num_steps)
 
 
-def _steered(flow: Any, steer: Steer) -> Any:
+def _steered(flow: Any, steer: Steer, free: Any) -> Any:
     def steered(x: Array, t: Array, of_time: Tree, buffers: Any) -> tuple[Array, Any]:
         v, after = flow(x, t, of_time, buffers)
-        return steer(x, t, v), after
+        return jnp.where(free, steer(x, t, v), 0.0), after
 
     return steered
 
@@ -169,6 +178,19 @@ def _of_times(cfg: ModelConfig, weights: Tree, times: Float[Array, "n"]) -> Tree
         return products + norm["bias"].astype(cfg.dtype)[None]
 
     return {name: modulation(norm) for name, norm in weights["PaliGemma"]["llm"]["modulation"].items()}
+
+
+def _of_tokens(of_time: Tree, done: Tree | None, free: Any) -> Tree:
+    """What depends on the time, for each token of the suffix: leaves [..., n] become [..., 1, 1, n], or [..., b, t, n]
+    where given actions, which are not `free`, are `done`."""
+    of_time = jax.tree.map(lambda leaf: leaf[..., None, None, :], of_time)
+    if done is None:
+        return of_time
+
+    def chosen(step: Array, end: Array) -> Array:
+        return jnp.where(free.reshape(*[1] * (step.ndim - 3), *free.shape), step, end[..., None, None, :])
+
+    return jax.tree.map(chosen, of_time, done)
 
 
 def _linear(layer: Tree, x: Float[Array, "*rows i"]) -> Float[Array, "*rows o"]:
@@ -244,13 +266,13 @@ def _expert(
 
 
 def _normed(
-    x: Float[Array, "b t d"], scale: Float[Array, "d"] | None, modulation: Float[Array, "d3"] | None
-) -> tuple[Float[Array, "b t d"], Float[Array, "1 1 d"] | None]:
+    x: Float[Array, "b t d"], scale: Float[Array, "d"] | None, modulation: Float[Array, "#b #t d3"] | None
+) -> tuple[Float[Array, "b t d"], Float[Array, "#b #t d"] | None]:
     """gemma.RMSNorm: with its own scale, or modulated by the time; and the residual's gate."""
     if modulation is None:
         assert scale is not None
         return (gemma.unit_rms(x) * (1 + scale)[None, None]).astype(x.dtype), None
-    by, shift, gate = jnp.split(modulation[None, None], 3, axis=-1)
+    by, shift, gate = jnp.split(modulation, 3, axis=-1)
     normed = gemma.unit_rms(x) * (1 + by.astype(jnp.float32)) + shift.astype(jnp.float32)
     return normed.astype(x.dtype), gate
 

@@ -98,8 +98,8 @@ class RMSNorm(nnx.Module):
             self.scale = param(rngs, (width,), 0.0, depth)
 
     def __call__(
-        self, x: Float[Array, "b t d"], cond: Float[Array, "b c"] | None = None
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b 1 d"] | None]:
+        self, x: Float[Array, "b t d"], cond: Float[Array, "b c"] | Float[Array, "b t c"] | None = None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b #t d"] | None]:
         """The normed x and the residual's gate (None where the norm is not adaptive)."""
         normed = unit_rms(x)
         if not self.adaptive:
@@ -107,8 +107,9 @@ class RMSNorm(nnx.Module):
         if cond is None:
             raise ValueError("an adaptive norm needs a condition")
         dense = self.Dense_0
-        modulation = cond.astype(x.dtype) @ dense.kernel[...].astype(x.dtype) + dense.bias[...].astype(x.dtype)[None]
-        scale, shift, gate = jnp.split(modulation[:, None, :], 3, axis=-1)
+        modulation = cond.astype(x.dtype) @ dense.kernel[...].astype(x.dtype)
+        modulation = modulation.reshape(len(x), -1, modulation.shape[-1]) + dense.bias[...].astype(x.dtype)[None, None]
+        scale, shift, gate = jnp.split(modulation, 3, axis=-1)
         normed = normed * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
         return normed.astype(x.dtype), gate
 
@@ -296,7 +297,7 @@ class Gemma(nnx.Module):
             xs: per expert its tokens [b t_i d_i], or None to leave that expert out; t = sum of t_i.
             positions: for the rotary embedding.
             mask: True where query t may attend to key s; p_t = length of the cache + t.
-            conds: per expert the condition [b, cond_width] of its adaptive norms.
+            conds: per expert the condition of its adaptive norms, [b cond_width] or, of each token, [b t cond_width].
             cache: keys and values of earlier tokens, stacked over the layers [l b p k h].
             wanted: per expert whether its outputs are; of the others the last layer computes keys and values alone.
             keep_kv: whether the (k, v) are returned.

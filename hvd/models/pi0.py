@@ -69,15 +69,15 @@ class Pi0(nnx.Module):
         return self.PaliGemma.embed_prefix(obs)
 
     def embed_suffix(
-        self, obs: Observation, x_t: Float[Array, "b k a"], time: Float[Array, "b"]
-    ) -> tuple[Tokens, Float[Array, "b d"] | None]:
+        self, obs: Observation, x_t: Float[Array, "b k a"], time: Float[Array, "b"] | Float[Array, "b k"]
+    ) -> tuple[Tokens, Float[Array, "b *k d"] | None]:
         """The expert's tokens, and what conditions its norms.
 
         pi0: one state token (a block), then one token per noisy action, mixed with the time (a block); no condition.
         pi0.5: one token per noisy action (a block); the condition is the time's embedding.
         """
         actions = self.action_in_proj(x_t)
-        embedded = posemb_sincos(time, actions.shape[-1])
+        embedded = posemb_sincos(time.reshape(-1), actions.shape[-1]).reshape(*time.shape, -1)
         if self.pi05:
             starts = np.arange(actions.shape[1]) == 0
             condition = nnx.swish(self.time_mlp_out(nnx.swish(self.time_mlp_in(embedded))))
@@ -85,16 +85,16 @@ class Pi0(nnx.Module):
         return self._state_and_actions(obs, actions, embedded), None
 
     def _state_and_actions(
-        self, obs: Observation, actions: Float[Array, "b k d"], embedded: Float[Array, "b d"]
+        self, obs: Observation, actions: Float[Array, "b k d"], embedded: Float[Array, "b *t d"]
     ) -> Tokens:
         state = self.state_proj(obs["state"])[:, None]
         width = actions.shape[-1]
-        # A dense layer on [action, time] in two halves: the time's is the same for every action of the chunk.
+        # A dense layer on [action, time] in two halves: mostly the time is the same for every action of the chunk.
         kernel = sharding.weight(self.action_time_mlp_in.kernel[...], jnp.dtype("float32"))
         bias = self.action_time_mlp_in.bias
         assert bias is not None
-        of_time = embedded @ kernel[width:] + bias[...][None]
-        mixed = self.action_time_mlp_out(nnx.swish(actions @ kernel[:width] + of_time[:, None]))
+        of_time = (embedded @ kernel[width:]).reshape(len(actions), -1, width) + bias[...][None, None]
+        mixed = self.action_time_mlp_out(nnx.swish(actions @ kernel[:width] + of_time))
         x = jnp.concatenate([state, mixed], axis=1)
         starts = np.zeros(x.shape[1], bool)
         starts[:2] = True
@@ -103,8 +103,10 @@ class Pi0(nnx.Module):
     def _head(self, out: Float[Array, "b t d"]) -> Float[Array, "b k a"]:
         return self.action_out_proj(out[:, -self.action_horizon :].astype(jnp.float32))
 
-    def velocity(self, obs: Observation, x_t: Float[Array, "b k a"], time: Float[Array, "b"]) -> Float[Array, "b k a"]:
-        """Predicted velocity d x_t / d t, float32."""
+    def velocity(
+        self, obs: Observation, x_t: Float[Array, "b k a"], time: Float[Array, "b"] | Float[Array, "b k"]
+    ) -> Float[Array, "b k a"]:
+        """Predicted velocity d x_t / d t, float32; `time` of each row, or of each action (given ones are at 0)."""
         prefix, (suffix, condition) = self.embed_prefix(obs), self.embed_suffix(obs, x_t, time)
         if not self.frozen_trunk:
             return self._head(self.PaliGemma.joint(prefix, suffix, condition))

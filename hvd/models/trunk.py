@@ -122,7 +122,7 @@ class Trunk(nnx.Module):
         return embed_prefix(obs, self.cameras, self.img if self.cameras else None, self.llm.embed, self.dtype)
 
     def joint(
-        self, prefix: Tokens, suffix: Tokens, condition: Float[Array, "b d"] | None = None
+        self, prefix: Tokens, suffix: Tokens, condition: Float[Array, "b *k d"] | None = None
     ) -> Float[Array, "b t d"]:
         """The second expert's outputs for the suffix, prefix and suffix in one pass."""
         valid = jnp.concatenate([prefix.valid, suffix.valid], axis=1)
@@ -139,7 +139,7 @@ class Trunk(nnx.Module):
         return Prefix(cache, prefix.valid)
 
     def decode(
-        self, prefix: Prefix, suffix: Tokens, condition: Float[Array, "b d"] | None = None
+        self, prefix: Prefix, suffix: Tokens, condition: Float[Array, "b *k d"] | None = None
     ) -> Float[Array, "b t d"]:
         """The second expert's outputs for the suffix, which sees the whole cached prefix; equals `joint`."""
         valid = suffix.valid

@@ -4,13 +4,16 @@ The config says sizes, robot and keys; the statistics are those beside the check
 norm_stats.json), else the experiment's shared ones.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from etils import epath
 
+from hvd import documents, export
 from hvd.configs import Experiment
 from hvd.data import normalize
 from hvd.data.transforms import InputTransform
@@ -23,6 +26,12 @@ from hvd.train import run_dir as runs
 from hvd.train.state import Graph
 
 
+class _Mark(msgspec.Struct):
+    """What an export says of its run, as far as it matters here."""
+
+    prefix_max: documents.Count = 0
+
+
 def load_checkpoint(cfg: Experiment, path: str) -> inference.Policy:
     """The policy whose parameters are the checkpoint's, every one of them.
 
@@ -32,6 +41,7 @@ def load_checkpoint(cfg: Experiment, path: str) -> inference.Policy:
     Raises:
         UserError: no checkpoint there, one that lacks parameters or has other shapes, norm stats of another robot.
     """
+    cfg = _as_trained(cfg, path)
     transform = InputTransform.from_config(cfg, stats_for(cfg, path))
     opened = pretrained.open_checkpoint(path, "--checkpoint")
     graph = Graph(lambda rngs: Pi0(cfg.model, rngs), dtype_of=precision.inference(cfg.model.dtype))
@@ -56,13 +66,28 @@ def load_checkpoint(cfg: Experiment, path: str) -> inference.Policy:
     return inference.Policy(cfg, transform, params, noisy=np.ones(cfg.model.action_dim, np.float32))
 
 
+def _as_trained(cfg: Experiment, path: str) -> Experiment:
+    """With the policy.prefix_max that an export of ours names; openpi's own checkpoints leave it to the config."""
+    for folder in _folders(path):
+        if (folder / export.MARK).is_file():
+            prefix_max = documents.read(folder / export.MARK, _Mark).prefix_max
+            return dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, prefix_max=prefix_max))
+    return cfg
+
+
+def _folders(path: str) -> list[Path]:
+    """Where what lies beside a local checkpoint may lie."""
+    if storage.is_url(path):
+        return []
+    root = Path(path).expanduser()
+    return [root, root.parent] if root.name == "params" else [root]
+
+
 def stats_for(cfg: Experiment, path: str) -> normalize.Stats:
     """The norm stats beside a local checkpoint if there is exactly one file of them, else the experiment's."""
     found: list[Path] = []
-    if not storage.is_url(path):
-        root = Path(path).expanduser()
-        for folder in (root, root.parent) if root.name == "params" else (root,):
-            found += sorted((folder / "assets").glob(f"**/{runs.NORM_STATS}"))
+    for folder in _folders(path):
+        found += sorted((folder / "assets").glob(f"**/{runs.NORM_STATS}"))
     if not found:
         return normalize.load_shared(cfg)
     if len(found) > 1:

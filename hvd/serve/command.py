@@ -261,6 +261,7 @@ def describe(target: Experiment | str, policy: "Policy", reader: "RequestReader"
         "default_prompt": reader.default_prompt,
         "num_flow_steps": reader.num_flow_steps,
         "real_time_chunking": reader.chunking,
+        "prefix_max": cfg.policy.prefix_max,
         "deadlines": True,
     }
 

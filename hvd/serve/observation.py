@@ -30,7 +30,7 @@ from hvd.configs import Experiment, KeyMap
 from hvd.data.columns import parse_column
 from hvd.data.transforms import InputTransform, Observation
 from hvd.errors import UserError, nearest
-from hvd.models.chunking import Committed, commit
+from hvd.models.chunking import Committed, Given, commit
 from hvd.robots import get_robot
 
 MAX_FLOW_STEPS = 100
@@ -65,7 +65,7 @@ class Request:
     num_flow_steps: int
     batched: bool
     warning: str = ""
-    committed: Committed | None = None
+    committed: Committed | Given | None = None
     deadline: float = math.inf
 
     @property
@@ -73,9 +73,9 @@ class Request:
         return len(self.state)
 
     @property
-    def kind(self) -> tuple[int, bool]:
-        """Requests of one kind can be computed together."""
-        return self.num_flow_steps, self.committed is not None
+    def kind(self) -> tuple[int, type]:
+        """Requests of one kind can be computed together: flow steps, and the form of the committed actions."""
+        return self.num_flow_steps, type(self.committed)
 
 
 class RequestReader:
@@ -273,7 +273,7 @@ class RequestReader:
 
     def _committed(
         self, message: Mapping[str, Any], state: Float32[np.ndarray, "b s"], batched: bool
-    ) -> Committed | None:
+    ) -> Committed | Given | None:
         left, delay = "prev_chunk_left_over", "inference_delay"
         if left not in message:
             if delay in message:
@@ -290,7 +290,7 @@ class RequestReader:
         if not 1 <= count <= horizon or not np.isfinite(value).all():
             raise Refused(f"{left} has {count} actions; expected 1 to {horizon}, of finite numbers")
         actions = self._transform.actions_in(value.reshape(len(state), count, dims), state)
-        return commit(actions, whole_number(message, delay, 0, 0, count), horizon)
+        return commit(actions, whole_number(message, delay, 0, 0, count), horizon, self.cfg.policy.prefix_max)
 
 
 def key_map(cfg: Experiment) -> KeyMap:

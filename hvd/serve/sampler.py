@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from hvd.data.transforms import Observation
 from hvd.models import acting
-from hvd.models.chunking import Committed
+from hvd.models.chunking import Committed, Given
 from hvd.runtime import preemption
 from hvd.serve.observation import MAX_FLOW_STEPS, Request
 from hvd.train.inference import Policy
@@ -26,13 +26,15 @@ class Sampler:
 
     Args:
         sizes: batch sizes to compile, ascending; a batch is filled up to the next one.
-        chunking: compile each for requests with committed actions too.
+        chunking: compile each for requests with committed actions too; for given ones where the policy is trained so.
     """
 
     def __init__(self, policy: Policy, sizes: Sequence[int], chunking: bool = False):
         assert acting.MAX_STEPS >= MAX_FLOW_STEPS
         self._policy, self.sizes = policy, tuple(sizes)
-        self._kinds = (False, True) if chunking else (False,)
+        self._forms: list[type] = [type(None)]
+        if chunking:
+            self._forms += [Committed, Given] if policy.cfg.policy.prefix_max else [Committed]
         model = policy.cfg.model
         self._chunk = (model.action_horizon, model.action_dim)
 
@@ -43,14 +45,14 @@ class Sampler:
             noise: Float[Array, "b k a"],
             given: Bool[Array, "b"],
             num_steps: Int[Array, ""],
-            committed: Committed | None,
+            committed: Committed | Given | None,
         ) -> Float[Array, "b k a"]:
             drawn = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (1, *self._chunk))[0])(seeds)
             noise = jnp.where(given[:, None, None], noise, drawn)
             return policy.denoise(params, observation, noise, num_steps, committed)
 
         self._jitted = jax.jit(sample)
-        self._compiled: dict[tuple[int, bool], Any] = {}
+        self._compiled: dict[tuple[int, type], Any] = {}
 
     @property
     def max_rows(self) -> int:
@@ -63,18 +65,20 @@ class Sampler:
     def warm(self, request: Request) -> None:
         """Compile every size, with the shapes of `request`, and run it once."""
         chunk = np.zeros((request.rows, *self._chunk), np.float32)
-        for size, chunking in itertools.product(self.sizes, self._kinds):
+        for size, form in itertools.product(self.sizes, self._forms):
             preemption.check("before the server was ready")
-            committed = Committed(chunk, chunk[..., 0]) if chunking else None
+            committed = None
+            if form is not type(None):
+                committed = form(chunk, chunk[..., 0].astype(bool if form is Given else np.float32))
             inputs = self._inputs([dataclasses.replace(request, committed=committed)], size)
-            compiled = self._compiled[size, chunking] = self._jitted.lower(self._policy.params, *inputs).compile()
+            compiled = self._compiled[size, form] = self._jitted.lower(self._policy.params, *inputs).compile()
             jax.block_until_ready(compiled(self._policy.params, *inputs))
 
     def __call__(self, requests: Sequence[Request]) -> list[Float32[np.ndarray, "b k a"]]:
         """Raw absolute actions of each request, which are of one kind; together at most `max_rows` rows."""
         size = self.size_for(sum(request.rows for request in requests))
         inputs = self._inputs(requests, size)
-        compiled = self._compiled[size, requests[0].committed is not None]
+        compiled = self._compiled[size, type(requests[0].committed)]
         normalised = jax.device_get(compiled(self._policy.params, *inputs))
         with np.errstate(over="ignore", invalid="ignore"):  # who asks for the impossible is told so by the caller
             actions = self._policy.transform.actions_out(normalised, batch_of(requests, size)[1])
@@ -92,13 +96,14 @@ class Sampler:
             if request.noise is not None:
                 noise[rows], given[rows] = request.noise, True
             at += request.rows
+        parts = [request.committed for request in requests if request.committed is not None]
         committed = None
-        if all(request.committed is not None for request in requests):
-            parts = [request.committed for request in requests if request.committed is not None]
-            rest = size - at
-            committed = Committed(
-                *(np.concatenate([*x, np.zeros((rest, *x[0].shape[1:]), np.float32)]) for x in zip(*parts, strict=True))
+        if len(parts) == len(requests):
+            joined = (
+                np.concatenate([*x, np.zeros((size - at, *x[0].shape[1:]), x[0].dtype)])
+                for x in zip(*parts, strict=True)
             )
+            committed = type(parts[0])(*joined)
         return observation, seeds, noise, given, np.int32(requests[0].num_flow_steps), committed
 
 

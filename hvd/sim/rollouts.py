@@ -19,8 +19,9 @@ from hvd.sim.render import Backend, Cameras
 Act = Callable[..., np.ndarray]
 """(state [B,S], images {camera: uint8 [B,h,w,3]}, B prompts, (first seed of the batch, number of the call)) -> raw
 absolute actions [B,K,21]. The last argument names the policy's noise: the same numbers, the same actions. With
-chunking "guided" a fifth one: actions of the last chunk that are not executed yet [B,n,21], and the delay in steps."""
-Chunking = Literal["replace", "ensemble", "guided"]
+chunking "guided" and "prefix" a fifth one: actions of the last chunk that are not executed yet [B,n,21], and the delay
+in steps."""
+Chunking = Literal["replace", "ensemble", "guided", "prefix"]
 
 _OBSERVED = {"observation.state": Env.state, "observation.environment_state": Env.environment_state}
 _OLDER = 0.01  # ensembling: the n-th oldest chunk counts exp(-n * _OLDER)
@@ -38,8 +39,8 @@ class RolloutSpec:
         execute_steps: actions of a chunk that are executed before the next one is asked for.
         delay: control steps until it is there; meanwhile the old one is executed further.
         chunking: replace: then the new one is executed, from its `delay`-th action on; ensemble: the mean of all chunks
-            that have an action for a step, older ones counting a little more (Zhao et al. 2023); guided: as replace,
-            and the policy is told what is not executed yet.
+            that have an action for a step, older ones counting a little more (Zhao et al. 2023); guided, prefix: as
+            replace, and the policy is told what is not executed yet.
         videos: seed -> mp4 file to write.
     """
 
@@ -120,7 +121,7 @@ class _Chunks:
     @property
     def left(self) -> tuple[tuple[np.ndarray, int], ...]:
         """The fifth argument of Act, where there is one."""
-        if self._spec.chunking != "guided" or not self._known:
+        if self._spec.chunking not in ("guided", "prefix") or not self._known:
             return ()
         begun, chunk = self._known[-1]
         return ((chunk[:, self._step - begun :], self._spec.delay),)

@@ -21,7 +21,7 @@ from hvd.data.transforms import InputTransform, Observation
 from hvd.errors import UserError
 from hvd.method import condition, extraction
 from hvd.models import acting, precision
-from hvd.models.chunking import Committed, commit
+from hvd.models.chunking import Committed, Given, commit
 from hvd.models.pi0 import Pi0
 from hvd.models.separate import separate
 from hvd.models.value import ValueModel
@@ -38,7 +38,7 @@ class Policy:
         cfg: the config the run was trained with.
         transform: raw numbers <-> the model's.
         params: the model's parameters on its devices, in the form that acts (hvd.models.separate).
-        denoise: (params, observation, noise [b,K,action_dim], flow steps, committed actions or None) -> normalised
+        denoise: (params, observation, noise [b,K,action_dim], flow steps, Committed, Given or None) -> normalised
             actions [b,K,action_dim]; pure, for callers that compile it themselves (hvd.serve.sampler).
     """
 
@@ -63,7 +63,7 @@ class Policy:
             observation: Observation,
             noise: Float[Array, "b k a"],
             num_steps: int | Int[Array, ""],
-            committed: Committed | None = None,
+            committed: Committed | Given | None = None,
             steer: acting.Steer | None = None,
         ) -> Float[Array, "b k a"]:
             noise = noise * noisy[None, None]
@@ -75,7 +75,7 @@ class Policy:
             denoise = steering.by_words(denoise, p["guidance"])
 
         def sample(
-            params: Tree, observation: Observation, key: jax.Array, committed: Committed | None
+            params: Tree, observation: Observation, key: jax.Array, committed: Committed | Given | None
         ) -> Float[Array, "b k a"]:
             b = observation["state"].shape[0]
             noise = jax.random.normal(key, (b, cfg.model.action_horizon, cfg.model.action_dim))
@@ -91,6 +91,7 @@ class Policy:
         prompts: Sequence[str],
         key: jax.Array,
         left: tuple[Float32[np.ndarray, "b n a"], int] | None = None,
+        guided: bool = False,
     ) -> Float32[np.ndarray, "b k a"]:
         """A chunk of raw absolute actions.
 
@@ -100,12 +101,14 @@ class Policy:
             key: of the initial noise; the same key gives the same actions.
             left: raw actions of the last chunk that are not executed yet, and how many of them will be over when this
                 chunk is: it goes on from them (hvd.models.chunking).
+            guided: by guidance also where the policy is trained to be given them (policy.prefix_max).
         """
         observation = self.transform.observation(state, images, prompts)
         committed = None
         if left is not None:
             normalised = self.transform.actions_in(left[0], state)
-            committed = commit(normalised, left[1], self.cfg.model.action_horizon)
+            prefix_max = 0 if guided else self.cfg.policy.prefix_max
+            committed = commit(normalised, left[1], self.cfg.model.action_horizon, prefix_max)
         actions = jax.device_get(self._sample(self.params, observation, key, committed))
         return self.transform.actions_out(actions, state)
 
@@ -157,9 +160,16 @@ class ValueFunction:
         return self(observation, self.transform.actions_in(actions, state), np.ones(actions.shape[:2], bool))
 
 
-def load_policy(run: Experiment | os.PathLike | str, *, devices: Devices | None = None) -> Policy:
-    """The policy of a run folder, or of an experiment (its policy_dir). UserError unless the run is complete."""
+def load_policy(
+    run: Experiment | os.PathLike | str, *, devices: Devices | None = None, num_flow_steps: int = 0
+) -> Policy:
+    """The policy of a run folder, or of an experiment (its policy_dir). UserError unless the run is complete.
+
+    `num_flow_steps`: Euler steps of `act`; 0 = the run's.
+    """
     cfg, transform, step, folder = _open(run, "policy")
+    own = dataclasses.replace(cfg.policy, num_flow_steps=num_flow_steps or cfg.policy.num_flow_steps)
+    cfg = dataclasses.replace(cfg, policy=own)
     graph = Graph(lambda rngs: Pi0(cfg.model, rngs), dtype_of=precision.inference(cfg.model.dtype))
     params = _params(graph, folder, step, devices or _local())
     # The velocity of padded dims has no meaning: without it they keep the noise they start from, which is 0

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hvd.method.flow import interpolate, level_errors, policy_loss, sample_time, shares
+from hvd.method.flow import after_prefix, interpolate, level_errors, policy_loss, sample_time, shares
 
 LEVELS = ((2, 3), (0,), (1, 4))  # 5 robot dims in a 7-dim padded action
 
@@ -25,6 +25,17 @@ def test_interpolate_ends():
     np.testing.assert_allclose(x[0], actions[0], rtol=1e-6)
     np.testing.assert_allclose(x[1], noise[1], rtol=1e-6)
     np.testing.assert_allclose(x + (jnp.array([1.0, 0.0])[:, None, None]) * u, noise, rtol=1e-5, atol=1e-6)
+
+
+def test_given_actions_are_at_their_end_and_do_not_count():
+    mask = jnp.array([[True] * 4, [True, True, True, False]])
+    time, counted = after_prefix(jnp.array([0.5, 0.25]), mask, jnp.array([0, 2]))
+    assert time.tolist() == [[0.5] * 4, [0, 0, 0.25, 0.25]]
+    assert counted.tolist() == [[True] * 4, [False, False, True, False]]
+    noise, actions = _random(2, 4, 7), _random(2, 4, 9)[..., :7]
+    x, _ = interpolate(noise, actions, time)
+    np.testing.assert_array_equal(x[1, :2], actions[1, :2])
+    np.testing.assert_allclose(x[1, 2:], interpolate(noise, actions, jnp.array([0.5, 0.25]))[0][1, 2:])
 
 
 def test_level_errors_count_only_real_dims_and_actions():

@@ -1,6 +1,7 @@
 """The form that acts beside Pi0 itself: actions, guidance towards committed actions, and its mask."""
 
 import dataclasses
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 from numpy.testing import assert_allclose
 
 from hvd.models import acting
-from hvd.models.chunking import Committed, soft_mask
+from hvd.models.chunking import Committed, Given, soft_mask
 from hvd.models.pi0 import Pi0
 from hvd.models.separate import separate
 from tests.models.conftest import MINI, observation
@@ -18,6 +19,7 @@ from tests.models.conftest import MINI, observation
 STEPS = 4
 
 
+@cache
 def moving(config):
     """A model whose every parameter counts, also those that start as zeros."""
     model = Pi0(config, nnx.Rngs(0))
@@ -63,6 +65,45 @@ def test_actions_are_drawn_towards_the_committed_ones(family):
     assert_allclose(drawn, by_the_paper(model, obs, noise, committed, STEPS), rtol=1e-4, atol=1e-4)
     assert_allclose(drawn[2], free[2], rtol=1e-5, atol=1e-5)  # a row that counts nothing
     assert np.abs(drawn - old)[0, :2].mean() < 0.5 * np.abs(free - old)[0, :2].mean()
+
+
+@pytest.mark.parametrize("family", ["pi0", "pi05"])
+def test_given_actions_stay_and_are_at_their_own_time(family):
+    config = dataclasses.replace(MINI, family=family)
+    model, obs = moving(config), observation(config)
+    noise, old = jax.random.normal(jax.random.key(5), (2, 3, config.action_horizon, config.action_dim))
+    given = jnp.arange(config.action_horizon)[None] < jnp.array([2, 5, 0])[:, None]
+    weights = separate(config, nnx.to_pure_dict(nnx.state(model)))
+
+    @jax.jit
+    def act(committed, climb=None):
+        return acting.sample_actions(config, weights, obs, noise, STEPS, committed, climb)
+
+    velocity, x = jax.jit(model.velocity), jnp.where(given[..., None], old, noise)
+    for i in range(STEPS):
+        v = velocity(obs, x, jnp.where(given, 0.0, 1 - i / STEPS))
+        x = jnp.where(given[..., None], old, x - v / STEPS)
+    got, free = act(Given(old, given)), act(None)
+    assert_allclose(got, x, rtol=1e-5, atol=1e-5)
+    assert_allclose(got[2], free[2], rtol=1e-5, atol=1e-5)  # a row that is given nothing
+    assert np.abs(got - free)[0, 2:].max() > 1e-3  # the others depend on what is given
+
+
+def test_a_flow_that_is_steered_leaves_given_actions_alone():
+    model, obs = moving(MINI), observation(MINI)
+    noise, old = jax.random.normal(jax.random.key(5), (2, 3, MINI.action_horizon, MINI.action_dim))
+    given = jnp.arange(MINI.action_horizon)[None] < jnp.array([2, 5, 0])[:, None]
+    weights = separate(MINI, nnx.to_pure_dict(nnx.state(model)))
+    seen = []
+
+    def steer(x, t, velocity):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x - t * velocity)
+        return velocity + 1
+
+    got = acting.sample_actions(MINI, weights, obs, noise, STEPS, Given(old, given), steer)
+    for actions in (*seen, got):
+        assert_allclose(actions[given], old[given], rtol=1e-6)
+    assert len(seen) == STEPS
 
 
 def test_more_flow_steps_than_are_embedded_at_once():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -69,6 +70,18 @@ def test_what_does_not_fit(cfg, exported, tmp_path, monkeypatch):
     (other / "norm_stats.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="both lie beside it"):
         load_checkpoint(cfg, str(tmp_path))
+
+
+def test_an_export_says_how_it_was_trained(cfg, exported, tmp_path):
+    other = dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, prefix_max=2))
+    assert load_checkpoint(other, str(exported)).cfg.policy.prefix_max == 0
+    shutil.copytree(exported, tmp_path / "copy")
+    mark = tmp_path / "copy" / export.MARK
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"prefix_max": 3}))
+    assert load_checkpoint(cfg, str(tmp_path / "copy/params")).cfg.policy.prefix_max == 3
+    mark.write_text("[]")
+    with pytest.raises(UserError, match=export.MARK):
+        load_checkpoint(cfg, str(tmp_path / "copy"))
 
 
 def test_it_is_built_into_a_server(cfg, exported):

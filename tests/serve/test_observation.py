@@ -11,7 +11,7 @@ from hvd.data.normalize import NormStats
 from hvd.data.tokenizer import Tokenizer
 from hvd.data.transforms import InputTransform
 from hvd.errors import UserError
-from hvd.models.chunking import soft_mask
+from hvd.models.chunking import Committed, Given, soft_mask
 from hvd.robots import get_robot
 from hvd.serve.observation import MAX_SEED, Refused, RequestReader
 from hvd.serve.sampler import batch_of
@@ -24,10 +24,14 @@ KEYMAP = KeyMap(
 STATE = 5
 
 
-def make_reader(keys: KeyMap = KEYMAP, cameras=("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), **options):
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+def make_reader(keys: KeyMap = KEYMAP, cameras=CAMERAS, prefix_max=0, **options):
     cfg = factory.experiment(
         Path("nowhere"),
         model=factory.model(cameras=cameras, image_size=28),
+        policy={"prefix_max": prefix_max},
         optimal_data=DataConfig(repo_id="x", root="nowhere", keys=keys),
     )
     return RequestReader(cfg, transform_of(cfg), **{"max_rows": 4, "default_prompt": "carry the tote"} | options)
@@ -235,12 +239,18 @@ def test_committed_actions_that_do_not_fit(sent, why):
 def test_committed_actions():
     good = GOOD | {"prev_chunk_left_over": np.full((3, 21), 0.5), "inference_delay": 1}
     request = make_reader(chunking=True).read(good, 0)
-    assert request.kind == (10, True) and make_reader(chunking=True).read(GOOD, 0).kind == (10, False)
+    assert request.kind == (10, Committed) and make_reader(chunking=True).read(GOOD, 0).kind == (10, type(None))
     assert request.committed is not None
     actions, weights = request.committed
     assert actions.shape == (1, 4, 32) and not actions[0, 3].any()
     np.testing.assert_allclose(actions[0, :3, :21], 0.5, rtol=1e-5)
     np.testing.assert_array_equal(weights[0], soft_mask(3, 1, 4))
+    trained_so = make_reader(chunking=True, prefix_max=2)
+    request = trained_so.read(good, 0)
+    assert request.kind == (10, Given) and request.committed is not None
+    np.testing.assert_array_equal(request.committed[0], actions)
+    assert request.committed[1].tolist() == [[True, False, False, False]]
+    assert trained_so.read(good | {"inference_delay": 3}, 0).kind == (10, Committed)  # longer than it is trained for
     with pytest.raises(Refused, match="started without --real-time-chunking"):
         make_reader().read(good, 0)
     with pytest.raises(UserError, match="at most 100; give --num-flow-steps"):

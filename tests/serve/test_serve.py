@@ -1,5 +1,6 @@
 """`hvd serve` in a process of its own, driven over a socket by openpi's own client."""
 
+import copy
 import dataclasses
 import os
 import re
@@ -119,7 +120,9 @@ def test_committed_actions_are_followed(policy):
     from hvd.serve.sampler import Sampler
 
     reader = RequestReader(policy.cfg, policy.transform, chunking=True)
-    sampler = Sampler(policy, (2,), chunking=True)
+    trained_so = copy.copy(policy)
+    trained_so.cfg = dataclasses.replace(policy.cfg, policy=dataclasses.replace(policy.cfg.policy, prefix_max=2))
+    sampler = Sampler(trained_so, (2,), chunking=True)
     plain: dict[str, Any] = {**served.observation(np.random.default_rng(5)), "seed": 5}
     old = direct(policy, plain, 6)
     sampler.warm(reader.read(plain, 0))
@@ -131,6 +134,12 @@ def test_committed_actions_are_followed(policy):
     state = plain["state"][None]
     away = [np.abs(policy.transform.actions_in((x - old)[None, :2], state)).mean() for x in (free, soft, hard)]
     assert away[0] > away[1] > away[2]
+    reader = RequestReader(trained_so.cfg, policy.transform, chunking=True)
+    requests = [reader.read(plain | {"prev_chunk_left_over": old[:3], "inference_delay": n}, 0) for n in (0, 2)]
+    none, two = (rows[0] for rows in sampler(requests))
+    np.testing.assert_allclose(none, free, **TOLERANCE)
+    np.testing.assert_allclose(two[:2], old[:2], **TOLERANCE)
+    assert np.abs(two[2:] - free[2:]).max() > 1e-4
 
 
 def test_hvds_own_client(server, policy):

@@ -169,9 +169,10 @@ def test_an_ensemble_is_the_mean_of_what_is_there(monkeypatch):
     )
 
 
-def test_a_guided_policy_is_told_what_is_left(monkeypatch):
+@pytest.mark.parametrize("way", ["guided", "prefix"])
+def test_a_policy_is_told_what_is_left(monkeypatch, way):
     policy = Numbers()
-    told = executed(monkeypatch, policy, chunking="guided", delay=2)
+    told = executed(monkeypatch, policy, chunking=way, delay=2)
     assert told == executed(monkeypatch, Numbers(), delay=2) and policy.left[0] is None
     (actions, delay), (later, _) = policy.left[1:3]
     assert actions.shape == (1, 4, 21) and actions[0, :, 0].tolist() == [4, 5, 6, 7] and delay == 2

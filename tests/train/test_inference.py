@@ -86,7 +86,7 @@ def test_wrong_config(trained):
 
 
 @pytest.mark.slow
-def test_a_chunk_goes_on_from_what_is_left(policy):
+def test_a_chunk_goes_on_from_what_is_left(policy, monkeypatch):
     """Real-time chunking: its first actions are those that are executed meanwhile."""
     rows = [0, 5, 9]
     state = stage_data.open_dataset(policy.cfg, "optimal").state[rows]
@@ -95,6 +95,13 @@ def test_a_chunk_goes_on_from_what_is_left(policy):
     guided = policy.act(state, {}, prompts, key, (other[:, 1:], 2))
     near, far = (np.abs(x[:, :2] - other[:, 1:3]).mean() for x in (guided, act(policy, rows)))
     assert near < 0.5 * far
+    trained_so = dataclasses.replace(policy.cfg, policy=dataclasses.replace(policy.cfg.policy, prefix_max=2))
+    monkeypatch.setattr(policy, "cfg", trained_so)
+    given = policy.act(state, {}, prompts, key, (other[:, 1:], 2))
+    np.testing.assert_allclose(given[:, :2], other[:, 1:3], atol=1e-5)
+    for left, told in (((other[:, 1:], 2), {"guided": True}), ((other[:, 1:], 3), {})):  # told so; longer than trained
+        by_guidance = policy.act(state, {}, prompts, key, left, **told)
+        assert np.abs(by_guidance[:, :2] - other[:, 1:3]).max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------- policies that ask the critic

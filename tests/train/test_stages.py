@@ -1,16 +1,20 @@
 """Both stages: what a run leaves behind, that a resumed one is the same run, and what is refused."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hvd import export
 from hvd.errors import Failed, Stopped, UserError
 from hvd.method import policy, value
+from hvd.models.pi0 import Pi0
 from hvd.train import complete, stage_data
 from hvd.train import run_dir as runs
 from tests.train.compare import assert_same_run, lines, metrics
@@ -198,14 +202,26 @@ def test_non_finite_loss_stops_the_run(fresh, at_step):
     assert not Path(cfg.policy_dir).exists()
 
 
-def test_imitation_needs_no_value_run(fresh):
-    cfg = fresh(policy={"weighting": "none", "run_name": "imitation"})
+def test_imitation_needs_no_value_run(fresh, monkeypatch, tmp_path):
+    """Here with given actions: an error of 1e3 for each, and of 10 times their number for a further one."""
+
+    def velocity(self, observation, x_t, time):
+        given = time == 0
+        errors = jnp.where(given, 1e3, 10.0 * given.sum(axis=1, keepdims=True))
+        return jnp.broadcast_to(errors[..., None], x_t.shape)
+
+    monkeypatch.setattr(Pi0, "velocity", velocity)
+    cfg = fresh(policy={"weighting": "none", "run_name": "imitation", "prefix_max": 3})
     policy.main(cfg)
     assert Path(cfg.policy_dir).name == "imitation" and not Path(cfg.advantages_dir).exists()
     assert complete.check_complete(cfg.policy_dir, stage="policy", cfg=cfg).inputs.keys() == {
         "optimal", "suboptimal", "norm_stats",
     }  # fmt: skip
-    assert all(line["weight/base"] == 1.0 for line in metrics(cfg.policy_dir))
+    for line in metrics(cfg.policy_dir):
+        assert line["weight/base"] == 1.0
+        assert 100 < line["flow_error"] < 1_000  # the mean of 0, 100, 400 and 900 is 350: given actions cost nothing
+    to = export.export(cfg, export.Export(to=str(tmp_path / "out")))
+    assert json.loads((to / export.MARK).read_text())["prefix_max"] == 3
 
 
 def test_policy_refuses_a_value_run_of_another_config(copied):
