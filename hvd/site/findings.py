@@ -308,8 +308,8 @@ def _version(reports: Sequence[Report], asked: Asked) -> Finding:
     for (one, first), (other, second) in itertools.pairwise(known.items()):
         if first != second:
             advice = "bring all to one version: the same checkout, the same image"
-            return Finding("version", "FAILED", f"{one} runs hvd {first}, {other} {second}; {advice}")
-    return Finding("version", "ok", f"hvd {next(iter(known.values()), 'of unknown version')} everywhere")
+            return Finding("version", "FAILED", f"{one} runs {first}, {other} {second}; {advice}")
+    return Finding("version", "ok", f"{next(iter(known.values()), 'hvd of unknown version')} everywhere")
 
 
 def _image(seen: Seen) -> Finding:

@@ -52,7 +52,7 @@ class Probe:
         from hvd.train import run_dir
 
         try:
-            self._tell(version=run_dir.code_version(), **self._storage(), **_nvidia())
+            self._tell(version=run_dir.running(), **self._storage(), **_nvidia())
             if self._report.count > 1 and not self._report.storage_error:
                 self._tell(**self._meet())
             self._tell(devices=_jax(Devices, "alone", self._patience))

@@ -17,7 +17,7 @@ ASKED = Asked(nodes=2, processes=2, gpus=8, limit=3600, grace=300, limit_option=
 
 
 def report(process: int, **other) -> Report:
-    found = Report(process, 2, f"node{process + 1}", 3, 1000.0, "2.0+abc", "/storage/runs", 10001, free=10**12)
+    found = Report(process, 2, f"node{process + 1}", 3, 1000.0, "hvd 2.0+abc", "/storage/runs", 10001, free=10**12)
     found = dataclasses.replace(found, gpus=8, driver="550.54.15", devices=GPUS, sum=Sum(16, 4.0, 0.01), done=True)
     return dataclasses.replace(found, **({} if process else {"peers": {"1": Peer(0.004, -0.1)}}) | other)
 
@@ -58,7 +58,7 @@ FAILURES = {
     "a node's clock": (seen({"peers": {"1": Peer(0.01, -90.0)}}), "clocks", "node2 and node1 differ by 90 s"),
     "our clock": (seen(clocks={0: Clock(), 1: Clock(60, 61)}), "clocks", "node2 and this machine differ by 60 s"),
     "no space": (seen(second={"free": 10**9}), "space", r"1\.0 GB are free .* on node2, less than --space 10"),
-    "two versions": (seen(second={"version": "1.9"}), "version", r"node1 runs hvd 2\.0\+abc, node2 1\.9"),
+    "two versions": (seen(second={"version": "hvd 1.9"}), "version", r"node1 runs hvd 2\.0\+abc, node2 hvd 1\.9"),
     "two images": (seen(images={"node1": "sha256:a", "node2": "sha256:b"}), "image", "by its digest"),
 }
 

@@ -56,7 +56,7 @@ class Trial:
             limit_option="--slurm.time",
             grace_option="--slurm.grace",
             space=int(wanted.space * 1e9),
-            version=run_dir.code_version() if settings.container == "none" else "",
+            version=run_dir.running() if settings.container == "none" else "",
         )
 
     def queue(self) -> str:
