@@ -43,9 +43,8 @@ class Probe:
         group = processes.group()
         index, count = (group.index, group.count) if group else (0, 1)
         self._patience, self._folder = patience, folder
-        self._report = Report(
-            index, count, socket.gethostname(), -1, 0.0, folder=str(folder.parent.absolute()), user=os.getuid()
-        )
+        host = os.environ.get("HVD_NODE") or socket.gethostname()  # a pod's own name is no node's
+        self._report = Report(index, count, host, -1, 0.0, folder=str(folder.parent.absolute()), user=os.getuid())
 
     def run(self) -> None:
         """All of it, a report after each part. Nothing of it stays on the storage, however it ends."""

@@ -131,3 +131,4 @@ def _turn(job: Any, container: Any, words: Sequence[str], seconds: int) -> None:
     container["args"] = list(words)
     # its records would stay on the volume
     container["env"] = [one for one in container.get("env", ()) if one["name"] != "HVD_JOB_DIR"]
+    container["env"].append({"name": "HVD_NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}})
