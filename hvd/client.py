@@ -206,8 +206,9 @@ class Client:
         seconds = (len(self._chunk) - self._at) / self._policy_rate
         if self._has_deadlines and seconds > 0:
             message["deadline_ms"] = max(1, round(1e3 * seconds))
+        asked = self._clock()  # before the thread, which may be through before this one goes on
         answer = self._threads.submit(self._timed, message)
-        self._asked = answer, self._clock(), self._at
+        self._asked = answer, asked, self._at
         return answer
 
     def _timed(self, message: Mapping[str, Any]) -> tuple[Mapping[str, Any], float]:

@@ -60,6 +60,22 @@ def test_real_time_chunking_is_told_what_is_left():
     assert third["inference_delay"] == 2
 
 
+def test_no_delay_is_negative(monkeypatch):
+    """The answer is there before the client's own thread goes on, half a second later."""
+    world = World(0.0, every=4, about={"real_time_chunking": True})
+
+    def submit(self, do, message):
+        answer: futures.Future = futures.Future()
+        answer.set_result(do(message))
+        world.gate.release()
+        world.now += 0.5
+        return answer
+
+    monkeypatch.setattr(futures.ThreadPoolExecutor, "submit", submit)
+    world.run(6)
+    assert world.messages[1]["inference_delay"] == 0
+
+
 def test_an_answer_is_of_use_until_the_old_chunk_is_over():
     world = World(0.2, every=4, about={"deadlines": True})
     world.run(8)
