@@ -148,7 +148,10 @@ def list_packets(path: Path) -> FilePackets:
 
 
 def nearest_packets(packets: FilePackets, seconds: Float64[np.ndarray, " n"], path: Path) -> Int64[np.ndarray, " n"]:
-    """The packet whose frame is nearest to each time; a UserError when it is more than half a frame away."""
+    """The packet whose frame is nearest to each time.
+
+    Raises UserError when it is more than half a frame away, or the same for two rows that follow each other.
+    """
     shown = np.argsort(packets.pts, kind="stable")
     times = packets.pts[shown] * packets.base
     right = np.minimum(np.searchsorted(times, seconds), len(times) - 1)
@@ -159,4 +162,11 @@ def nearest_packets(packets: FilePackets, seconds: Float64[np.ndarray, " n"], pa
     if off.size and off.max() > 0.5 * step + 1e-3:
         worst = f"no frame at {seconds[np.argmax(off)]:.3f} s (the video ends at {times[-1]:.3f} s)"
         raise UserError(f"{path}: {worst}; it does not fit the rows of its episodes")
+    twice = np.flatnonzero((np.diff(seconds) > 0) & (np.diff(near) == 0))
+    if twice.size:
+        first, second = seconds[twice[0] : twice[0] + 2]
+        text = (
+            f"has one frame for the rows at {first:.3f} s and {second:.3f} s; it does not fit the rows of its episodes"
+        )
+        raise UserError(f"{path}: {text}: has it another frame rate?")
     return shown[near]

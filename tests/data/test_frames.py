@@ -126,6 +126,18 @@ def test_a_video_that_is_too_short_is_named(tmp_path):
         Dataset.open(recipe.config, cameras=CAMERAS[:1])
 
 
+def test_a_video_of_another_frame_rate_is_named(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, *ENCODERS["mpeg4"], 6, fps=8)
+    line = r"a\.mp4: has one frame for the rows at 0\.200 s and 0\.300 s"
+    for episodes in (1, 2):  # several may show the same part of a file
+        times = np.tile(np.arange(6) / 10, episodes)
+        with pytest.raises(UserError, match=line):
+            save_table(tmp_path / "t", [path], [list_packets(path)], np.zeros(len(times), int), times)
+    times = np.tile(np.arange(6) / 8, 2)
+    save_table(tmp_path / "t", [path], [list_packets(path)], np.zeros(12, int), times)
+
+
 def test_a_video_of_an_unknown_codec_is_named(tmp_path):
     path = tmp_path / "a.mp4"
     write_video(path, *ENCODERS["h264 with B frames"], 10)
