@@ -90,6 +90,7 @@ STEPS: Mapping[str, Step] = types.MappingProxyType(
             "rollouts in the simulator, or action errors on held-out episodes",
             writes=_experiment,
         ),
+        "rollouts": Step("hvd.evaluate.elsewhere", "the policy in an environment of your own", own_flags=True),
         "report": Step("hvd.report.command", "report.html of the experiment", writes=_experiment),
         "serve": Step("hvd.serve.command", "a trained policy behind openpi's websocket protocol", own_flags=True),
         "replay": Step("hvd.replay.command", "a robot's recorded questions, asked again", own_flags=True),

@@ -123,6 +123,8 @@ def _b1k() -> Robot:
 _G1_ARM = ("shoulder_pitch", "shoulder_roll", "shoulder_yaw", "elbow", "wrist_roll", "wrist_pitch", "wrist_yaw")
 _G1_HAND = ("pinky", "ring", "middle", "index", "thumb_bend", "thumb_rotation")
 
+_UR5E = tuple(f"arm_{i}" for i in range(6))
+
 ROBOTS = MappingProxyType(
     {
         "r1": _mobile_two_arms("r1", 6),
@@ -134,6 +136,16 @@ ROBOTS = MappingProxyType(
             + tuple(f"{side}_hand_{joint}" for side in ("left", "right") for joint in _G1_HAND),
             (Level("left_arm", _range(0, 7)), Level("right_arm", _range(7, 14)), Level("hands", _range(14, 26))),
             _range(0, 26),
+        ),
+        "ur5e": Robot(  # with a gripper, moved by joint steps: docs/examples/ur5e_ocbench.py
+            "ur5e",
+            (*_UR5E, "gripper"),
+            (Level("arm", _range(0, 6)), Level("gripper", (6,))),
+            (),
+            (
+                Part(_UR5E, "action/arm", "obs/joint_state/arm/joint_position"),
+                Part(("gripper",), "action/gripper", "obs/gripper_state/gripper/gripper_position"),
+            ),
         ),
     }
 )

@@ -19,6 +19,7 @@ from hvd.clusters.kubernetes import manifests as kubernetes
 from hvd.clusters.slurm import site
 from hvd.configs import Experiment
 from hvd.data import convert
+from hvd.evaluate import elsewhere
 from hvd.fields import leaves
 from hvd.launch import submit
 from hvd.plan import command as plan
@@ -114,7 +115,7 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
 
 def test_every_option_that_is_named_exists():
     known = {*leaves(Experiment), *leaves(submit.Submit), *leaves(convert.ConvertConfig)}
-    commands = (serve.ServeOptions, export.Export, plan.Options, benchmark.Options, replay.Options)
+    commands = (serve.ServeOptions, export.Export, plan.Options, benchmark.Options, replay.Options, elsewhere.Options)
     commands = (*commands, site_check.Check, data.Copy)
     for own in (*commands, overrides.Choice, overrides.RunDirectory):
         known |= {*leaves(own)}

@@ -163,7 +163,7 @@ def absolute(
 
 def check_delta(norm: NormConfig, robot: Robot, state_dim: int) -> None:
     """Delta actions need a state whose first dims are the robot's."""
-    needed = max(robot.position_dims) + 1
+    needed = max(robot.position_dims, default=-1) + 1
     if norm.delta_actions and state_dim < needed:
         raise UserError(
             f"norm.delta_actions needs a state that begins with the dims of robot {robot.name} ({needed} of them), "

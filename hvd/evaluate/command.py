@@ -96,33 +96,37 @@ def _results(
     from hvd.sim.tasks import get_task
 
     settings, task, control = cfg.evaluate, get_task(cfg.sim.task), run_name == NOTHING
-    stages = np.array([rollout.stage for rollout in rollouts], np.float64)
     return {
-        "kind": "rollouts",
+        **summary(cfg, cfg.sim.task, task.prompt, task.subtasks, [(r.success, r.stage) for r in rollouts]),
         "run_name": run_name,
-        "config": cfg.name,
-        "task": cfg.sim.task,
-        "prompt": task.prompt,
         "weighting": "" if control else extraction.label(cfg),
         "observes": None if control else observes(cfg),
-        "seeds": [settings.seed, settings.num_rollouts],
-        "num_rollouts": len(rollouts),
         "horizon": cfg.sim.horizon,
-        "execute_steps": settings.execute_steps,
         "delay": settings.delay,
         "chunking": settings.chunking,
-        "action_horizon": cfg.model.action_horizon,
         "policy_digest": run["digest"],
         "policy_step": run["step"],
-        "success": {
-            **wilson(sum(r.success for r in rollouts), len(rollouts)).as_dict(),
-            "count": sum(r.success for r in rollouts),
-        },
-        "stage": bootstrap(stages).as_dict(),
-        "subtasks": {name: float(np.mean(stages > i)) for i, name in enumerate(task.subtasks)},
         "episodes": [
             {**asdict(r), "video": f"videos/rollout_{r.seed}.mp4" if r.seed in filmed else ""} for r in rollouts
         ],
+    }
+
+
+def summary(cfg: Experiment, task: str, prompt: str, subtasks: Sequence[str], ends: Sequence[tuple[bool, int]]) -> dict:
+    """What results.json says of rollouts that ended with (success, sub-tasks done)."""
+    stages, won = np.array([stage for _, stage in ends], np.float64), sum(success for success, _ in ends)
+    return {
+        "kind": "rollouts",
+        "config": cfg.name,
+        "task": task,
+        "prompt": prompt,
+        "seeds": [cfg.evaluate.seed, cfg.evaluate.num_rollouts],
+        "num_rollouts": len(ends),
+        "execute_steps": cfg.evaluate.execute_steps,
+        "action_horizon": cfg.model.action_horizon,
+        "success": {**wilson(won, len(ends)).as_dict(), "count": won},
+        "stage": bootstrap(stages).as_dict(),
+        "subtasks": {name: float(np.mean(stages > i)) for i, name in enumerate(subtasks)},
     }
 
 

@@ -22,10 +22,11 @@ def success(cfg: Experiment, found: Sequence[Results]) -> Section:
     """Success of every policy, as bars with intervals and as a table."""
     out = Section("Success")
     rollouts = [results for results in found if results["kind"] == "rollouts"]
-    if not cfg.sim.task:
-        return out
     names = [results["run_name"] for results in rollouts]
-    for name in (cfg.policy.run_name, *(EXPECTED if cfg.evaluate.baselines else EXPECTED[-1:])):
+    if not cfg.sim.task and not rollouts:
+        return out
+    expected = (cfg.policy.run_name, *(EXPECTED if cfg.evaluate.baselines else EXPECTED[-1:]))
+    for name in expected if cfg.sim.task else ():
         if name not in names:
             out.missing.append(f"rollouts of {name.replace('_', ' ')}: not evaluated (hvd evaluate).")
     for results in rollouts:
@@ -35,10 +36,10 @@ def success(cfg: Experiment, found: Sequence[Results]) -> Section:
         return out
     first = rollouts[0]
     out.text(
-        f"Task {first['task']}: {first['prompt']}. {first['num_rollouts']} rollouts each, from starts that no data was "
-        f"recorded from, at most {first['horizon']} steps; {first['execute_steps']} of a chunk's "
-        f"{first['action_horizon']} actions are executed before the next chunk. Intervals are 95 %: Wilson's for "
-        f"success, bootstrap for the stage score (sub-tasks completed, 0 to {len(first['subtasks'])})."
+        f"Task {first['task']}{': ' * bool(first['prompt'])}{first['prompt']}. {first['num_rollouts']} rollouts each, "
+        f"from starts that no data was recorded from, at most {first['horizon']} steps; {first['execute_steps']} of a "
+        f"chunk's {first['action_horizon']} actions are executed before the next chunk. Intervals are 95 %: "
+        f"Wilson's for success, bootstrap for the stage score (sub-tasks completed, 0 to {len(first['subtasks'])})."
     )
     if len({tuple(results["seeds"]) for results in rollouts}) > 1:
         out.missing.append("a fair comparison: the policies were evaluated on different starts.")

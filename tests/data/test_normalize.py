@@ -377,3 +377,7 @@ def test_g1_statistics(g1_data, tmp_path):
         counts = np.asarray([line[key]["count"][0] for line in lines], float)
         means = np.asarray([line[key]["mean"] for line in lines])
         np.testing.assert_allclose(stats[name].mean, counts @ means / counts.sum(), atol=1e-5)
+
+
+def test_a_robot_without_positions_has_nothing_that_could_be_a_delta():
+    normalize.check_delta(NormConfig(delta_actions=True), get_robot("ur5e"), 3)

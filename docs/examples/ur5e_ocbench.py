@@ -1,0 +1,140 @@
+"""OCBench (Park and Levine 2026; a UR5e with a gripper) as recordings for hvd, and as a place to try a policy out.
+
+In a Python of its own, 3.12 or later:
+
+    python3 -m venv oc && oc/bin/pip install ocbench==1.0.2 h5py etils jaxtyping msgpack msgspec websockets
+    export MUJOCO_GL=disable PYTHONPATH=PATH/OF/hvd
+    oc/bin/python docs/examples/ur5e_ocbench.py record raw/expert --episodes 10 --seed 0
+    oc/bin/python docs/examples/ur5e_ocbench.py record raw/mixed --episodes 200 --seed 1000 --mistakes 0.3
+
+then with hvd, whose robot `ur5e` has the levels arm and gripper:
+
+    hvd convert --raw-dirs raw/expert --robot ur5e --repo-id oc/optimal --root data/optimal --cameras
+    hvd convert --raw-dirs raw/mixed --robot ur5e --repo-id oc/mixed --root data/mixed --cameras
+    FIELDS="--config demo --sim.task= --exp_name oc --robot ur5e --model.action_dim 48 --evaluate.baselines false
+        --optimal_data.root data/optimal --suboptimal_data.root data/mixed"
+    hvd norm-stats $FIELDS && hvd train-value $FIELDS && hvd train-policy $FIELDS
+    hvd rollouts $FIELDS --task blocks -- oc/bin/python docs/examples/ur5e_ocbench.py play
+
+The operators are OCBench's own: with --mistakes P each subgoal is a wrong one with that chance, and is labelled as the
+arm's mistake. Actions are joint steps in units of the largest one, so they are no positions.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ENVIRONMENT = "block-cpu-lite-double-task1-v0"
+OPERATORS = {
+    "block": "BlockController",
+    "bowling": "BowlingController",
+    "chamber": "ChamberController",
+    "hanoi": "HanoiController",
+    "switch": "SwitchController",
+}
+RATE = 10  # control steps a second of the lite tasks
+
+
+def make(name: str) -> Any:
+    import ocbench
+
+    return ocbench.make(name)
+
+
+def observed(info: dict[str, Any], seen: np.ndarray) -> dict[str, np.ndarray]:
+    """Joint positions and the gripper's opening [7], and all that OCBench's own policies observe."""
+    joints = np.concatenate([info["proprio/joint_pos"], info["proprio/gripper_opening"]])
+    return {"observation.state": joints.astype(np.float32), "observation.environment_state": seen.astype(np.float32)}
+
+
+def episode(env: Any, seed: int, act: Callable[[np.ndarray, dict[str, Any]], np.ndarray], begin: Any) -> dict[str, Any]:
+    """One episode: what was observed before each action [T,...], the actions [T,7], and whether it succeeded."""
+    np.random.seed(seed)  # noqa: NPY002  # OCBench's operators draw from numpy's own stream
+    seen, info = env.reset(seed=seed)
+    begin(seen, info)
+    steps: list[dict[str, np.ndarray]] = []
+    over = False
+    while not over:
+        action = np.clip(act(seen, info), -1, 1).astype(np.float32)
+        steps.append({**observed(info, seen), "action": action})
+        seen, _, terminated, truncated, info = env.step(action)
+        over = terminated or truncated
+    return {"success": bool(info["success"]), **{name: np.stack([step[name] for step in steps]) for name in steps[0]}}
+
+
+def record(folder: Path, name: str, episodes: int, seed: int, mistakes: float) -> None:
+    """Recordings with label files, for `hvd convert`."""
+    import h5py
+    from ocbench.oracles import controllers
+
+    env = make(name)
+    operator = getattr(controllers, OPERATORS[name.split("-")[0]])(env, p_mistake=mistakes)
+    folder.mkdir(parents=True, exist_ok=True)
+    won = 0
+    for number in range(episodes):
+        done = episode(env, seed + number, operator.select_action, operator.reset)
+        length = len(done["action"])
+        operator.finish_episode(length - 1, env.unwrapped.get_step_info())
+        with h5py.File(folder / f"episode_{number:05d}.hdf5", "w") as file:
+            file.attrs["recording_freq"] = RATE
+            file["action/arm"], file["action/gripper"] = done["action"][:, :6], done["action"][:, 6:]
+            file["obs/joint_state/arm/joint_position"] = done["observation.state"][:, :6]
+            file["obs/gripper_state/gripper/gripper_position"] = done["observation.state"][:, 6:]
+            file["obs/sim/environment_state"] = done["observation.environment_state"]
+        wrong = [
+            {"level": "arm", "start": part["start"], "end": min(part["end"] + 1, length), "kind": part["subtask_name"]}
+            for part in operator.segments
+            if part["is_potential_high_level_mistake"] and part["start"] < min(part["end"] + 1, length)
+        ]
+        labels = {"task": name, "success": done["success"], "mistakes": wrong, "terminal": done["success"]}
+        (folder / f"episode_{number:05d}.labels.json").write_text(json.dumps(labels))
+        won += done["success"]
+    print(f"{folder}: {episodes} episodes of {name}, {won} succeeded")
+
+
+def play(name: str, execute: int) -> None:
+    """The episodes that `hvd rollouts` asks for."""
+    from hvd.client import connect
+
+    env = make(name)
+    first, count = int(os.environ["HVD_FIRST_SEED"]), int(os.environ["HVD_EPISODES"])
+    with connect(os.environ["HVD_URL"]) as server:
+        for seed in range(first, first + count):
+            chunk: list[np.ndarray] = []
+
+            def act(seen: np.ndarray, info: dict[str, Any], chunk: list[np.ndarray] = chunk) -> np.ndarray:
+                if not chunk:
+                    actions = server.ask({**observed(info, seen), "prompt": name})["actions"]
+                    chunk.extend(actions[:execute])
+                return chunk.pop(0)
+
+            done = episode(env, seed, act, lambda *_: None)
+            ended = {"seed": seed, "success": done["success"], "steps": len(done["action"])}
+            print(json.dumps(ended), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--environment", default=ENVIRONMENT)
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record", help="write recordings")
+    recording.add_argument("folder", type=Path)
+    recording.add_argument("--episodes", type=int, default=10)
+    recording.add_argument("--seed", type=int, default=0, help="of the first episode")
+    recording.add_argument("--mistakes", type=float, default=0.0, help="chance that a subgoal is a wrong one")
+    playing = commands.add_parser("play", help="play the episodes that hvd rollouts asks for")
+    playing.add_argument("--execute", type=int, default=10, help="actions of a chunk before the next one")
+    options = parser.parse_args()
+    if options.command == "record":
+        record(options.folder, options.environment, options.episodes, options.seed, options.mistakes)
+    else:
+        play(options.environment, options.execute)
+
+
+if __name__ == "__main__":
+    main()
