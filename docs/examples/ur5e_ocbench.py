@@ -41,7 +41,7 @@ RATE = 10  # control steps a second of the lite tasks
 
 
 def make(name: str) -> Any:
-    import ocbench
+    import ocbench  # pyright: ignore[reportMissingImports]
 
     return ocbench.make(name)
 
@@ -70,7 +70,7 @@ def episode(env: Any, seed: int, act: Callable[[np.ndarray, dict[str, Any]], np.
 def record(folder: Path, name: str, episodes: int, seed: int, mistakes: float) -> None:
     """Recordings with label files, for `hvd convert`."""
     import h5py
-    from ocbench.oracles import controllers
+    from ocbench.oracles import controllers  # pyright: ignore[reportMissingImports]
 
     env = make(name)
     operator = getattr(controllers, OPERATORS[name.split("-")[0]])(env, p_mistake=mistakes)
