@@ -90,6 +90,8 @@ def test_a_command_is_understood(command, capsys, monkeypatch):
         case ["hvd", "data", *args]:
             (verb, _, _), _, flags = data.parse(args)
             assert verb in ("push", "pull") and kubernetes.site.load(flags)
+        case ["hvd", "rollouts", *args]:
+            check_config(overrides.experiment(elsewhere.parse(args)[1]))
         case ["hvd", step, *args]:
             assert step in cli.STEPS
             args, _ = overrides.take_overwrite(args)

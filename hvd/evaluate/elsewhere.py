@@ -60,19 +60,15 @@ class Episode(Struct):
 
 def main(argv: Sequence[str]) -> int:
     """Serve, play, write results.json and print the table."""
-    ours = list(argv[: argv.index("--")]) if "--" in argv else list(argv)
-    if overrides.asks_help(ours):
+    if overrides.asks_help(argv[: argv.index("--")] if "--" in argv else argv):
         overrides.print_help("hvd rollouts --config NAME -- PROGRAM [ARGUMENT]...", __doc__ or "", Options())
         return EXIT_COMPLETE
-    program = list(argv[len(ours) + 1 :])
-    if not program:
-        raise UserError("hvd rollouts --config NAME -- PROGRAM: give the program that plays the episodes, behind --")
+    options, rest, program = parse(argv)
     from hvd.evaluate.command import print_table, summary  # numpy, which a help page does without
     from hvd.evaluate.results import folder, write_json
     from hvd.method import extraction
     from hvd.train.complete import check_complete
 
-    options, rest = overrides.take(Options(), ours)
     cfg = overrides.experiment(rest)
     check_config(cfg)
     if cfg.sim.task:
@@ -100,6 +96,15 @@ def main(argv: Sequence[str]) -> int:
     write_json(folder(cfg, cfg.policy.run_name) / "results.json", results)
     print_table([results])
     return EXIT_COMPLETE
+
+
+def parse(argv: Sequence[str]) -> tuple[Options, list[str], list[str]]:
+    """(our options, those of an experiment, the program with its arguments); UserError where there is no program."""
+    ours = list(argv[: argv.index("--")]) if "--" in argv else list(argv)
+    program = list(argv[len(ours) + 1 :])
+    if not program:
+        raise UserError("hvd rollouts --config NAME -- PROGRAM: give the program that plays the episodes, behind --")
+    return (*overrides.take(Options(), ours), program)
 
 
 def play(program: Sequence[str], url: str, first_seed: int, count: int, stages: int, seconds: float) -> list[Episode]:
