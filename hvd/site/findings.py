@@ -190,6 +190,11 @@ def _job(seen: Seen, reports: Sequence[Report], asked: Asked) -> Finding:
     if lacking or unfinished:
         which = f"process {', '.join(lacking or unfinished)} " + ("has not reported" if lacking else "did not end")
         return Finding("job", "FAILED", f"{which}; look at the node, and try again")
+    for one in reports:
+        if one.devices and one.devices.error and not asked.gpus:
+            return Finding(
+                "job", "FAILED", f"jax does not work on {one.host}: {one.devices.error}; mend the environment"
+            )
     hosts = list(dict.fromkeys(one.host for one in reports))
     if len(hosts) < asked.nodes:
         return Finding("job", "FAILED", f"{asked.nodes} nodes were asked for, all processes are on {', '.join(hosts)}")

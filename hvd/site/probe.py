@@ -21,6 +21,7 @@ from hvd.errors import UserError, one_line
 from hvd.files import write_atomic
 from hvd.runtime import processes, records
 from hvd.site.findings import Devices, Peer, Report, Sum
+from hvd.site.options import PATIENCE_S
 
 MARK = "hvd-site "  # before a report in the log
 _NEW = "made"  # a file that says that the folder of runs was not there before
@@ -54,9 +55,10 @@ class Probe:
             self._tell(version=run_dir.running(), **self._storage(), **_nvidia())
             if self._report.count > 1 and not self._report.storage_error:
                 self._tell(**self._meet())
-            self._tell(devices=_jax(Devices, "alone", self._patience))
+            seconds = max(self._patience, PATIENCE_S)  # jax has to be imported, too
+            self._tell(devices=_jax(Devices, "alone", seconds))
             if self._report.count > 1:
-                self._tell(sum=_jax(Sum, "sum", self._patience))
+                self._tell(sum=_jax(Sum, "sum", seconds))
             self._tell(done=True)
         finally:
             self._clear()

@@ -39,6 +39,8 @@ def test_a_good_site_has_no_other_word_than_ok():
         *("gpu", "cuda", "all-reduce", "rename", "image")
     }
     assert {finding.state for finding in findings.judge(Seen(trouble="PENDING"), cpu)} == {"FAILED", "not checked"}
+    one.reports[0] = dataclasses.replace(one.reports[0], devices=Devices(error="no such symbol"))
+    assert findings.judge(one, cpu)[0].text == "jax does not work on node1: no such symbol; mend the environment"
 
 
 FAILURES = {
