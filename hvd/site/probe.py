@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,7 @@ MARK = "hvd-site "  # before a report in the log
 _NEW = "made"  # a file that says that the folder of runs was not there before
 _ROUNDS = 4  # the first one makes the files, the others replace them
 _ROUND_S = 10.0
+_REASON = re.compile(r"(?:^[\w.]*(?:Error|Exception)|\b[A-Z]+(?:_[A-Z]+)+|\bUNAVAILABLE|\bINTERNAL): .+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +185,11 @@ def _jax[T: (Devices, Sum)](form: type[T], what: str, seconds: float) -> T:
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode == 0 and lines:
         return documents.decode(lines[-1], form, "hvd.site.devices")
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in said if "Error" in line] or said or [f"exit code {done.returncode}"]
-    return form(error=one_line(errors[-1], 300))
+    return form(error=why(done.stderr, done.returncode))
+
+
+def why(stderr: str, code: int) -> str:
+    """The last line of a failed process that says what was wrong: an exception, or XLA's status before it aborts."""
+    said = [line.strip() for line in stderr.splitlines() if line.strip()]
+    told = [found[0] for line in said if (found := _REASON.search(line))]
+    return one_line((told or said or [f"exit code {code}"])[-1], 300)

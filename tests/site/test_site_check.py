@@ -115,6 +115,13 @@ def test_processes_meet_by_files_and_leave_none(tmp_path, monkeypatch, capsys):
     assert [one for one in told if one.process == 0][-1] == first
 
 
+def test_the_reason_of_a_process_that_jax_has_aborted_is_no_frame_of_its_stack():
+    aborted = "F1 client.h:80] absl::Status: DEADLINE_EXCEEDED: Deadline Exceeded\n@ 0x7f xla::SetError()\n"
+    assert probe.why(aborted, -6) == "DEADLINE_EXCEEDED: Deadline Exceeded"
+    assert probe.why("Traceback\njaxlib.JaxRuntimeError: no such device\nbye\n", 1).endswith("Error: no such device")
+    assert (probe.why("Killed\n", 137), probe.why("", 137)) == ("Killed", "exit code 137")
+
+
 def test_separate_folders_and_one_that_is_not_writable(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     first, _ = both(monkeypatch, [tmp_path / "a" / ".site", tmp_path / "b" / ".site"], 0.2)
