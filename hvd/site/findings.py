@@ -290,8 +290,8 @@ def _clocks(reports: Sequence[Report], clocks: Mapping[int, Clock]) -> Finding:
             return Finding(
                 "clocks", "FAILED", f"{who} differ by {abs(skew):.0f} s or more; let all of them run an NTP client"
             )
-        between = f"nodes differ by {max(map(abs, measured.values())):.3f} s, " if measured else ""
-        return Finding("clocks", "ok", f"{between}none and this machine by more than {CLOCK_S:g} s")
+        between = f"nodes {max(map(abs, measured.values())):.3f} s apart, " if measured else ""
+        return Finding("clocks", "ok", f"{between}all within {CLOCK_S:g} s of this machine")
     return Finding("clocks", "not checked", "no clock was compared")
 
 
