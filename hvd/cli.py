@@ -167,6 +167,7 @@ class End:
     disk_full: bool = False
 
 
+@preemption.quiet_once_stopped()
 def attempt(argv: Sequence[str]) -> End:
     """Run one step; an error that users are told about is printed as one line, a bug propagates."""
     _die_with_launcher()

@@ -178,6 +178,31 @@ def test_what_a_library_makes_of_a_signal_is_no_bug(step, capsys, number, code, 
     assert "run the same command again" in capsys.readouterr().err and preemption.requested() is None
 
 
+def test_what_a_signal_leaves_half_made_is_not_printed(step, capsys, monkeypatch):
+    """In the middle of asyncio's work: an object that cannot be taken apart, a coroutine that nobody awaits."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+
+    class Half:
+        def __del__(self):
+            raise AttributeError("_signal_handlers")
+
+    async def never():
+        pass
+
+    def main(cfg):
+        _ = Half(), never()
+        if signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    step(main)
+    signals = True
+    assert cli.main(["fake", "--config", "demo"]) == 143
+    assert not seen and "never awaited" not in capsys.readouterr().err
+    signals = False
+    assert cli.main(["fake", "--config", "demo"]) == 0 and len(seen) == 1  # a bug still shows
+
+
 def test_an_ignored_interrupt_stays_ignored(step):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `hvd ... &` in a script has it
     try:

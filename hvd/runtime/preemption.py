@@ -10,8 +10,10 @@ does not end at once in the warm-up either, since the others would wait for it; 
 import _thread
 import contextlib
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
@@ -24,6 +26,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # signals belong to the process, so these do too
 _received: list[str] = []
 _deferring: list[None] = []
+_ever: list[str] = []  # of this step, also after `forget`
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
@@ -65,6 +68,21 @@ def deferred() -> Iterator[None]:
         _deferring.pop()
 
 
+@contextlib.contextmanager
+def quiet_once_stopped() -> Iterator[None]:
+    """What a signal has interrupted is taken apart half made, asyncio's loops for example. Python would print that, and
+    the line that says how the step ended would be lost in it."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda told: None if _ever else before(told)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        try:
+            yield
+        finally:
+            sys.unraisablehook = before
+            _ever.clear()
+
+
 def requested() -> str | None:
     """Name of the first signal that this process got, or None."""
     return _received[0] if _received else None
@@ -87,6 +105,7 @@ def _again(number: int) -> None:
 def received(number: int) -> None:
     """A handler that is not of this module got this signal."""
     _received.append(signal.Signals(number).name)
+    _ever.append(_received[-1])
 
 
 def forget() -> None:

@@ -51,10 +51,13 @@ def metrics(run_dir: str | Path) -> list[dict]:
 
 def assert_same_run(run: str | Path, other: str | Path, step: int) -> None:
     ours, theirs = arrays(run, step), arrays(other, step)
-    assert ours.keys() == theirs.keys() and len(ours) > 50
+    assert ours.keys() == theirs.keys() and len(ours) > 50, f"arrays {sorted(ours.keys() ^ theirs.keys())[:3]}"
     different = [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
     assert not different, f"{len(different)} of {len(ours)} arrays differ, such as {different[:3]}"
-    assert metrics(run) == metrics(other)
+    told, expected = metrics(run), metrics(other)
+    different = [pair for pair in zip(told, expected, strict=False) if pair[0] != pair[1]]
+    assert told == expected, f"{len(told)} and {len(expected)} lines of metrics, such as {different[:1]}"
     samples = lines(Path(run) / "samples.jsonl")
-    assert [line["step"] for line in samples] == list(range(step))
-    assert samples == lines(Path(other) / "samples.jsonl")
+    steps = [line["step"] for line in samples]
+    assert steps == list(range(step)), f"samples of steps {steps}"
+    assert samples == lines(Path(other) / "samples.jsonl"), "other samples"
