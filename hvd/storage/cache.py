@@ -115,7 +115,7 @@ def _fetch(location: Location, entry: Path, poll: Callable[[], None]) -> None:
                 folder.mkdir(exist_ok=True)
                 download(store, objects, folder, location.url, poll)
                 _publish(folder, entry, location, objects)
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):  # the latter of mkdir, where a folder goes in the same moment
                 if not _whole(entry):  # else another node, whose lock cannot be seen here, has finished it meanwhile
                     raise
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import zipfile
 from collections.abc import Callable
@@ -52,6 +53,7 @@ def make_world(world: Path) -> None:
 def run(argv: tuple[str, ...], world: Path, log: Path) -> None:
     """One command in this process, which becomes a session of its own."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
     os.chdir(world)
     os.environ["HVD_CACHE"] = str(world / "cache")
     with log.open("a") as file:
@@ -115,7 +117,7 @@ def _run(ours: Path, theirs: Path, ended: bool) -> str:
     try:
         assert_same_run(ours, theirs, STEPS)
     except (AssertionError, OSError, ValueError) as error:
-        return str(error)[:200] or "another run"
+        return f"another run: {type(error).__name__} {error}"[:300]
     return "" if (ours / "complete.json").exists() else "not complete"
 
 

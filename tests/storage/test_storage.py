@@ -199,6 +199,21 @@ def test_two_nodes_without_a_common_lock(served, monkeypatch):
     assert not errors and len(set(found)) == 1 and files_below(found[0]) == PARAMS
 
 
+def test_another_node_renames_the_folder_in_the_moment_it_is_made(served, monkeypatch):
+    """pathlib's mkdir(exist_ok=True) raises FileExistsError then."""
+    bucket, _ = served
+    location = storage.parse(f"{bucket}/params", "")
+    download, entry = storage.download, storage._entry(location)
+
+    def first(store, objects, folder, *more):
+        download(store, objects, folder, *more)
+        storage._publish(folder, entry, location, objects)
+        raise FileExistsError(17, "File exists")
+
+    monkeypatch.setattr(storage, "download", first)
+    assert files_below(storage.fetch(f"{bucket}/params")) == PARAMS
+
+
 def test_stopping_is_a_pause(served):
     bucket, proxy = served
 
