@@ -16,7 +16,7 @@ from hvd.train import gradients, mesh
 from tests.train import meshes
 from tests.train.test_processes import free_port
 
-CASES = ("policy", "policy-lora", "value")
+CASES = ("policy", "policy-lora", "policy-pi05", "value")
 ROOT = Path(__file__).parents[2]
 
 
@@ -63,7 +63,7 @@ def test_meshes_agree(one_process):
         trained = [name for name in single if name.startswith("params/trained/")]
         moved = max(np.abs(single[name] - single[name.replace("trained", "ema")]).max() for name in trained)
         assert len(trained) > 30 and moved > 1e-4, "there is something to compare"
-        for where, parts in (("1x8", 8), ("2x4", 4), ("4x2", 2)):
+        for where, parts in (("1x8", 8), ("2x4", 4), ("4x2", 2)) if case in meshes.ON_ALL else (("2x4", 4),):
             assert_same(one_process[f"{case}/{where}"], single)
             assert one_process[f"{case}/{where}"]["share"] < 1.1 / parts, "the state is really split"
 
@@ -81,7 +81,7 @@ def test_micro_batches_are_one_batch(one_process):
 def test_resumed_on_another_mesh(one_process):
     """Saved on 2x4 after two steps."""
     for case in CASES:
-        for where in ("4x2", "1x1"):
+        for where in ("4x2", "1x1") if case in meshes.ON_ALL else ("1x1",):
             assert_same(one_process[f"{case}/resumed-{where}"], one_process[f"{case}/1x1"])
 
 
@@ -94,7 +94,7 @@ def test_processes_agree(one_process, tmp_path):
     codes = [process.wait(1200) for process in running]
     assert codes == [0, 0], "\n".join(out.with_suffix(".log").read_text() for out in outs)
     found = read(outs[0])
-    for case in CASES:
+    for case in ("policy", "policy-lora", "value"):
         assert_same(found[f"{case}/2 processes"], one_process[f"{case}/1x1"])
         assert found[f"{case}/2 processes"]["share"] < 1.1 / 4
 
