@@ -54,7 +54,13 @@ def test_slurm(slurm, tmp_path):
         subprocess.run([*inside, "umount", runs], check=True)
     (site.folder / "runs").rmdir()
 
-    started = subprocess.Popen(command, cwd=site.folder, env=site.env, stdout=subprocess.DEVNULL)
+    started = subprocess.Popen(
+        command,
+        cwd=site.folder,
+        env=site.env,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script's background job ignores it
+    )
     until(lambda: slurm.run("squeue", "-h", "-n", "hvd-site", "-t", "R"), "the job runs", 30)
     started.send_signal(signal.SIGINT)
     assert started.wait(30) == 130
