@@ -32,15 +32,12 @@ jax.config.update("jax_threefry_partitionable", True)
 
 # `pytest` alone runs what needs no root, no cluster and no GPU, and takes minutes; the rest is asked for by its marker.
 ON_REQUEST = ("slow", "gpu", "slurm", "kubernetes", "image")
-# These begin first. The longest ones: at the end one process would work on them alone. And what needs a new cluster
-FIRST = (
-    *("train/test_kill.py", "launch/test_whole_way.py", "train/test_stages.py", "train/test_sharding.py"),
-    "clusters/test_site_check.py",
-)
+# These files take longest and begin first: at the end one process would work on them alone
+LONGEST = ("train/test_kill.py", "launch/test_whole_way.py", "train/test_stages.py", "train/test_sharding.py")
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: not item.path.as_posix().endswith(FIRST))
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
     if config.option.markexpr:
         return
     chosen = [item for item in items if not any(item.get_closest_marker(name) for name in ON_REQUEST)]
