@@ -87,7 +87,10 @@ class Batcher:
                     raise UserError(f"{dataset.name}: {name} has {widths}: run `hvd norm-stats` for this data")
         tables = {i: Transitions(d, spec.horizon, spec.gamma) for i, d in datasets.items()}
         fixed = not spec.transform.model.spells_state
-        tokens = {i: spec.transform.tokenizer.encode(self._spoken(d)) for i, d in datasets.items() if fixed}
+        # every task behind every text, the tasks of one text together
+        spoken = {i: [text + task for text in spec.texts for task in d.tasks] for i, d in datasets.items()}
+        tokens = {i: spec.transform.tokenizer.encode(prompts) for i, prompts in spoken.items() if fixed}
+        self._spoken = {s.number: spoken[id(s.dataset)] for s in sources}
         self._source = {s.number: s for s in sources}
         self._transitions = {s.number: tables[id(s.dataset)] for s in sources}
         self._tokens = {s.number: tokens[id(s.dataset)] for s in sources if fixed}
@@ -181,13 +184,8 @@ class Batcher:
         if i in self._tokens:
             ids, mask = (of_prompt[spoken] for of_prompt in self._tokens[i])
         else:
-            all_prompts = self._spoken(dataset)
-            ids, mask = self.spec.transform.prompts([all_prompts[x] for x in spoken], dataset.state[states])
+            ids, mask = self.spec.transform.prompts([self._spoken[i][x] for x in spoken], dataset.state[states])
         return {"tokenized_prompt": ids, "tokenized_prompt_mask": mask}
-
-    def _spoken(self, dataset: Dataset) -> list[str]:
-        """Every task behind every text, the tasks of one text together."""
-        return [text + task for text in self.spec.texts for task in dataset.tasks]
 
     def _start_images(
         self, source: np.ndarray, rows: np.ndarray, camera: str, out: np.ndarray, mask: np.ndarray

@@ -68,11 +68,13 @@ def main(argv: Sequence[str]) -> int:
     from hvd.evaluate.results import folder, write_json
     from hvd.method import extraction
     from hvd.train.complete import check_complete
+    from hvd.train.inputs import check_writable
 
     cfg = overrides.experiment(rest)
     check_config(cfg)
     if cfg.sim.task:
         raise UserError(f"config {cfg.name}: its task is simulated here: `hvd evaluate` plays it")
+    check_writable(cfg.exp_dir)
     found = check_complete(cfg.policy_dir, stage="policy", cfg=cfg)
     stages = [name.strip() for name in options.stages.split(",") if name.strip()]
     if not stages:
@@ -181,7 +183,10 @@ class _after(contextlib.AbstractContextManager["_after"]):
 @contextlib.contextmanager
 def _served(command: Sequence[str]) -> Iterator[str]:
     """The url of a server that `command` starts; it is stopped afterwards. Its lines are passed on."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+    env = os.environ | {"HVD_LAUNCHER_PID": str(os.getpid())}  # it ends when this process is killed
+    process = subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    )
     ready: queue.Queue[str] = queue.Queue()
 
     def read() -> None:

@@ -17,7 +17,7 @@ from hvd.method.extraction import Extracted
 from hvd.models import precision
 from hvd.models.augment import augment, draw
 from hvd.models.pi0 import Pi0, freeze_filter
-from hvd.runtime import preemption
+from hvd.runtime import preemption, processes
 from hvd.train import gradients, inference, state
 from hvd.train import optimizer as optim
 from hvd.train.mesh import Devices
@@ -125,5 +125,6 @@ def _told(cfg: Experiment, data: StageData, extracted: Mapping[str, Extracted]) 
     texts = condition.texts(cfg)
     condition.check(cfg, data.transform.tokenizer.encode(texts)[0])
     lines = cut_prompts(data.transform.telling(texts[-1], without=False), data.datasets)
-    print("".join(f"{line}\n" for line in lines), end="", flush=True)
+    if not processes.rank():
+        print("".join(f"{line}\n" for line in lines), end="", flush=True)
     return dataclasses.replace(data, told=Told(texts, rows, extraction.extractor(cfg)[1]["drop"]))

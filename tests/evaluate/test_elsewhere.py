@@ -1,6 +1,7 @@
 """`hvd rollouts`: episodes that a program of the user plays, and what it may say of them."""
 
 import json
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -84,6 +85,18 @@ def test_it_needs_a_program_and_a_task_that_is_not_simulated_here(tmp_path):
         elsewhere.main(["--config", "demo", "--", "true"])
     with pytest.raises(UserError, match="nothing-here: No such file"):
         elsewhere.play([str(tmp_path / "nothing-here")], "", 0, 1, 1, 5)
+
+
+def test_where_results_cannot_be_written_is_said_before_any_episode(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match="is no folder"):
+        elsewhere.main(["--config", "g1", "--runs_dir", str(tmp_path / "runs"), "--", "true"])
+
+
+def test_the_server_ends_with_the_process_that_started_it():
+    code = "import os, time; print('serving it on ws://' + os.environ['HVD_LAUNCHER_PID'], flush=True); time.sleep(60)"
+    with elsewhere._served([sys.executable, "-c", code]) as url:
+        assert url == f"ws://{os.getpid()}"
 
 
 @pytest.mark.slow
