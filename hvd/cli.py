@@ -134,6 +134,8 @@ def command() -> NoReturn:
     """The command `hvd`: one step as a process; a scheduler's job is told how it ended (hvd.runtime.records)."""
     if processes.several():
         faulthandler.enable()  # JAX aborts a process whose companions have gone: say where it was
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # before and after the step: no traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         end = attempt(sys.argv[1:])
     except SystemExit as stop:
@@ -199,11 +201,9 @@ def told(error: BaseException) -> End | None:
             return End(EXIT_STOPPED, f"stopped: {error}; {again}")
         case KeyboardInterrupt():
             return End(EXIT_INTERRUPTED, f"interrupted; {again}")
-    full = no_space(error)
-    if full is not None:
+    if (full := no_space(error)) is not None:
         return End(EXIT_USER, f"error: {full}", disk_full=True)
-    unusable = _unusable(error)
-    if unusable is not None:
+    if (unusable := _unusable(error)) is not None:
         return End(EXIT_USER, f"error: {unusable}")
     lost = processes.lost_companion(error)
     return None if lost is None else End(EXIT_LOST, f"lost: {lost}; {again}")
@@ -287,8 +287,8 @@ def stopped_by_signals():
     def stopped(name: str) -> BaseException:
         return KeyboardInterrupt() if name == "SIGINT" else Stopped(f"by {name}")
 
-    interrupt = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
-    before = {number: signal.signal(number, stop) for number in (*STOP_SIGNALS, *interrupt)}
+    usual = signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: signal.signal(number, stop) for number in (*STOP_SIGNALS, *[signal.SIGINT] * usual)}
     try:
         yield
     except Exception as error:

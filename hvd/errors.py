@@ -39,9 +39,9 @@ class Lost(_OneLine):
     """Something outside that the run needs has gone: a companion, the scheduler. One line; exit code 75."""
 
 
-class Stopped(BaseException):
+class Stopped(KeyboardInterrupt):
     """The run was asked to stop by a signal and has saved; exit code 143. A signal comes anywhere, also where a library
-    or a reader takes every Exception for a damaged file."""
+    or a reader takes every Exception for a damaged file, and in asyncio's loops, which keep every other error."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

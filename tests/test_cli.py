@@ -1,5 +1,6 @@
 """hvd STEP: which module runs, exit codes, help."""
 
+import asyncio
 import contextlib
 import errno
 import importlib
@@ -205,6 +206,30 @@ def test_what_a_signal_leaves_half_made_is_not_printed(step, capsys, monkeypatch
     assert not seen and "never awaited" not in capsys.readouterr().err
     signals = False
     assert cli.main(["fake", "--config", "demo"]) == 0 and len(seen) == 1  # a bug still shows
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_asyncio_s_loop_says_one_line(step, capsys, caplog, number):
+    async def struck():
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), number)
+        await asyncio.sleep(5)
+
+    step(lambda cfg: asyncio.run(struck()))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["fake", "--config", "demo"]) in (143, 130)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not caplog.records and capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_interrupt_after_the_step_says_nothing():
+    code = (
+        "import atexit, os, signal, sys; from hvd import cli; signal.signal(2, signal.default_int_handler);"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT); sys.argv[1:] = ['configs']; cli.command()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "") and "demo" in done.stdout
 
 
 def test_an_ignored_interrupt_stays_ignored(step):

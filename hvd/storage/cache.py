@@ -99,11 +99,13 @@ def fetch(url: str, field: str = "", poll: Callable[[], None] = lambda: None) ->
         with _as_user(url, field):
             _refuse_offline(location)
             _fetch(location, entry, poll)
+    with contextlib.suppress(OSError):  # of a process that was killed when the entry was there already
+        _lock(entry).unlink(missing_ok=True)
     return entry / location.name
 
 
 def _fetch(location: Location, entry: Path, poll: Callable[[], None]) -> None:
-    lock = entry.parent / f".{entry.name}.lock"
+    lock = _lock(entry)
     # On a network file system other nodes may not see the lock, or there is none: `_publish` is right without it
     with disk_errors(entry.parent, _ADVICE), locked(lock, _waiting(entry, location.url, poll)):
         if _whole(entry):
@@ -118,6 +120,10 @@ def _fetch(location: Location, entry: Path, poll: Callable[[], None]) -> None:
             except (FileNotFoundError, FileExistsError):  # the latter of mkdir, where a folder goes in the same moment
                 if not _whole(entry):  # else another node, whose lock cannot be seen here, has finished it meanwhile
                     raise
+
+
+def _lock(entry: Path) -> Path:
+    return entry.parent / f".{entry.name}.lock"
 
 
 def _publish(folder: Path, entry: Path, location: Location, objects: dict[str, Object]) -> None:

@@ -100,8 +100,11 @@ def test_a_folder(served, cache, capfd):
     assert [p.name for p in folder.parent.parent.iterdir()] == [folder.parent.name], "no lock, no part is left"
 
     asked = len(proxy.requests)
+    stale = folder.parent.parent / f".{folder.parent.name}.lock"
+    stale.touch()  # of a process that was killed in the last moment
     assert storage.fetch(f"{bucket}/params") == folder == storage.cached(f"{bucket}/params")
     storage.check(f"{bucket}/params")
+    assert not stale.exists()
     assert len(proxy.requests) == asked, "what is there is used without the network"
 
 

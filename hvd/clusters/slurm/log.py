@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hvd.clusters.base import Absent, JobState, Unreachable
-from hvd.errors import EXIT_COMPLETE, UserError
+from hvd.errors import EXIT_COMPLETE, Stopped, UserError
 
 EXIT_INTERRUPTED = 130
 
@@ -63,6 +63,8 @@ def follow(look: Callable[[], JobState], job: str, path: Path, lines: int) -> in
     """The last lines, and what is added until the job has ended."""
     try:
         return _follow(Watch(look, alone=True), job, Tail(path, lines), path)
+    except Stopped:
+        raise
     except KeyboardInterrupt:  # the way to leave it
         complain(f"no longer following job {job}; it goes on")
         return EXIT_INTERRUPTED
