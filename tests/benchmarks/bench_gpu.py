@@ -1,7 +1,8 @@
 """pi0 at its real size on this machine's GPUs: training, sampling, checkpoints, data wait, forms of attention (B5).
 
     python -m tests.benchmarks.bench_gpu [--parts step,sample,attention,checkpoint,data] [--configs pi0_r1_lora,pi0_r1]
-        [--batches 8,16,32] [--layers scan] [--sample-layers stacked,separate] [--trace FOLDER] [--g1 FOLDER]
+        [--batches 8,16,32] [--layers scan] [--sample-layers stacked,separate] [--sample-batches 1,8]
+        [--flow-steps 10,4,1] [--chunking none,guided,given] [--trace FOLDER] [--g1 FOLDER]
     JAX_PLATFORMS=cpu python -m tests.benchmarks.bench_gpu --tiny          # the same code, a tiny model, no GPU
     JAX_PLATFORMS=cpu python -m tests.benchmarks.bench_gpu --small --parts sample  # bench_train_step's small shape
 
@@ -9,7 +10,8 @@ Goals, for one H100: 30 samples/s for the full model (openpi's own figure is 18.
 60 ms, a checkpoint blocks under 2 s, nothing is compiled after step 1, data wait under 2 % with the G1 data.
 
 "sample" is of each config without LoRA: "stacked" by Pi0.sample_actions on the layers as training keeps them,
-"separate" by hvd.models.acting as `hvd serve` does; --configs pi0_r1,pi05_r1 takes pi0.5 too.
+"separate" by hvd.models.acting as `hvd serve` does; --configs pi0_r1,pi05_r1 takes pi0.5 too. --chunking: "guided" by
+the actions that are under way (real-time chunking), "given" them as a policy trained with prefixes is.
 
 Every case is measured in a process of its own, on random weights; a case that does not fit its GPUs says so and the
 others go on. "blocks": how long the step loop waits for a checkpoint. Memory is the peak that JAX reports, beside what
@@ -169,11 +171,12 @@ def step(case: dict) -> dict:
 
 
 def sample(case: dict) -> dict:
-    """One request of ten denoising steps after another; "separate": weights and program are those of `hvd serve`."""
+    """One request after another; "separate": weights and program are those of `hvd serve`."""
     import jax
     import jax.numpy as jnp
 
     from hvd.models import acting, precision
+    from hvd.models.chunking import Committed, Given
     from hvd.models.pi0 import Pi0
     from hvd.models.separate import separate
     from hvd.train import mesh
@@ -186,11 +189,20 @@ def sample(case: dict) -> dict:
     params = jax.block_until_ready(jax.jit(graph.init)(jax.random.key(0)))
     observation = random_batch(cfg, devices)["observation"]
     noise = jnp.ones((case["batch"], cfg.model.action_horizon, cfg.model.action_dim))
+    count = case["flow_steps"]
+    under_way = jnp.broadcast_to(jnp.arange(cfg.model.action_horizon) < 4, noise.shape[:2])
+    committed = {
+        "none": None,
+        "guided": Committed(noise, under_way.astype(jnp.float32)),
+        "given": Given(noise, under_way),
+    }[case["chunking"]]
     if case["sample_layers"] == "separate":
         params = jax.block_until_ready(separate(cfg.model, params))
-        act = jax.jit(lambda params, observation, noise: acting.sample_actions(cfg.model, params, observation, noise))
+        act = jax.jit(
+            lambda params, seen, noise: acting.sample_actions(cfg.model, params, seen, noise, count, committed)
+        )
     else:
-        act = jax.jit(lambda params, observation, noise: graph.module(params).sample_actions(observation, noise, 10))
+        act = jax.jit(lambda params, seen, noise: graph.module(params).sample_actions(seen, noise, count))
     began = time.perf_counter()
     act = act.lower(params, observation, noise).compile()
     compile_s = time.perf_counter() - began
@@ -286,11 +298,19 @@ def cases(parts: list[str], args: argparse.Namespace) -> list[tuple[str, dict]]:
         ]
     if "sample" in parts:
         found += [
-            ("sample", common | {"config": name, "batch": b, "steps": 5 * args.steps, "sample_layers": layers})
+            (
+                "sample",
+                common
+                | {"config": name, "batch": int(b), "steps": 5 * args.steps, "sample_layers": layers}
+                | {"flow_steps": int(count), "chunking": chunking},
+            )
             for name in args.configs.split(",")
             if "lora" not in name
-            for b in (1, 8)
+            for b in args.sample_batches.split(",")
             for layers in args.sample_layers.split(",")
+            for count in args.flow_steps.split(",")
+            for chunking in args.chunking.split(",")
+            if layers == "separate" or chunking == "none"
         ]
     if "attention" in parts:
         rows = 2 if args.tiny else 16
@@ -314,6 +334,9 @@ def main() -> None:
     parser.add_argument("--batches", default="8,16,32")
     parser.add_argument("--layers", default="stack", choices=("stack", "scan"), help="scan: lax.scan, jax.checkpoint")
     parser.add_argument("--sample-layers", default="stacked,separate", help="forms of the layers in the part sample")
+    parser.add_argument("--sample-batches", default="1,8")
+    parser.add_argument("--flow-steps", default="10", help="in the part sample")
+    parser.add_argument("--chunking", default="none", help="in the part sample: none, guided, given")
     parser.add_argument("--trace", default="", help="a folder for profiles (TensorBoard, Perfetto)")
     parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
     parser.add_argument("--steps", type=int, default=10)
@@ -343,6 +366,7 @@ def main() -> None:
     for part, case in cases(parts, args):
         name = " ".join(str(case[key]) for key in ("config", "part", "sample_layers") if key in case)
         name += f" batch {case['batch']}" if "batch" in case else ""
+        name += f" steps {case['flow_steps']} chunking {case['chunking']}" if part == "sample" else ""
         command = [sys.executable, "-m", "tests.benchmarks.bench_gpu", "--one", part, json.dumps(case)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
