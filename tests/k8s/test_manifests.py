@@ -79,9 +79,10 @@ def test_the_evaluation_is_one_pod_and_takes_one_gpu_where_it_trains_nothing(nod
     assert containers(job(docs, "policy"))[-1]["resources"]["limits"].get("nvidia.com/gpu", 0) == gpus
 
 
-def test_the_gate_may_read_the_job_that_it_waits_for():
-    docs = render(stage="policy", after="other-value")
-    assert args(docs, "gate")[2] == "other-value"
+@pytest.mark.parametrize("flags", [(), ("--policy.weighting", "none"), ("--policy.value_run", "/storage/runs/b/value")])
+def test_the_gate_may_read_the_job_that_it_waits_for(flags):
+    docs = render(*flags, stage="policy", after="other-value")
+    assert args(docs, "gate")[2] == "other-value" and job(docs, "policy")["spec"]["parallelism"] == 0
     (role,) = [doc for doc in docs if doc["kind"] == "Role"]
     assert [rule["resourceNames"] for rule in role["rules"]] == [["other-value"], ["hvd-awr"]]
 
@@ -191,7 +192,9 @@ def test_a_second_experiment_by_hand(tmp_path):
         (("--kubernetes.image", "a b"), "must not hold spaces"),
         (("--kubernetes.nam", "x"), "nearest: --kubernetes.name"),
         (("--kubernetes.overlay", "k8s"), "no kustomization.yaml in it"),
-        (("--after", "hvd-value"), "--after 'hvd-value'"),
+        (("--after", "hvd-value"), "wait first: hvd jobs wait hvd-value"),
+        (("--after", "hvd-awr", "--stage", "evaluate"), "wait first: hvd jobs wait hvd-awr"),
+        (("--after", "17", "--stage", "policy"), "--after '17' is not the name of a Job"),
         (("--slurm.time", "1:00"), "--slurm.time is for --cluster slurm, this is kubernetes"),
         (("--value.batch_size", "0"), "batch_size"),
         (("--kubernetes.gpus_per_node", "3"), "3"),  # the batch of 64 cannot be divided among them
@@ -199,7 +202,8 @@ def test_a_second_experiment_by_hand(tmp_path):
 )
 def test_mistakes_are_one_line_before_anything_is_applied(monkeypatch, capsys, flags, said):
     monkeypatch.setattr(submission, "submit", lambda *_: pytest.fail("it was applied"))
-    assert submit.main(["--stage", "all", "--cluster", "kubernetes", *flags]) == 2
+    stage = [] if "--stage" in flags else ["--stage", "all"]
+    assert submit.main([*stage, "--cluster", "kubernetes", *flags]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
 

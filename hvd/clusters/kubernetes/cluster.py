@@ -39,8 +39,13 @@ class Kubernetes:
 
     def plan(self, request: Request) -> Planned:
         asked = site.load(self._flags)
-        if request.after and (request.stage != "policy" or not is_name(request.after)):
-            raise UserError(f"--after {request.after!r}: it names the value Job that --stage policy waits for")
+        if request.after and not is_name(request.after):
+            raise UserError(f"--after {request.after!r} is not the name of a Job")
+        if request.after and request.stage != "policy":
+            raise UserError(
+                f"--after {request.after}: on Kubernetes only --stage policy waits for a Job. --stage all evaluates "
+                f"after the policy; for any other stage wait first: hvd jobs wait {request.after}"
+            )
         docs = manifests.render(request, asked)
         self._known = kubectl.Target(asked.context, manifests.namespace(docs))
         gpus = manifests.gpus(docs, asked.gpu_resource)

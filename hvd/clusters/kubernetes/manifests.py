@@ -42,7 +42,8 @@ def render(request: Request, asked: Settings) -> list[Manifest]:
     name = asked.name or own_name(request.cfg, docs)
     docs = renamed(docs, name) if name else docs
     left_out = set(_OTHERS[request.stage])
-    if request.stage == "policy" and not own_needed(request.cfg):  # imitation, and a value run that is given: no wait
+    # imitation and a value run that is given: no wait
+    if request.stage == "policy" and not (request.after or own_needed(request.cfg)):
         left_out |= {"gate"}
     if request.stage == "all" and request.cfg.policy.value_run:
         left_out |= {"value"}
@@ -172,7 +173,7 @@ def _fill_in(doc: Manifest, request: Request, asked: Settings) -> None:
         spec["completions"] = nodes
     elif nodes > 1:
         raise UserError(f"kubernetes.overlay {asked.overlay}: its Jobs are not Indexed, --nodes {nodes} needs that")
-    if spec["parallelism"] or not own_needed(request.cfg):
+    if spec["parallelism"] or not (request.after or own_needed(request.cfg)):
         spec["parallelism"] = nodes
     if asked.queue:
         doc["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = asked.queue
