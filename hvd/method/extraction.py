@@ -125,6 +125,29 @@ def needs_ratio(cfg: Experiment) -> bool:
     return extractor(cfg)[0].scored and cfg.policy.score != "td"
 
 
+# ------------------------------------------------------------------------------------- a critic beside the policy
+
+
+def check_judges(cfg: Experiment, critic: Experiment, folder: Any) -> None:
+    """UserError unless a value run of the config `critic` reads observations and actions as the policy of `cfg` does:
+    a policy that acts by it hands over its own, normalised."""
+    theirs, ours = _inputs(critic), _inputs(cfg)
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise UserError(
+                f"value run {folder} does not fit the policy: its {name} is {theirs[name]!r}, the policy's {value!r}"
+            )
+
+
+_OF_MODEL = ("action_dim", "action_horizon", "cameras", "image_size", "max_token_len", "tokenizer", "vocab_size")
+
+
+def _inputs(cfg: Experiment) -> dict[str, object]:
+    """What the inputs of a model of this config mean, by field."""
+    fields = {"robot": cfg.robot, "levels": cfg.levels(), "norm": cfg.norm, "state_in_prompt": cfg.model.spells_state}
+    return fields | {f"model.{name}": getattr(cfg.model, name) for name in _OF_MODEL}
+
+
 # ----------------------------------------------------------------------------------------------------- the extractors
 
 

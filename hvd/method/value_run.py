@@ -47,6 +47,7 @@ def check(cfg: Experiment, *, digests: bool = True) -> Any:
 
 def _check_fits(cfg: Experiment, folder: str) -> None:
     """The run's chunks, levels, cameras, normalisation and objective are the policy's."""
+    from hvd.method import extraction
     from hvd.train import run_dir as runs
 
     record = runs.read(folder)
@@ -54,6 +55,8 @@ def _check_fits(cfg: Experiment, folder: str) -> None:
         raise UserError(f"policy.value_run {folder}: no run there (no {runs.CONFIG}); give the folder of a value run")
     if record.stage != "value":
         raise UserError(f"policy.value_run {folder} holds a {record.stage} run, not a value run")
+    if extraction.extractor(cfg)[0].acts:
+        extraction.check_judges(cfg, record.config, folder)
     theirs, ours = _meaning(record.config), _meaning(cfg)
     for name, value in ours.items():
         if theirs[name] != value:

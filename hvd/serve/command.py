@@ -52,6 +52,9 @@ class ServeOptions:
     checkpoint: str = option(
         "", "with --config: serve this checkpoint of openpi's form (folder or gs://, s3:// URL), not a run"
     )
+    value_run: str = option(
+        "", "value run of a policy that acts by one, if not the one that it was trained beside (best_of_n, q_guided)"
+    )
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
     port: int = option(8000, between(0, 65_535), "0 takes a free one and prints it")
     default_prompt: str = option("", "for requests without one; else the datasets' if they have exactly one")
@@ -110,6 +113,8 @@ def main(argv: Sequence[str]) -> int:
 
 def chosen(options: ServeOptions, rest: Sequence[str]) -> Experiment | str:
     """The experiment or the run folder to serve."""
+    if options.checkpoint and options.value_run:
+        raise UserError("--value-run: a --checkpoint of openpi's form holds a policy that acts alone; leave one out")
     named = any(arg.startswith("--config") for arg in rest)
     if named == bool(options.run):
         raise UserError("hvd serve needs one of --config NAME (`hvd configs` lists them) and --run PATH")
@@ -194,7 +199,7 @@ def build(
         assert isinstance(target, Experiment)
         policy = load_checkpoint(target, options.checkpoint)
     else:
-        policy = load_policy(target)
+        policy = load_policy(target, value_run=options.value_run)
     cfg = policy.cfg
     reader = RequestReader(
         cfg,

@@ -161,13 +161,20 @@ class ValueFunction:
 
 
 def load_policy(
-    run: Experiment | os.PathLike | str, *, devices: Devices | None = None, num_flow_steps: int = 0
+    run: Experiment | os.PathLike | str,
+    *,
+    devices: Devices | None = None,
+    num_flow_steps: int = 0,
+    value_run: os.PathLike | str = "",
 ) -> Policy:
     """The policy of a run folder, or of an experiment (its policy_dir). UserError unless the run is complete.
 
-    `num_flow_steps`: Euler steps of `act`; 0 = the run's.
+    Args:
+        num_flow_steps: Euler steps of `act`; 0 = the run's.
+        value_run: of a policy that acts by a critic: one that fits; "" = the one that it was trained beside.
     """
     cfg, transform, step, folder = _open(run, "policy")
+    value_dir = _value_run(run, cfg, folder, value_run)
     own = dataclasses.replace(cfg.policy, num_flow_steps=num_flow_steps or cfg.policy.num_flow_steps)
     cfg = dataclasses.replace(cfg, policy=own)
     graph = Graph(lambda rngs: Pi0(cfg.model, rngs), dtype_of=precision.inference(cfg.model.dtype))
@@ -178,22 +185,35 @@ def load_policy(
     params["action_out_proj"] = {
         name: leaf * keep.reshape((1,) * (leaf.ndim - 1) + keep.shape) for name, leaf in head.items()
     }
-    return Policy(cfg, transform, params, critic=_critic(run, cfg, folder, devices))
+    critic = load_value(value_dir, devices=devices) if value_dir else None
+    return Policy(cfg, transform, params, critic=critic and steering.Critic(critic.graph, critic.params))
 
 
-def _critic(
-    run: Experiment | os.PathLike | str, cfg: Experiment, folder: os.PathLike | str, devices: Devices | None
-) -> steering.Critic | None:
-    """The critic of a policy that acts by one: the value run it was trained beside, and no other."""
+def _value_run(
+    run: Experiment | os.PathLike | str, cfg: Experiment, folder: os.PathLike | str, named: os.PathLike | str
+) -> os.PathLike | str:
+    """The value run that the policy acts by, complete and fitting; "" for a policy that acts by none."""
     if not extraction.extractor(cfg)[0].acts:
-        return None
+        if named:
+            raise UserError(
+                f"value run {named}: the policy {folder} acts by none (policy.extractor {cfg.policy.extractor}); leave "
+                f"it out, or take a policy with policy.extractor {' or '.join(steering.STEERED)}"
+            )
+        return ""
     given = run.value_run_dir if isinstance(run, Experiment) else cfg.policy.value_run
-    value_dir = given or os.path.join(os.path.dirname(os.fspath(folder)), "value")
+    value_dir = named or given or os.path.join(os.path.dirname(os.fspath(folder)), "value")
     value, ours = complete.check_complete(value_dir, stage="value"), complete.read_complete(folder)
-    if value.digest != ours.inputs.get("value"):
-        raise UserError(f"{folder} acts by the value run that it was trained beside, and {value_dir} is another one")
-    loaded = load_value(value_dir, devices=devices)
-    return steering.Critic(loaded.graph, loaded.params)
+    if value.digest != ours.inputs.get("value") and not named:
+        raise UserError(
+            f"{folder} acts by the value run that it was trained beside, and {value_dir} is another one: name the one "
+            "to take (hvd serve --value-run)"
+        )
+    record = runs.read(value_dir)
+    assert record is not None, "a complete run has it"
+    extraction.check_judges(cfg, record.config, value_dir)
+    if value.inputs.get("norm_stats") != ours.inputs.get("norm_stats"):
+        raise UserError(f"value run {value_dir} does not fit the policy: it has other norm stats than {folder}")
+    return value_dir
 
 
 def load_value(

@@ -94,3 +94,5 @@ def test_it_is_built_into_a_server(cfg, exported):
 def test_it_needs_a_config(capsys):
     assert cli.main(["serve", "--run", "x", "--checkpoint", "y"]) == EXIT_USER
     assert "--checkpoint needs --config NAME" in capsys.readouterr().err
+    assert cli.main(["serve", "--config", "demo", "--checkpoint", "y", "--value-run", "z"]) == EXIT_USER
+    assert "--value-run: a --checkpoint of openpi's form" in capsys.readouterr().err

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
+from hvd import cli
 from hvd.data.loader import Batcher, SampleSpec, Source
-from hvd.errors import UserError
+from hvd.errors import EXIT_USER, UserError
 from hvd.train import inference, stage_data, steering
 from tests.train.compare import arrays
 
@@ -116,18 +117,22 @@ def steered(trained, tmp_path_factory):
         policy = dataclasses.replace(trained.policy, extractor=name, extractor_params=parameters)
         cfg = dataclasses.replace(cfg, policy=policy)
         shutil.copytree(trained.exp_dir, cfg.exp_dir)
-        record = Path(cfg.policy_dir, "config.yaml")
-        tree = yaml.safe_load(record.read_text())
-        tree["config"]["policy"] |= {"extractor": name, "extractor_params": parameters}
-        record.write_text(yaml.safe_dump(tree))
-        found = json.loads(Path(cfg.policy_dir, "complete.json").read_text())
-        content = record.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        found["settings"]["config.yaml"] = {"bytes": len(content), "sha256": digest}
-        Path(cfg.policy_dir, "complete.json").write_text(json.dumps(found))
+        rewrite(Path(cfg.policy_dir), "policy", {"extractor": name, "extractor_params": parameters})
         return Path(cfg.policy_dir)
 
     return make
+
+
+def rewrite(folder: Path, part: str, fields: dict, **inputs: str) -> None:
+    """Other fields in the config of a complete run, and other digests of what it was trained on."""
+    record, proof = folder / "config.yaml", folder / "complete.json"
+    tree, found = yaml.safe_load(record.read_text()), json.loads(proof.read_text())
+    (tree["config"] if part == "." else tree["config"][part]).update(fields)
+    content = yaml.safe_dump(tree).encode()
+    record.write_bytes(content)
+    found["settings"]["config.yaml"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    found["inputs"] |= inputs
+    proof.write_text(json.dumps(found))
 
 
 def q_of(trained, actions, rows):
@@ -137,7 +142,10 @@ def q_of(trained, actions, rows):
 
 def test_best_of_n_has_the_highest_q(trained, policy, steered):
     rows = list(range(0, 60, 6))
-    best, plain = act(inference.load_policy(steered("best_of_n", n=6.0)), rows), act(policy, rows)
+    folder = steered("best_of_n", n=6.0)
+    elsewhere = (folder.parent / "value").rename(folder.parent / "another")
+    rewrite(folder, "policy", {}, value="0" * 64)  # it was trained beside yet another one
+    best, plain = act(inference.load_policy(folder, value_run=elsewhere), rows), act(policy, rows)
     q_best, q_plain = q_of(trained, best, rows), q_of(trained, plain, rows)
     assert (q_best >= q_plain - 1e-4).all() and (q_best > q_plain + 1e-4).mean() > 0.5
 
@@ -187,10 +195,27 @@ def test_guidance_by_words_in_a_whole_policy(policy, steered):
     assert np.abs(act(inference.load_policy(steered("condition", guidance=3.0)), rows) - near).max() > 1e-3
 
 
-def test_a_policy_acts_by_no_other_value_run(steered):
+def test_a_policy_acts_by_no_value_run_that_does_not_fit(steered, trained, capsys):
     folder = steered("best_of_n", n=2.0)
-    told = json.loads((folder / "complete.json").read_text())
-    told["inputs"]["value"] = "0" * 64
-    (folder / "complete.json").write_text(json.dumps(told))
+    value = folder.parent / "value"
+
+    def refused(why: str, part: str = "model", fields: dict | None = None, **inputs: str) -> None:
+        shutil.copytree(trained.value_dir, value, dirs_exist_ok=True)
+        rewrite(value, part, fields or {}, **inputs)
+        with pytest.raises(UserError, match=why):
+            inference.load_policy(folder, value_run=value)
+
+    refused("its robot is 'r1_pro_b1k', the policy's 'r1'", ".", {"robot": "r1_pro_b1k"})
+    refused(r"its levels is \(\(0, 1\), \(2,\)\)", fields={"hierarchical_actions": [[0, 1], [2]]})
+    refused("its model.max_token_len is 9, the policy's", fields={"max_token_len": 9})
+    refused("it has other norm stats", norm_stats="0" * 64)
+    (value / "complete.json").unlink()
+    with pytest.raises(UserError, match="value is not complete"):
+        inference.load_policy(folder, value_run=value)
+    shutil.copytree(trained.value_dir, value, dirs_exist_ok=True)
+    rewrite(folder, "policy", {}, value="0" * 64)
     with pytest.raises(UserError, match="acts by the value run that it was trained beside"):
         inference.load_policy(folder)
+    assert cli.main(["serve", "--run", trained.policy_dir, "--value-run", str(value), "--port", "0"]) == EXIT_USER
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "acts by none (policy.extractor weighted); leave it out, or take a policy" in line

@@ -49,6 +49,13 @@ def test_a_run_that_does_not_fit_is_refused(other, changed, line):
     assert not Path(other.policy_dir).exists()
 
 
+def test_a_critic_reads_what_the_policy_reads(other):
+    """Its prompts are cut at another length, which matters only to a policy that hands its own to it."""
+    asking = change(change(other, "policy", extractor="best_of_n"), "model", max_token_len=9)
+    with pytest.raises(UserError, match=r"value run .* does not fit the policy: its model\.max_token_len is \d+, the"):
+        policy.main(asking)
+
+
 def test_what_is_no_complete_value_run_is_refused(other, trained, tmp_path):
     with pytest.raises(UserError, match="holds a policy run, not a value run"):
         value_run.check(change(other, "policy", value_run=trained.policy_dir))
