@@ -60,11 +60,14 @@ class Ratio:
         alone: of the actions of level i without the others.
         episodes: effective number of episodes among the trusted fifth of the candidates, as a share of their episodes
             (1: all alike; near 0: the ratio has learned the behaviour of a few episodes).
+        overlap: share of the other rows whose ratio is above the lowest tenth of the experts'. Near 0: everything looks
+            unlike an expert's, be it right or wrong.
     """
 
     prefix: Float32[np.ndarray, "n l"]
     alone: Float32[np.ndarray, "n l"]
     episodes: float
+    overlap: float
 
 
 def fit(rows: Rows, levels: Sequence[Sequence[int]], seed: int, progress: Callable[[], None] = lambda: None) -> Ratio:
@@ -83,7 +86,9 @@ def fit(rows: Rows, levels: Sequence[Sequence[int]], seed: int, progress: Callab
     ratios = (logits[:, 1:] - OF_STATE * logits[:, :1]).astype(np.float32)
     prefix = ratios[:, : len(levels)]
     alone = np.concatenate([prefix[:, :1], ratios[:, len(levels) :]], axis=1)
-    return Ratio(prefix, alone, _effective_episodes(rows, prefix[:, -1]))
+    joint = prefix[:, -1]
+    overlap = float(np.mean(joint[~rows.expert] > np.quantile(joint[rows.expert], 0.1)))
+    return Ratio(prefix, alone, _effective_episodes(rows, joint), overlap)
 
 
 def patches(

@@ -9,16 +9,17 @@ from hvd.method import ratio
 FRAMES, HORIZON = 24, 8
 
 
-def world(episodes: int, wrong: bool, seed: int, noise: float = 0.3):
+def world(episodes: int, wrong: bool, seed: int, noise=0.3, styles=(0.0,), speed=1.0, place=0.0):
     """(state, actions [n, 8, 2], episode, wrong [n, 2]): two levels, each of which follows two dims of the state; with
-    `wrong` one level of each episode is off in two fifths of its chunks."""
+    `wrong` one level of each episode is off in two fifths of its chunks. A style is an offset of right actions."""
     rng = np.random.default_rng(seed)
     n = episodes * FRAMES
-    state = rng.normal(size=(n, 6)).astype(np.float32)
+    state = (rng.normal(size=(n, 6)) + place).astype(np.float32)
     episode = np.repeat(np.arange(episodes), FRAMES)
     aims = state @ np.array([[1, -0.5, 0, 0, 0, 0], [0, 0, 1, 0.5, 0, 0]]).T
     errs = (rng.random((n, 2)) < 0.4) & (np.arange(2) == (episode % 2)[:, None]) & wrong
-    aims = aims + errs * rng.choice([-1.5, 1.5], (n, 2))
+    style = np.array(styles)[episode // 2 % len(styles), None]
+    aims = speed * aims + style + errs * rng.choice([-1.5, 1.5], (n, 2))
     actions = np.repeat(aims[:, None], HORIZON, 1) + noise * rng.normal(size=(n, HORIZON, 2))
     return state, actions.astype(np.float32), episode, errs
 
@@ -103,3 +104,14 @@ def test_one_demonstration_is_enough(monkeypatch):
     monkeypatch.setattr(ratio, "_STEPS", 100)
     rows = joined(world(1, False, 7), world(6, True, 8))
     assert np.isfinite(ratio.fit(rows, [(0,), (1,)], 0).prefix).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style, fails", [(0.0, False), (1.5, True)])
+def test_demonstrations_of_another_style_are_noticed(monkeypatch, style, fails):
+    monkeypatch.setattr(ratio, "_STEPS", 300)
+    monkeypatch.setattr(ratio, "REPEATS", 1)
+    rows = joined(world(15, False, 1, styles=(style,)), mixed := world(40, True, 2))
+    found = ratio.fit(rows, [(0,), (1,)], 0)
+    area = auc(-found.prefix[~rows.expert, -1].astype(float), mixed[3].any(axis=1))
+    assert (area < 0.6, found.overlap < 0.2) == (fails, fails), (area, found.overlap)
