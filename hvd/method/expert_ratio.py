@@ -90,8 +90,8 @@ class Compared:
             )
         if found.overlap < _LITTLE_OVERLAP:
             print(
-                f"warning: only {found.overlap:.0%} of the weighted frames look like demonstrations to the expert ratio; "
-                "of another person, speed, place or robot it sees that, and not mistakes (docs/method.md)",
+                f"warning: only {found.overlap:.0%} of the weighted frames look like demonstrations to the expert "
+                "ratio; of another person, speed, place or robot it sees that, not mistakes (docs/method.md)",
                 flush=True,
             )
         ends = np.cumsum([len(p.episode) for p in parts])[len(self.experts) - 1 :]
