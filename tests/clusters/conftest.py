@@ -1,6 +1,7 @@
 """Clusters for the tests of this folder. They need root and Debian's packages; else their tests are skipped."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +40,10 @@ def kubernetes(tmp_path_factory) -> Iterator[KubernetesCluster]:
     builder.call(kubernetes_cluster.ROOT / "docker" / "save.sh", builder.build(), archive, "localhost/hvd:cpu")
     with KubernetesCluster(tmp_path_factory.mktemp("kubernetes"), (archive,)) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def team(kubernetes) -> Path:
+    """The volume of the namespace `team`, which has nothing else; empty, but for what its tests leave."""
+    kubernetes.make_volume("team", kubernetes.folder / "team", "team")
+    return kubernetes.folder / "team"

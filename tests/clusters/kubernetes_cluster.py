@@ -94,8 +94,6 @@ class KubernetesCluster:
 
     def __enter__(self) -> "KubernetesCluster":
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.storage.mkdir()
-        os.chown(self.storage, 10001, 10001)
         ready = self.folder / "kubeconfig"
         inside = f'cp "$KUBECONFIG" {shlex.quote(str(ready))}.tmp && mv {shlex.quote(str(ready))}.tmp '
         inside += f"{shlex.quote(str(ready))} && exec cat"  # until our end of its input closes, however we end
@@ -119,7 +117,7 @@ class KubernetesCluster:
             settings = f"KUBECONFIG={ready} KUBECACHEDIR={self.folder / 'cache'}"
             wrapper.write_text(f'#!/bin/sh\n{settings} exec {enter} {CACHE / "kubectl"} "$@"\n')
             wrapper.chmod(0o755)
-            self._make_volume()
+            self.make_volume("shared", self.storage)
         except BaseException:
             self.__exit__()
             raise
@@ -143,19 +141,27 @@ class KubernetesCluster:
                 return ["nsenter", "-t", str(child.pid), "-n"]
         raise AssertionError((self.folder / "cluster.log").read_text())
 
-    def _make_volume(self) -> None:
-        """A volume on a folder of this machine, for the claim of k8s/storage.yaml."""
+    def make_volume(self, name: str, folder: Path, namespace: str = "") -> None:
+        """An empty volume on a new folder of this machine. With a namespace, which is made, it is that one's, and the
+        claim of k8s/storage.yaml is there; else it is for the first such claim."""
+        folder.mkdir()
+        os.chown(folder, 10001, 10001)
+        for_whom = {"claimRef": {"namespace": namespace, "name": "hvd-storage"}} if namespace else {}
         volume = {
             "apiVersion": "v1",
             "kind": "PersistentVolume",
-            "metadata": {"name": "shared"},
+            "metadata": {"name": name},
             "spec": {
                 "capacity": {"storage": "500Gi"},
                 "accessModes": ["ReadWriteMany", "ReadWriteOnce"],
-                "hostPath": {"path": str(self.storage)},
+                "hostPath": {"path": str(folder)},
+                **for_whom,
             },
         }
         self.kubectl("apply", "-f", "-", stdin=json.dumps(volume))
+        if namespace:
+            self.kubectl("create", "namespace", namespace)
+            self.kubectl("apply", "-n", namespace, "-f", str(ROOT / "k8s" / "storage.yaml"))
 
     # ------------------------------------------------------------------------------------------------------- asking
 

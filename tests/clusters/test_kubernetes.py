@@ -4,7 +4,6 @@ They run as k8s/overlays/smoke has them. What a test adds to that (another exper
 kustomization on top of it, as a user would write one.
 """
 
-import base64
 import json
 import os
 import subprocess
@@ -24,7 +23,6 @@ STEPS = 300
 JOBS = {"hvd-value": 2, "hvd-awr": 1, "hvd-awr-gate": 1}  # containers, those of initialisation included
 TRACED = ["--value.trace_samples", "true", "--policy.trace_samples", "true"]
 LONGER = [f"--{stage}.num_train_steps={STEPS}" for stage in ("value", "policy")]
-DATA = "app.kubernetes.io/component=data"
 MADE = ["jobs/hvd-value", "jobs/hvd-awr", "jobs/hvd-awr-gate"]
 
 
@@ -263,76 +261,3 @@ def test_applied_again_while_the_policy_runs_it_goes_on_where_it_saved(disturbed
     starts = [event["step"] for event in run.events("policy") if event["event"] == "start"]
     stops = [event["step"] for event in run.events("policy") if event["event"] == "stop"]
     assert starts == [0, *stops] and len(stops) == 2 and stops[1] >= 160
-
-
-def test_the_launcher_applies_and_follows(kubernetes, calm, tmp_path):
-    """The whole way: value and policy find nothing to do, policies are evaluated; the results are pulled.
-
-    The second time by a user who may not create Roles: the launcher releases policy and evaluation.
-    """
-    clear(kubernetes)
-    flags = ["--config", "demo", "--exp_name", "calm", *TRACED, *LONGER, *SMOKE]
-    flags += ["--evaluate.num_rollouts=2", "--evaluate.videos=0", "--evaluate.no-checks", "--evaluate.no-baselines"]
-    place = ["--stage", "all", "--cluster", "kubernetes", "--kubernetes.overlay", str(ROOT / "k8s/overlays/smoke")]
-    kubernetes.kubectl("create", "serviceaccount", "ben")
-    kubernetes.kubectl("create", "rolebinding", "ben", "--clusterrole=edit", "--serviceaccount=default:ben")
-    until(lambda: kubernetes.get("serviceaccount", "ben").get("secrets"), "ben has a token", 30)
-    secret = kubernetes.get("secret", kubernetes.get("serviceaccount", "ben")["secrets"][0]["name"])
-    token = base64.b64decode(secret["data"]["token"]).decode()
-    cluster = kubernetes.kubectl("config", "get-clusters").split()[-1]
-    kubernetes.kubectl("config", "set-credentials", "ben", f"--token={token}")
-    kubernetes.kubectl("config", "set-context", "ben", f"--cluster={cluster}", "--user=ben")
-    for attempt, more in enumerate(([], ["--kubernetes.context", "ben"])):
-        done = kubernetes.call(sys.executable, "launch/submit.py", *place, *flags, *more, cwd=ROOT)
-        assert bool(more) == ("you may not create Roles" in done.stdout) == ("Job hvd-calm-awr is rel" in done.stdout)
-        assert bool(more) == ("Job hvd-calm-evaluate is released: 1 pod(s)" in done.stdout)
-        for job in ("value", "awr", "evaluate"):
-            assert f"hvd-calm-{job}: COMPLETED" in done.stdout, f"{attempt}: {done.stdout}"
-        if not more:
-            gate = kubernetes.logs("hvd-calm-awr-gate")
-            assert "calm/policy: complete at step 300" in gate and "Job hvd-calm-evaluate is released" in gate
-        pull = ["data", "pull", "runs/calm", str(tmp_path / f"{attempt}"), *place[4:], *more]
-        kubernetes.call(sys.executable, "-m", "hvd.cli", *pull, cwd=ROOT)
-        assert "<html" in (tmp_path / f"{attempt}" / "report.html").read_text()
-        results = json.loads((tmp_path / f"{attempt}" / "evaluation" / "policy" / "results.json").read_text())
-        assert results["num_rollouts"] == 2 and read_complete(tmp_path / f"{attempt}" / "policy").step == STEPS
-    assert "nothing to do" in kubernetes.logs("hvd-calm-awr")
-    until(lambda: not kubernetes.get("pods", "-l", DATA)["items"], "the pods that had the volume are gone", 60)
-    assert (
-        kubernetes.pods("hvd-calm-evaluate")[0]["metadata"]["creationTimestamp"]
-        >= (kubernetes.job("hvd-calm-awr")["status"]["completionTime"])
-    )
-    uids = {job["metadata"]["name"]: job["metadata"]["uid"] for job in kubernetes.get("jobs")["items"]}
-    other = [*place, *flags, "--value.batch_size", "8"]
-    refused = kubernetes.call(sys.executable, "launch/submit.py", *other, cwd=ROOT, check=False)
-    assert (
-        refused.returncode == 2 and "is there already and has other arguments (value.batch_size 16)" in refused.stderr
-    )
-    assert uids == {job["metadata"]["name"]: job["metadata"]["uid"] for job in kubernetes.get("jobs")["items"]}
-    bad = kubernetes.call(
-        sys.executable,
-        "launch/submit.py",
-        *place,
-        *flags,
-        "--kubernetes.queue",
-        "queue_",
-        "--kubernetes.name",
-        "x",
-        cwd=ROOT,
-        check=False,
-    )
-    assert bad.returncode == 2 and "the cluster refuses the manifests" in bad.stderr
-    assert "x-value" not in kubernetes.kubectl("get", "jobs")
-    kubernetes.kubectl("delete", "jobs,roles,rolebindings,serviceaccounts", "-l", "app.kubernetes.io/name=hvd")
-    kubernetes.kubectl("delete", "rolebinding/ben", "serviceaccount/ben")
-
-
-SMOKE = [
-    *("--sim.num_optimal", "4", "--sim.num_mixed", "6"),
-    *(
-        word
-        for stage in ("value", "policy")
-        for name, value in {"save_interval": 20, "val_interval": 30, "log_interval": 5, "batch_size": 16}.items()
-        for word in (f"--{stage}.{name}", str(value))
-    ),
-]

@@ -1,6 +1,6 @@
 """docs/kubernetes.md, followed word for word on a real cluster, as a new user would.
 
-Last of the cluster's tests: its last line deletes the volume claim.
+Last of the tests in the default namespace: its last line deletes the volume claim.
 """
 
 import json
