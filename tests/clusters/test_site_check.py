@@ -69,21 +69,22 @@ def test_slurm(slurm, tmp_path):
 
 @pytest.mark.kubernetes
 @pytest.mark.timeout(300)
-def test_kubernetes(kubernetes):
-    kubernetes.kubectl("apply", "-f", str(ROOT / "k8s" / "storage.yaml"))
+def test_kubernetes(kubernetes, team):
     command = [*COMMAND, "--cluster", "kubernetes", "--kubernetes.overlay", "k8s/overlays/smoke", "--space", "0.5"]
-    kinds = "jobs,pods,services"
-    before = kubernetes.kubectl("get", kinds, "-o", "name"), files(kubernetes.storage)
+    command += ["--kubernetes.namespace", "team"]
+    there = ("jobs,pods,services", "-n", "team", "-o", "name")
+    before = kubernetes.kubectl("get", *there), files(team)
     good = kubernetes.call(*command, cwd=ROOT)
     other = {"gpu", "cuda", "all-reduce", "rename"}
     assert {name for name, state in states(good.stdout).items() if state != "ok"} == other, good.stdout
     assert "image:       ok: sha256:" in good.stdout and "user 10001 writes in /storage/runs" in good.stdout
-    kubernetes.storage.chmod(0o555)
+    runs = team / "runs" if (team / "runs").exists() else team
+    runs.chmod(0o555)
     try:
         refused = kubernetes.call(*command, cwd=ROOT, check=False)
         assert refused.returncode == 1 and states(refused.stdout)["storage"] == "FAILED", refused.stdout
     finally:
-        kubernetes.storage.chmod(0o755)
+        runs.chmod(0o755)
     unknown = kubernetes.call(*command, "--kubernetes.claim", "nowhere", cwd=ROOT, check=False)
     assert "there is no volume claim nowhere" in unknown.stdout
-    assert (kubernetes.kubectl("get", kinds, "-o", "name"), files(kubernetes.storage)) == before
+    assert (kubernetes.kubectl("get", *there), files(team)) == before
