@@ -1,4 +1,7 @@
-"""Acceptance A4: 2 processes x 2 CPU devices train what 1 x 4 does, and each resumes the run of the other."""
+"""2 processes x 2 CPU devices train what 1 x 4 does, pi0.5 through both stages, and each resumes the run of the other.
+
+Five steps of pi0 on two processes: tests/train/test_sharding.py.
+"""
 
 import signal
 import socket
@@ -13,8 +16,9 @@ from hvd.train import complete
 from tests.train import factory
 from tests.train.children import Child, Children
 from tests.train.compare import arrays, lines, metrics
+from tests.train.test_pi05 import changes
 
-CHANGES = {"fsdp_devices": 2}
+CHANGES = changes(fsdp_devices=2)
 
 
 def free_port() -> int:
