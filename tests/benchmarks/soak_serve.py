@@ -1,6 +1,6 @@
 """A soak of `hvd serve`: four clients that misbehave at random, and one that does not, beside them.
 
-    python -m tests.benchmarks.soak_serve [--requests 100000] [--size 224] [--run RUN_FOLDER]
+    python -m tests.benchmarks.soak_serve [--requests 100000] [--trouble 0.2] [--size 224] [--run RUN_FOLDER]
 
 Without --run a tiny policy with two cameras is trained first. The undisturbed client asks every 50 ms: first alone,
 then beside four clients that behave (the first 5 % of the requests), then beside the same four while every fifth of
@@ -41,7 +41,7 @@ from tests.benchmarks.bench_fair import frame
 from tests.benchmarks.bench_serve import observation
 
 CLIENTS, EVERY_S = 4, 0.05
-QUIET, WARM, TROUBLE = 0.05, 0.1, 0.2  # shares: requests until the trouble begins, until RSS counts; of troubles then
+QUIET, WARM = 0.05, 0.1  # shares of the requests until the trouble begins, until RSS counts
 GROWTH, SLOWER = 0.05, 3.0
 ALONE_S = 10.0
 
@@ -115,7 +115,7 @@ def reply_to(connection: ClientConnection, kind: str, data: bytes | str) -> str:
     return "answered"
 
 
-def troubled(port: int, number: int, count: int, size: int) -> dict[str, Any]:
+def troubled(port: int, number: int, count: int, size: int, trouble: float) -> dict[str, Any]:
     """One of the clients: its requests by kind and outcome; when it had done a share of them."""
     rng, found, ways = np.random.default_rng([16, number]), collections.Counter(), list(KINDS)[1:]
     marks = {int(share * count): share for share in (0.0, QUIET, WARM)}
@@ -133,7 +133,7 @@ def troubled(port: int, number: int, count: int, size: int) -> dict[str, Any]:
             )
             about = msgpack.unpack(bytes(connection.recv(60)))  # pyright: ignore[reportArgumentType]
             good = good or observation(about, size, rng)
-        calm = i < QUIET * count or rng.random() > TROUBLE
+        calm = i < QUIET * count or rng.random() >= trouble
         kind = "good" if calm else ways[rng.integers(len(ways))]
         try:
             outcome = reply_to(connection, kind, KINDS[kind][0](rng, good))
@@ -202,7 +202,7 @@ class Watch:
         self._thread.join()
 
 
-def soak(server: served.Served, requests: int, size: int) -> dict[str, Any]:
+def soak(server: served.Served, requests: int, size: int, trouble: float) -> dict[str, Any]:
     """What was measured."""
     watch = Watch(server.process.pid)
     try:
@@ -210,7 +210,8 @@ def soak(server: served.Served, requests: int, size: int) -> dict[str, Any]:
         time.sleep(ALONE_S)
         files, began = watch.files(), time.monotonic()
         parts = [
-            said(x) for x in [child("troubled", server.port, i, requests // CLIENTS, size) for i in range(CLIENTS)]
+            said(x)
+            for x in [child("troubled", server.port, i, requests // CLIENTS, size, trouble) for i in range(CLIENTS)]
         ]
         calm.terminate()
         answers = said(calm)
@@ -290,6 +291,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=100_000, help="of the four clients together")
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
+    parser.add_argument("--trouble", type=float, default=0.2, help="share of troubles; 0 shows what the machine does")
     parser.add_argument("--window", type=float, default=60.0, help="seconds of a row of the undisturbed client")
     parser.add_argument("--run", default="", help="folder of a complete policy run; a tiny one is trained without it")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -301,7 +303,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = args.run or served.train(Path(folder)).policy_dir
         with served.Served("--run", run, "--port", "0") as server:
-            missed = report(soak(server, args.requests, args.size), args.window)
+            missed = report(soak(server, args.requests, args.size, args.trouble), args.window)
             if missed:
                 print("\n".join(("", "What the server said:", *server.lines[-20:])))
     print("\n".join(("", *(f"MISSED: {line}" for line in missed))) if missed else "\nall goals met")
