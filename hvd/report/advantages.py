@@ -77,10 +77,15 @@ def along_episodes(cfg: Experiment, table: Advantages | None, episodes: int = 2)
         return out
     camera = next(iter(data.keys.images), None)
     try:
-        dataset = Dataset.open(data, cameras=(camera,) if camera else ())
+        dataset = Dataset.open(data, cameras=())
     except UserError as error:
         out.missing.append(f"values along an episode: {error}.")
         return out
+    try:
+        dataset = Dataset.open(data, cameras=(camera,)) if camera else dataset
+    except UserError as error:  # a policy without cameras needs none
+        out.text(f"There are no frames: {error}.", "quiet")
+        camera = None
     labels_dir = Path(data.labels_dir) if data.labels_dir else dataset.root / "labels"
     for episode in choose(dataset, table, role, labels_dir, episodes):
         rows = np.flatnonzero((table.dataset == role) & (table.episode == episode.index))

@@ -18,6 +18,7 @@ from hvd.configs import Experiment
 from hvd.data import normalize
 from hvd.data.transforms import InputTransform
 from hvd.errors import UserError
+from hvd.method import extraction
 from hvd.models import precision, weights
 from hvd.models.pi0 import Pi0
 from hvd.storage import cache as storage
@@ -42,6 +43,8 @@ def load_checkpoint(cfg: Experiment, path: str) -> inference.Policy:
         UserError: no checkpoint there, one that lacks parameters or has other shapes, norm stats of another robot.
     """
     cfg = _as_trained(cfg, path)
+    if extraction.extractor(cfg)[0].acts:
+        print(f"note: a checkpoint holds the policy alone: it acts without the critic of {extraction.label(cfg)}")
     transform = InputTransform.from_config(cfg, stats_for(cfg, path))
     opened = pretrained.open_checkpoint(path, "--checkpoint")
     graph = Graph(lambda rngs: Pi0(cfg.model, rngs), dtype_of=precision.inference(cfg.model.dtype))

@@ -285,6 +285,15 @@ def test_rollouts_from_different_starts_are_marked(cfg):
     assert "evaluated on different starts" in missing(cfg)
 
 
+def test_values_need_no_camera(cfg):
+    keys = dataclasses.replace(cfg.suboptimal_data.keys, images={"base_0_rgb": "observation.images.nowhere"})
+    cfg = dataclasses.replace(cfg, suboptimal_data=dataclasses.replace(cfg.suboptimal_data, keys=keys))
+    write_all(cfg)
+    shown = Page(report.render(cfg))
+    assert "Episode 1 of the suboptimal set: failure" in shown.headings
+    assert any("There are no frames: " in text and "nowhere" in text for text in shown.words)
+
+
 def test_a_dataset_that_has_gone_is_named(cfg, tmp_path):
     write_all(cfg)
     (tmp_path / "mixed").rename(tmp_path / "moved")

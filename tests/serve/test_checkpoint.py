@@ -72,9 +72,11 @@ def test_what_does_not_fit(cfg, exported, tmp_path, monkeypatch):
         load_checkpoint(cfg, str(tmp_path))
 
 
-def test_an_export_says_how_it_was_trained(cfg, exported, tmp_path):
-    other = dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, prefix_max=2))
+def test_an_export_says_how_it_was_trained(cfg, exported, tmp_path, capsys):
+    policy = dataclasses.replace(cfg.policy, prefix_max=2, extractor="best_of_n", weighting="none")
+    other = dataclasses.replace(cfg, policy=policy)
     assert load_checkpoint(other, str(exported)).cfg.policy.prefix_max == 0
+    assert "it acts without the critic of best_of_n" in capsys.readouterr().out
     shutil.copytree(exported, tmp_path / "copy")
     mark = tmp_path / "copy" / export.MARK
     mark.write_text(json.dumps(json.loads(mark.read_text()) | {"prefix_max": 3}))
