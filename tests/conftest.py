@@ -33,7 +33,7 @@ jax.config.update("jax_threefry_partitionable", True)
 # `pytest` alone runs what needs no root, no cluster and no GPU, and takes minutes; the rest is asked for by its marker.
 ON_REQUEST = ("slow", "gpu", "slurm", "kubernetes", "image")
 # These files take longest and begin first: at the end one process would work on them alone
-LONGEST = ("launch/test_whole_way.py", "train/test_stages.py", "train/test_sharding.py")
+LONGEST = ("train/test_processes.py", "launch/test_whole_way.py", "train/test_sharding.py", "train/test_stages.py")
 
 
 def pytest_collection_modifyitems(config, items):
