@@ -63,8 +63,9 @@ def test_meshes_agree(one_process):
         trained = [name for name in single if name.startswith("params/trained/")]
         moved = max(np.abs(single[name] - single[name.replace("trained", "ema")]).max() for name in trained)
         assert len(trained) > 30 and moved > 1e-4, "there is something to compare"
-        for where, parts in (("1x8", 8), ("2x4", 4), ("4x2", 2)) if case in meshes.ON_ALL else (("2x4", 4),):
+        for where in meshes.CASES[case][3][1:]:
             assert_same(one_process[f"{case}/{where}"], single)
+            parts = meshes.MESHES[where][1]
             assert one_process[f"{case}/{where}"]["share"] < 1.1 / parts, "the state is really split"
 
 
@@ -72,8 +73,7 @@ def test_meshes_agree(one_process):
 @pytest.mark.timeout(1800)
 def test_micro_batches_are_one_batch(one_process):
     for case in ("policy", "value"):
-        for where in ("1x1", "2x4"):
-            assert_same(one_process[f"{case}-4/{where}"], one_process[f"{case}/1x1"])
+        assert_same(one_process[f"{case}-4/2x4"], one_process[f"{case}/1x1"])
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_micro_batches_are_one_batch(one_process):
 def test_resumed_on_another_mesh(one_process):
     """Saved on 2x4 after two steps."""
     for case in CASES:
-        for where in ("4x2", "1x1") if case in meshes.ON_ALL else ("1x1",):
+        for where in {"4x2", "1x1"} & set(meshes.CASES[case][3]):
             assert_same(one_process[f"{case}/resumed-{where}"], one_process[f"{case}/1x1"])
 
 
