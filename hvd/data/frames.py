@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 
 from hvd.data.cache import cache_folder, cached, is_own
 from hvd.data.layout import Layout, data_files
-from hvd.data.packets import FilePackets, PacketTable, list_all, load_table, save_table
+from hvd.data.packets import MOST_PIXELS, FilePackets, PacketTable, list_all, load_table, save_table
 from hvd.documents import read_bytes
 from hvd.errors import UserError
 
@@ -62,7 +62,8 @@ class _Decoder:
     def __init__(self, codec: str, extradata: bytes):
         self.context: Any = av.CodecContext.create(codec, "r")
         self.context.extradata = extradata or None
-        self.context.options = {"err_detect": "explode"}  # else a damaged part is filled up with what looks likely
+        # Else a damaged part is filled up with what looks likely, and a frame may be larger than its file says
+        self.context.options = {"err_detect": "explode", "max_pixels": str(MOST_PIXELS)}
         # with more threads a decoder returns frames late, and other samples keep the cores busy anyway
         self.context.thread_count = 1
         self.reformatter = VideoReformatter()
@@ -191,7 +192,7 @@ class ImageFrames:
 
 _FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow starts other programs for some of the rest
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # those of 8 bits
-_MOST_PIXELS, _MOST_BYTES = 1 << 26, 1 << 28  # of one image
+_MOST_BYTES = 1 << 28  # of one image
 _PNG, _RGB8 = b"\x89PNG\r\n\x1a\n", b"\x08\x02"  # the latter: 8 bits a channel, three channels
 
 
@@ -319,5 +320,5 @@ def _check_image(data: bytes, where: str) -> None:
         raise UserError(
             f"{where}: has more than 8 bits a value (mode {mode}), as depth cameras give; choose a colour camera"
         )
-    if width * height > _MOST_PIXELS:
+    if width * height > MOST_PIXELS:
         raise UserError(f"{where}: is an image of {width} x {height}, larger than a camera's")

@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from hvd.errors import UserError
 
+MOST_PIXELS = 1 << 26  # of one image
+
 
 @dataclass(frozen=True)
 class FilePackets:
@@ -124,6 +126,9 @@ def list_packets(path: Path) -> FilePackets:
                 raise UserError(f"{path}: damaged video file, or one of a codec that this PyAV does not know")
             codec, extradata = stream.codec_context.codec.name, stream.codec_context.extradata or b""
             base, promised, pixels = float(stream.time_base or 0), stream.frames, str(stream.codec_context.pix_fmt)
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MOST_PIXELS:
+                raise UserError(f"{path}: holds pictures of {width} x {height}, larger than a camera's")
             rows = [
                 (p.pos, p.size, p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and p.pts is not None
             ]

@@ -115,6 +115,18 @@ def _in_new_thread(call):
         return pool.submit(call).result()
 
 
+@pytest.mark.parametrize("encoder", ["h264 with B frames", "av1"])
+@pytest.mark.parametrize("where, says", [("packets", "holds pictures of 64 x 64, larger than"), ("frames", "damaged")])
+def test_a_picture_larger_than_a_camera_s_takes_no_memory(tmp_path, monkeypatch, encoder, where, says):
+    """Refused by what the file says of it, and by the decoder where the file says something else."""
+    path = tmp_path / "a.mp4"
+    write_video(path, *ENCODERS[encoder], 5, size=(64, 64))
+    monkeypatch.setattr(f"hvd.data.{where}.MOST_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr("hvd.data.frames._local", threading.local())
+    with pytest.raises(UserError, match=says):
+        open_videos(tmp_path / "table", [path], [5])(np.arange(5))
+
+
 def test_a_video_that_is_too_short_is_named(tmp_path):
     path = tmp_path / "a.mp4"
     write_video(path, *ENCODERS["mpeg4"], 10)
