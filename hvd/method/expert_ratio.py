@@ -25,7 +25,7 @@ from hvd.train.mesh import Devices
 from hvd.train.value_pass import Values
 
 _VERSION = 2  # of hvd.method.ratio: another one makes another table
-_FEW_EPISODES, _LITTLE_OVERLAP = 0.1, 0.2
+_FEW_EPISODES, _LITTLE_OVERLAP = 0.1, 0.05
 _ROWS = 8_192
 
 type ValuesKey = Callable[[str, Mapping[str, Dataset], Mapping[str, np.ndarray]], str]
@@ -88,10 +88,11 @@ class Compared:
                 "effect): it may have learned their habits instead of what is right",
                 flush=True,
             )
+        print(f"expert ratio: {found.overlap:.0%} of the weighted frames look like demonstrations", flush=True)
         if found.overlap < _LITTLE_OVERLAP:
             print(
-                f"warning: only {found.overlap:.0%} of the weighted frames look like demonstrations to the expert "
-                "ratio; of another person, speed, place or robot it sees that, not mistakes (docs/method.md)",
+                "warning: where demonstrations are of another person, speed, place or robot the ratio sees that, not "
+                "mistakes (docs/method.md)",
                 flush=True,
             )
         ends = np.cumsum([len(p.episode) for p in parts])[len(self.experts) - 1 :]
