@@ -32,6 +32,18 @@ def optimise(wanted: bool) -> None:
         os.environ[QUICK] = "1"
 
 
+def every_process_writes() -> None:
+    """jax lets process 0 alone write its cache. On CPUs each process has keys of its own: the others would never find
+    their programs there."""
+    from jax._src import compiler
+
+    class Distributed:
+        class global_state:
+            process_id, client = 0, None
+
+    compiler.distributed = Distributed  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
+
+
 def _cache() -> Path:
     """A folder that only this user can write, since what is in it is run: below .pytest_cache, else a temporary one."""
     if (given := os.environ.get("HVD_TEST_CACHE")) is not None:  # of the process that started this one

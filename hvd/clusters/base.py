@@ -315,12 +315,19 @@ def recent(seen: datetime.datetime | None, days: float | None) -> bool:
     return seen is None or days is None or datetime.datetime.now(datetime.UTC) - seen < datetime.timedelta(days=days)
 
 
-def wait_for(job: str, timeout: float | None, ask: Callable[[], JobState | None]) -> int:
-    """`Cluster.wait` for a cluster that is asked again and again. `ask`: None while it does not answer."""
+def wait_for(job: str, timeout: float | None, ask: Callable[[], JobState]) -> int:
+    """`Cluster.wait` for a cluster that is asked again and again; Unreachable of `ask` is said once and waited out."""
     began, pause = time.monotonic(), _WAIT_S[0]
-    said, never, name = "", 0, f"job {job}"
+    said, silent, never, name = "", False, 0, f"job {job}"
     while True:
-        state = ask()
+        try:
+            state, silent = ask(), False
+        except Absent:
+            raise
+        except Unreachable as error:
+            if not silent:
+                print(f"{error}; going on until it answers", file=sys.stderr, flush=True)
+            state, silent = None, True
         if state is not None:
             text = state.describe() + (f" ({state.never})" if state.never else "")
             if text != said:

@@ -46,10 +46,10 @@ class Site:
 
     Args:
         shared: where the datasets lie, for all sites of a cluster.
-        slow: seconds that a step waits at least.
+        slow: seconds that a step waits at least; None: the plain `hvd`.
     """
 
-    def __init__(self, folder: Path, cluster: SlurmCluster, shared: Path, *, slow: float = 0.0):
+    def __init__(self, folder: Path, cluster: SlurmCluster, shared: Path, *, slow: float | None = None):
         self.folder, self.cluster = folder, cluster
         folder.mkdir(parents=True)
         (folder / ".venv").symlink_to(sys.prefix)
@@ -66,10 +66,10 @@ class Site:
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HVD_"))},
             **cluster.environment,
             "PYTHONPATH": str(ROOT),
-            "HVD_TEST_STEP_SECONDS": str(slow),
+            "HVD_TEST_STEP_SECONDS": str(slow or 0.0),
         }
         self.site = ["--slurm.mem", "1500M", "--slurm.grace", "20"]
-        if slow:
+        if slow is not None:
             self.site += ["--slurm.command", f"{sys.prefix}/bin/python -m tests.clusters.slow_hvd"]
 
     @property

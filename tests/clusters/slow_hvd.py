@@ -2,10 +2,14 @@
 
 import os
 
+from tests import compilation
+
+# isort: split
 from hvd import cli
 from hvd.train import stage_data
 from tests.train import factory
 
 if __name__ == "__main__":
+    compilation.every_process_writes()
     factory.slow(stage_data, float(os.environ.get("HVD_TEST_STEP_SECONDS", "0")))
     cli.command()

@@ -74,6 +74,13 @@ def test_a_complete_run_is_complete(slurm, submitted, run_folder, capsys):
     )
 
 
+def test_an_evaluation_that_trains_a_policy_to_compare_with_is_an_evaluation(slurm, submitted, run_folder, capsys):
+    submitted("9", stage="evaluate", run_dir="", run={"stage": "policy", "run_dir": "runs/demo/imitation", "steps": 20})
+    slurm.job("9")
+    assert jobs() == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["9", "evaluate", "runs/demo", "RUNNING"]
+
+
 def test_without_run_json_the_config_says_how_many_steps(slurm, submitted, run_folder):
     from hvd import overrides
     from hvd.train import run_dir as runs

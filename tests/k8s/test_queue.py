@@ -2,11 +2,15 @@
 
 import io
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 from tqdm import tqdm
 
 from hvd import cli
+from hvd.clusters import base
+from hvd.clusters.kubernetes import cluster
 from hvd.clusters.kubernetes.cluster import Kubernetes
 from hvd.clusters.kubernetes.queue import KubernetesJob, Queue, is_name, own_container
 from hvd.errors import UserError
@@ -17,8 +21,8 @@ def waiting(reason: str, **more) -> dict:
     return a_pod("v", "Pending", containerStatuses=[{"state": {"waiting": {"reason": reason, **more}}}])
 
 
-def warning(of: str, reason: str, message: str, time: str = "2026-01-01T00:00:01Z") -> dict:
-    return {"involvedObject": {"name": of}, "reason": reason, "message": message, "lastTimestamp": time}
+def warning(of: str, reason: str, message: str, at: str = "2026-01-01T00:00:01Z") -> dict:
+    return {"involvedObject": {"name": of}, "reason": reason, "message": message, "lastTimestamp": at}
 
 
 NO_GPU = [{"type": "PodScheduled", "status": "False", "message": "0/3 nodes: no GPU"}]
@@ -153,6 +157,25 @@ def test_a_policy_job_whose_gate_has_failed_is_not_waited_for(kubectl, capsys):
     assert cli.main(["jobs", "wait", "hvd-awr"]) == 2
     said = capsys.readouterr().out
     assert "hvd-awr will never start (its gate hvd-awr-gate failed, exit code 2: error: a byte)" in said
+
+
+@pytest.mark.parametrize("command", [["wait"], ["logs", "-f"]])
+def test_a_cluster_that_refuses_an_expired_login_is_said_once_and_asked_again(kubectl, capsys, monkeypatch, command):
+    def refuses():
+        kubectl.answer("get jobs", "error: You must be logged in to the server (Unauthorized)", 1)
+
+    def answers():
+        kubectl.has([a_job("hvd-value", "value", condition="Complete")], pods)
+
+    pods = [a_pod("hvd-value", "Running")]
+    kubectl.has([a_job("hvd-value", "value")], pods)
+    turns = iter([refuses, refuses, answers, lambda: None])
+    clock = SimpleNamespace(monotonic=time.monotonic, strftime=time.strftime, sleep=lambda seconds: next(turns)())
+    for module in (base, cluster):
+        monkeypatch.setattr(module, "time", clock)
+    assert cli.main(["jobs", command[0], "hvd-value", *command[1:]]) == 0
+    line = "kubectl get: error: You must be logged in to the server (Unauthorized); going on until it answers"
+    assert capsys.readouterr().err.count(line) == 1
 
 
 def test_an_unknown_name_offers_near_ones(kubectl, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 
+from tests import compilation
 from tests.train import factory
 
 PRELOAD = [
@@ -27,7 +28,8 @@ PRELOAD = [
 
 def _run(step: str, settings: factory.Settings, environment: dict[str, str], log: str) -> None:
     os.environ |= environment
-    jax.config.update("jax_disable_most_optimizations", False)  # off in tests/train/conftest.py, and in the server
+    jax.config.update("jax_disable_most_optimizations", os.environ.get(compilation.QUICK) == "1")  # on in the server
+    compilation.every_process_writes()
     with open(log, "a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,7 +1,7 @@
 """Kubernetes as a cluster: the manifests of k8s/ as Jobs, known by their labels, asked for by the user's kubectl."""
 
-import contextlib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,7 +93,7 @@ class Kubernetes:
 
     def logs(self, job: str, lines: int, follow: bool) -> int:
         """The newest pod's log; with `follow` that of its successors too."""
-        queue, shown = Queue(self._target), ""
+        queue, shown, silent = Queue(self._target), "", False
         while True:
             found = queue.job(job)
             pod = next((pod for pod in reversed(found.pods) if pod["status"].get("phase") != "Pending"), None)
@@ -106,16 +106,18 @@ class Kubernetes:
             if not follow or found.ended:
                 return EXIT_COMPLETE
             time.sleep(1)
-            with contextlib.suppress(Unreachable):
-                queue = Queue(self._target)
+            try:
+                queue, silent = Queue(self._target), False
+            except Unreachable as error:
+                if not silent:
+                    print(f"{error}; going on until it answers", file=sys.stderr, flush=True)
+                silent = True
 
     def wait(self, job: str, timeout: float | None) -> int:
-        def ask() -> JobState | None:
-            with contextlib.suppress(Unreachable):
-                queue = Queue(self._target)
-                self._release(queue, queue.job(job))
-                return queue.state(job, steps=False)
-            return None
+        def ask() -> JobState:
+            queue = Queue(self._target)
+            self._release(queue, queue.job(job))
+            return queue.state(job, steps=False)
 
         self.state(job)  # a mistyped name or a cluster that does not answer is said at once
         return wait_for(job, timeout, ask)

@@ -173,7 +173,7 @@ class Slurm:
 
     def wait(self, job: str, timeout: float | None) -> int:
         job = self._known(job)
-        return base.wait_for(job, timeout, log.Watch(functools.partial(self.look, job), alone=False).ask)
+        return base.wait_for(job, timeout, functools.partial(self.look, job))
 
     def logs(self, job: str, lines: int, follow: bool) -> int:
         job = self._known(job)

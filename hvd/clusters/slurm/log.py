@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hvd.clusters.base import Absent, JobState, Unreachable
+from hvd.clusters.base import JobState, Unreachable
 from hvd.errors import EXIT_COMPLETE, Stopped, UserError
 
 EXIT_INTERRUPTED = 130
@@ -20,22 +20,20 @@ _SETTLE_S = 1.0  # what a node wrote last is on the other side of a network file
 class Watch:
     """Asks about one job, again and again; an outage of Slurm's is said once and waited out.
 
+    Without a Slurm on this machine it goes on by what the job leaves in its folder.
+
     Args:
         look: asks once (Slurm.look).
-        alone: goes on without a Slurm on this machine, by what the job leaves in its folder.
     """
 
-    def __init__(self, look: Callable[[], JobState], alone: bool):
-        self._look, self._alone = look, alone
-        self._silent = False
+    def __init__(self, look: Callable[[], JobState]):
+        self._look, self._silent = look, False
 
     def ask(self) -> JobState | None:
         """Its state; None while Slurm does not answer and the job has not recorded its end."""
         try:
             state = self._look()
         except Unreachable as error:
-            if isinstance(error, Absent) and not self._alone:
-                raise
             if not self._silent:
                 complain(f"{error}; going on until it answers")
             self._silent = True
@@ -51,7 +49,7 @@ def complain(line: str) -> None:
 def show(look: Callable[[], JobState], job: str, path: Path, lines: int) -> int:
     """Print the last lines of the job's log (0: all)."""
     if not path.is_file():
-        state = Watch(look, alone=True).ask()
+        state = Watch(look).ask()
         about = f": it is {state.describe()}" if state else ""
         hint = "; -f waits for it" if state is None or not state.ended else ""
         raise UserError(f"job {job} has no log ({path}){about}{hint}")
@@ -62,7 +60,7 @@ def show(look: Callable[[], JobState], job: str, path: Path, lines: int) -> int:
 def follow(look: Callable[[], JobState], job: str, path: Path, lines: int) -> int:
     """The last lines, and what is added until the job has ended."""
     try:
-        return _follow(Watch(look, alone=True), job, Tail(path, lines), path)
+        return _follow(Watch(look), job, Tail(path, lines), path)
     except Stopped:
         raise
     except KeyboardInterrupt:  # the way to leave it

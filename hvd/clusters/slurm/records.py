@@ -109,6 +109,8 @@ def read(jobs: Path, job: str) -> JobRecord:
     """What the folder says of the job. Never fails: what is missing, half written or not ours is left out."""
     place = jobs / job
     launched, run = _read(place / "job.json", _Launched), _read(place / "run.json", _Run)
+    if launched.stage and run.stage and run.stage != launched.stage:
+        run = _Run()  # of a policy that the evaluation trains on its way, to compare with
     return JobRecord(
         id=job,
         log=jobs / f"{job}.log",
