@@ -8,9 +8,12 @@ import time
 import pytest
 
 from hvd.clusters.base import JobState
+from hvd.clusters.slurm.trial import Trial
 from hvd.errors import UserError
+from hvd.experiments import get_config
 from hvd.site import command, findings, probe
 from hvd.site.findings import Asked, Clock, Devices, Peer, Report, Seen, Sum
+from hvd.site.options import Check
 
 GPUS = Devices("gpu", 8, "NVIDIA H100 80GB HBM3", "12.8")
 ASKED = Asked(nodes=2, processes=2, gpus=8, limit=3600, grace=300, limit_option="--slurm.time", space=10**10)
@@ -162,6 +165,19 @@ class FakeTrial:
 
     def remove(self) -> None:
         self.removed += 1
+
+
+@pytest.mark.parametrize("before, after", [((), False), ((".",), True), ((".", "demo"), True)])
+def test_what_killed_processes_left_on_slurm_goes(tmp_path, monkeypatch, before, after):
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    for name in before:
+        (runs / name).mkdir()
+    left = Trial(get_config("demo"), (), Check(), 60)
+    left._folder.mkdir(parents=True)
+    (left._folder / "answer-0.json").touch()
+    left.remove()
+    assert runs.exists() == after and set(runs.glob("*")) == {runs / name for name in before if name != "."}
 
 
 def test_the_job_is_removed_however_it_ends(monkeypatch, capsys):

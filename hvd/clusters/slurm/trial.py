@@ -35,6 +35,7 @@ class Trial:
         gpus = settings.gpus_per_node if asked or cfg.accelerator == "gpu" else 0
         runs = cfg.runs_dir if is_local(cfg.runs_dir) else "runs"
         self._folder = Path(runs) / f".hvd-site-{secrets.token_hex(4)}"
+        self._new = not Path(runs).exists()
         self._cluster, self._id = Slurm(flags), ""
         words = Probe(str(self._folder), wanted.patience).words()
         self._like = BatchJob("site", [Step("site", "site", spread=True)], words, wanted.nodes or 2, gpus, settings)
@@ -98,6 +99,9 @@ class Trial:
             shutil.rmtree(site.JOBS_DIR / self._id, ignore_errors=True)
             (site.JOBS_DIR / f"{self._id}.log").unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._new:  # made by processes that were killed before they could take it back
+            with contextlib.suppress(OSError):
+                self._folder.parent.rmdir()
 
     def _log(self) -> str:
         try:
