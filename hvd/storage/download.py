@@ -52,8 +52,9 @@ def download(
     """
     for path in _files(folder):
         if path.name.endswith(".tmp") and path.relative_to(folder).as_posix() not in objects:
-            if time.time() - path.stat().st_mtime > STALE_S:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another node's, which has just got its name
+                if time.time() - path.stat().st_mtime > STALE_S:
+                    path.unlink()
     missing = {name: item for name, item in objects.items() if not _is_there(folder / name, item)}
     needed, total = (sum(item.size for item in some.values()) for some in (missing, objects))
     free = shutil.disk_usage(folder).free

@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ CASES = {
     for short, dtype in DTYPES
 }
 STEPS = ("full_bf16", "full_f32", "lora_bf16", "lora_f32")
+
+
+def timed(call: Callable[[], object], count: int) -> tuple[list[float], list[float]]:
+    """Seconds and CPU-seconds of each of `count` calls."""
+    walls, cpus = [], []
+    for _ in range(count):
+        wall, cpu = time.perf_counter(), time.process_time()
+        call()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    return walls, cpus
 
 
 def config_of(case: dict) -> Any:
@@ -116,12 +128,7 @@ def sample(case: dict) -> dict[str, float]:
     act = jax.jit(lambda params, seen, noise: acting.sample_actions(model, params, seen, noise, case["flow_steps"]))
     np.asarray(act(params, seen, noise))
     ready = time.perf_counter()
-    walls, cpus = [], []
-    for _ in range(case["steps"]):
-        wall, cpu = time.perf_counter(), time.process_time()
-        np.asarray(act(params, seen, noise))
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
+    walls, cpus = timed(lambda: np.asarray(act(params, seen, noise)), case["steps"])
     return {
         "import_s": imported - began,
         "init_s": made - imported,
@@ -174,13 +181,14 @@ def step(case: dict) -> dict[str, float]:
     compiled = lowered.compile()
     ready = time.perf_counter()
     host_memory.give_back()  # as hvd.train.loop does
-    walls, cpus, loss = [], [], 0.0
-    for _ in range(case["steps"] + 1):
-        wall, cpu = time.perf_counter(), time.process_time()
+    loss = 0.0
+
+    def once() -> None:
+        nonlocal now, loss
         now, metrics = compiled(now, batch)
         loss = float(metrics["loss"])
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
+
+    walls, cpus = timed(once, case["steps"] + 1)
     return {
         "import_s": imported - began,
         "init_s": made - imported,

@@ -19,6 +19,8 @@ import sys
 import time
 import types
 
+from bench_train_step import timed  # beside this script
+
 began = time.perf_counter()
 ABSENT_MAY_BE = ("torch", "safetensors", "lerobot", "transformers", "polars", "dlimp", "tensorflow", "pytest")
 
@@ -117,17 +119,6 @@ def random_batch(case: dict):
         tokenized_prompt_mask=np.ones((rows, case["tokens"]), bool),
     )
     return observation, rng.normal(size=(rows, case["horizon"], 32)).astype(np.float32)
-
-
-def timed(call, count: int) -> tuple[list[float], list[float]]:
-    """Seconds and CPU-seconds of each of `count` calls."""
-    walls, cpus = [], []
-    for _ in range(count):
-        wall, cpu = time.perf_counter(), time.process_time()
-        call()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-    return walls, cpus
 
 
 def step(case: dict) -> dict:

@@ -10,7 +10,7 @@ import pytest
 
 from hvd.errors import UserError
 from hvd.storage import cache as storage
-from hvd.storage import checksums
+from hvd.storage import checksums, download
 from hvd.storage import remote as storage_remote
 from hvd.storage.s3 import S3Store
 from tests.storage.servers import (
@@ -200,6 +200,13 @@ def test_two_nodes_without_a_common_lock(served, monkeypatch):
     for thread in threads:
         thread.join()
     assert not errors and len(set(found)) == 1 and files_below(found[0]) == PARAMS
+
+
+def test_another_nodes_temporary_file_gets_its_name_after_it_was_listed(served, monkeypatch):
+    bucket, _ = served
+    listed = download._files
+    monkeypatch.setattr(download, "_files", lambda folder: [folder / "params" / "a.1.tmp", *listed(folder)])
+    assert files_below(storage.fetch(f"{bucket}/params")) == PARAMS
 
 
 def test_another_node_renames_the_folder_in_the_moment_it_is_made(served, monkeypatch):
