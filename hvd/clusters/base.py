@@ -12,7 +12,6 @@ import shlex
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,6 @@ from hvd.errors import EXIT_COMPLETE, EXIT_FAILED, Failed, UserError, nearest
 from hvd.overrides import Flag
 
 JOBS_DIR = "HVD_JOBS_DIR"
-SITE = "HVD_SITE"
-TEAM_FILE = Path("/etc/hvd/site.toml")
 EXIT_TIMEOUT = 124  # as of timeout(1)
 _WAIT_S = (1.0, 5.0)  # first and longest pause between two questions about the same state
 
@@ -252,28 +249,6 @@ def choose(name: str) -> str:
     return "local"
 
 
-def site_files() -> list[tuple[Path, dict[str, Any]]]:
-    """What describes the site, the later goes first: the team's file ($HVD_SITE, else /etc/hvd/site.toml), then the
-    user's own. Slurm's settings are the files' own, those of another cluster a table that has its name.
-
-    Raises:
-        UserError: a file that cannot be read.
-    """
-    team = Path(os.environ.get(SITE) or TEAM_FILE)
-    if os.environ.get(SITE) and not team.is_file():
-        raise UserError(f"{SITE} {team} is not a file")
-    own = Path("~/.config/hvd/site.toml").expanduser()
-    return [(path, read_site(path)) for path in (team, own) if path.is_file()]
-
-
-def read_site(path: Path) -> dict[str, Any]:
-    """UserError for what is no TOML."""
-    try:
-        return tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error
-
-
 def owner_of(job: str, jobs_dir: str = "", flags: Sequence[Flag] = ()) -> Cluster:
     """The cluster that an id belongs to by its form; where it fits several, the first of them that answers."""
     fitting = [one for one in (get(name, flags, jobs_dir) for name in names()) if one.owns(job)]
@@ -315,19 +290,37 @@ def recent(seen: datetime.datetime | None, days: float | None) -> bool:
     return seen is None or days is None or datetime.datetime.now(datetime.UTC) - seen < datetime.timedelta(days=days)
 
 
-def wait_for(job: str, timeout: float | None, ask: Callable[[], JobState]) -> int:
-    """`Cluster.wait` for a cluster that is asked again and again; Unreachable of `ask` is said once and waited out."""
-    began, pause = time.monotonic(), _WAIT_S[0]
-    said, silent, never, name = "", False, 0, f"job {job}"
-    while True:
+class Asking[T]:
+    """Puts a question to a cluster again and again. That it does not answer is said once and waited out.
+
+    Args:
+        ends: a silence of this kind is raised.
+    """
+
+    def __init__(self, ask: Callable[[], T], ends: type[Unreachable] | tuple[()] = ()):
+        self._ask, self._ends, self._silent = ask, ends, False
+
+    def __call__(self) -> T | None:
+        """The answer; None while there is none."""
         try:
-            state, silent = ask(), False
-        except Absent:
+            answer = self._ask()
+        except self._ends:
             raise
         except Unreachable as error:
-            if not silent:
+            if not self._silent:
                 print(f"{error}; going on until it answers", file=sys.stderr, flush=True)
-            state, silent = None, True
+            self._silent = True
+            return None
+        self._silent = False
+        return answer
+
+
+def wait_for(job: str, timeout: float | None, ask: Callable[[], JobState]) -> int:
+    """`Cluster.wait` for a cluster that is asked again and again; Unreachable of `ask` is said once and waited out."""
+    began, pause, asking = time.monotonic(), _WAIT_S[0], Asking(ask, ends=Absent)
+    said, never, name = "", 0, f"job {job}"
+    while True:
+        state = asking()
         if state is not None:
             text = state.describe() + (f" ({state.never})" if state.never else "")
             if text != said:

@@ -12,6 +12,7 @@ from hvd.clusters.kubernetes.cluster import Kubernetes
 from hvd.clusters.kubernetes.site import Settings
 from hvd.errors import UserError
 from hvd.launch.submit import main
+from hvd.site import files as site_files
 from tests.k8s import render as shipped
 from tests.k8s.conftest import a_job, a_pod, live
 from tests.k8s.promises import environment
@@ -24,9 +25,13 @@ def files(tmp_path, monkeypatch) -> dict[str, Path]:
     """Where the team's file, the one of $HVD_SITE and the user's own would be; there is none."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("HVD_SITE", raising=False)
-    monkeypatch.setattr(base, "TEAM_FILE", tmp_path / "etc.toml")
+    monkeypatch.setattr(site_files, "TEAM_FILE", tmp_path / "etc.toml")
     (tmp_path / ".config" / "hvd").mkdir(parents=True)
-    return {"etc": base.TEAM_FILE, "shared": tmp_path / "s.toml", "own": tmp_path / ".config" / "hvd" / "site.toml"}
+    return {
+        "etc": site_files.TEAM_FILE,
+        "shared": tmp_path / "s.toml",
+        "own": tmp_path / ".config" / "hvd" / "site.toml",
+    }
 
 
 def test_the_teams_file_the_users_own_and_the_flags(files, monkeypatch):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from hvd import overrides
-from hvd.clusters import base
 from hvd.clusters.slurm import site
 from hvd.clusters.slurm.site import Site
 from hvd.errors import UserError
+from hvd.site import files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,8 +44,8 @@ def test_later_sources_win(folders, monkeypatch):
     found = site.load(overrides.split_flags(["--slurm.partition", "c", "--slurm.no-requeue"]))
     assert (found.partition, found.mem, found.time) == ("c", "2G", "1:00:00")
     assert found.setup == ("module load x",) and not found.requeue
-    monkeypatch.setattr(base, "TEAM_FILE", work / "team.toml")
-    base.TEAM_FILE.write_text('partition = "team"\naccount = "team"')
+    monkeypatch.setattr(files, "TEAM_FILE", work / "team.toml")
+    files.TEAM_FILE.write_text('partition = "team"\naccount = "team"')
     assert (site.load().partition, site.load().account, site.load().time) == ("b", "team", "1:00:00")
     other = home / "other.toml"
     other.write_text('qos = "q"\nmem = "3G"\n[kubernetes]\nimage = "r/hvd:1"')

@@ -1,14 +1,13 @@
 """Kubernetes as a cluster: the manifests of k8s/ as Jobs, known by their labels, asked for by the user's kubectl."""
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from hvd.clusters import base
-from hvd.clusters.base import JobState, Planned, Request, Submitted, Unreachable, wait_for
+from hvd.clusters.base import JobState, Planned, Request, Submitted, wait_for
 from hvd.clusters.kubernetes import kubectl, manifests, site, submission
 from hvd.clusters.kubernetes.queue import PODS, KubernetesJob, Queue, is_name
 from hvd.errors import EXIT_COMPLETE, UserError
@@ -93,7 +92,7 @@ class Kubernetes:
 
     def logs(self, job: str, lines: int, follow: bool) -> int:
         """The newest pod's log; with `follow` that of its successors too."""
-        queue, shown, silent = Queue(self._target), "", False
+        queue, shown, asking = Queue(self._target), "", base.Asking(lambda: Queue(self._target))
         while True:
             found = queue.job(job)
             pod = next((pod for pod in reversed(found.pods) if pod["status"].get("phase") != "Pending"), None)
@@ -106,12 +105,7 @@ class Kubernetes:
             if not follow or found.ended:
                 return EXIT_COMPLETE
             time.sleep(1)
-            try:
-                queue, silent = Queue(self._target), False
-            except Unreachable as error:
-                if not silent:
-                    print(f"{error}; going on until it answers", file=sys.stderr, flush=True)
-                silent = True
+            queue = asking() or queue
 
     def wait(self, job: str, timeout: float | None) -> int:
         def ask() -> JobState:

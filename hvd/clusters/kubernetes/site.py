@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from hvd import overrides
-from hvd.clusters import base
 from hvd.errors import UserError
 from hvd.fields import Rule, check_rules, from_plain, leaves, option, to_plain
+from hvd.site import files
 
 _SOURCES = ("secretKeyRef", "configMapKeyRef", "fieldRef", "resourceFieldRef")
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
@@ -79,7 +79,7 @@ class _Flags:
 def load(flags: Sequence[overrides.Flag] = ()) -> Settings:
     """The files' settings with the user's flags; UserError for one that makes no sense."""
     found = Settings()
-    for path, data in base.site_files():
+    for path, data in files.all_files():
         if "kubernetes" in data:
             where = f"{path}: kubernetes"
             given = data["kubernetes"]

@@ -1,4 +1,7 @@
-"""The log of a Slurm job, shown or followed until the job has ended for good."""
+"""The log of a Slurm job, shown or followed until the job has ended for good.
+
+Without a Slurm on this machine it goes on by what the job leaves in its folder.
+"""
 
 import os
 import sys
@@ -6,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hvd.clusters.base import JobState, Unreachable
+from hvd.clusters.base import Asking, JobState
 from hvd.errors import EXIT_COMPLETE, Stopped, UserError
 
 EXIT_INTERRUPTED = 130
@@ -17,31 +20,6 @@ _ASK_EVERY_S = 5.0
 _SETTLE_S = 1.0  # what a node wrote last is on the other side of a network file system
 
 
-class Watch:
-    """Asks about one job, again and again; an outage of Slurm's is said once and waited out.
-
-    Without a Slurm on this machine it goes on by what the job leaves in its folder.
-
-    Args:
-        look: asks once (Slurm.look).
-    """
-
-    def __init__(self, look: Callable[[], JobState]):
-        self._look, self._silent = look, False
-
-    def ask(self) -> JobState | None:
-        """Its state; None while Slurm does not answer and the job has not recorded its end."""
-        try:
-            state = self._look()
-        except Unreachable as error:
-            if not self._silent:
-                complain(f"{error}; going on until it answers")
-            self._silent = True
-            return None
-        self._silent = False
-        return state
-
-
 def complain(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -49,7 +27,7 @@ def complain(line: str) -> None:
 def show(look: Callable[[], JobState], job: str, path: Path, lines: int) -> int:
     """Print the last lines of the job's log (0: all)."""
     if not path.is_file():
-        state = Watch(look).ask()
+        state = Asking(look)()
         about = f": it is {state.describe()}" if state else ""
         hint = "; -f waits for it" if state is None or not state.ended else ""
         raise UserError(f"job {job} has no log ({path}){about}{hint}")
@@ -60,7 +38,7 @@ def show(look: Callable[[], JobState], job: str, path: Path, lines: int) -> int:
 def follow(look: Callable[[], JobState], job: str, path: Path, lines: int) -> int:
     """The last lines, and what is added until the job has ended."""
     try:
-        return _follow(Watch(look), job, Tail(path, lines), path)
+        return _follow(Asking(look), job, Tail(path, lines), path)
     except Stopped:
         raise
     except KeyboardInterrupt:  # the way to leave it
@@ -68,12 +46,12 @@ def follow(look: Callable[[], JobState], job: str, path: Path, lines: int) -> in
         return EXIT_INTERRUPTED
 
 
-def _follow(watch: Watch, job: str, tail: "Tail", path: Path) -> int:
+def _follow(ask: Asking[JobState], job: str, tail: "Tail", path: Path) -> int:
     missing_said, ask_at = False, 0.0
     while True:
         tail.copy()
         if time.monotonic() >= ask_at:
-            state = watch.ask()
+            state = ask()
             if state is not None and state.ended:
                 time.sleep(_SETTLE_S)
                 tail.copy()

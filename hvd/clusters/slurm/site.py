@@ -12,6 +12,7 @@ from hvd.accelerators import get as get_accelerator
 from hvd.clusters import base
 from hvd.errors import UserError
 from hvd.fields import AT_LEAST_1, NOT_NEGATIVE, check_rules, from_plain, option, to_plain
+from hvd.site import files
 
 SITE_FILE = Path("slurm") / "site.toml"  # of the working directory, which is the checkout
 JOBS_DIR = Path("slurm") / "jobs"
@@ -71,8 +72,8 @@ def load(flags: Sequence[overrides.Flag] = ()) -> Site:
         UserError: a file that cannot be read, an unknown name, a value of a wrong kind or one that makes no sense.
     """
     site = Site()
-    own = [(SITE_FILE, base.read_site(SITE_FILE))] if SITE_FILE.is_file() else []
-    for path, data in [*own, *base.site_files()]:
+    own = [(SITE_FILE, files.read(SITE_FILE))] if SITE_FILE.is_file() else []
+    for path, data in [*own, *files.all_files()]:
         settings = {name: value for name, value in data.items() if name not in base.names()}
         site = from_plain(Site, {**to_plain(site), **settings}, str(path))
     site = overrides.apply(_Flags(site), flags).slurm
