@@ -131,21 +131,29 @@ def needs_ratio(cfg: Experiment) -> bool:
 def check_judges(cfg: Experiment, critic: Experiment, folder: Any) -> None:
     """UserError unless a value run of the config `critic` reads observations and actions as the policy of `cfg` does:
     a policy that acts by it hands over its own, normalised."""
-    theirs, ours = _inputs(critic), _inputs(cfg)
+    check_same(_inputs(critic), _inputs(cfg), f"value run {folder} does not fit the policy", "the policy's")
+
+
+def check_same(theirs: Mapping[str, object], ours: Mapping[str, object], what: str, whose: str) -> None:
+    """UserError that names the first field in which they differ."""
     for name, value in ours.items():
         if theirs[name] != value:
-            raise UserError(
-                f"value run {folder} does not fit the policy: its {name} is {theirs[name]!r}, the policy's {value!r}"
-            )
+            raise UserError(f"{what}: its {name} is {theirs[name]!r}, {whose} {value!r}")
 
 
-_OF_MODEL = ("action_dim", "action_horizon", "cameras", "image_size", "max_token_len", "tokenizer", "vocab_size")
+def of_actions(cfg: Experiment) -> dict[str, object]:
+    """What a chunk of actions and its images mean to a run of this config, by field."""
+    fields = {"robot": cfg.robot, "levels": cfg.levels(), "norm": cfg.norm}
+    return fields | {f"model.{name}": getattr(cfg.model, name) for name in ("action_horizon", "cameras")}
+
+
+_OF_MODEL = ("action_dim", "image_size", "max_token_len", "tokenizer", "vocab_size")
 
 
 def _inputs(cfg: Experiment) -> dict[str, object]:
     """What the inputs of a model of this config mean, by field."""
-    fields = {"robot": cfg.robot, "levels": cfg.levels(), "norm": cfg.norm, "state_in_prompt": cfg.model.spells_state}
-    return fields | {f"model.{name}": getattr(cfg.model, name) for name in _OF_MODEL}
+    of_model = {f"model.{name}": getattr(cfg.model, name) for name in _OF_MODEL}
+    return of_actions(cfg) | {"state_in_prompt": cfg.model.spells_state} | of_model
 
 
 # ----------------------------------------------------------------------------------------------------- the extractors

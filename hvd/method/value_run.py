@@ -3,7 +3,6 @@
 Imports nothing slow: the launcher asks before it prints its first line.
 """
 
-import os
 from typing import Any
 
 from hvd import mixture
@@ -57,24 +56,12 @@ def _check_fits(cfg: Experiment, folder: str) -> None:
         raise UserError(f"policy.value_run {folder} holds a {record.stage} run, not a value run")
     if extraction.extractor(cfg)[0].acts:
         extraction.check_judges(cfg, record.config, folder)
-    theirs, ours = _meaning(record.config), _meaning(cfg)
-    for name, value in ours.items():
-        if theirs[name] != value:
-            raise UserError(
-                f"policy.value_run {os.fspath(folder)} does not fit: its {name} is {theirs[name]!r}, here {value!r}"
-            )
+    extraction.check_same(_meaning(record.config), _meaning(cfg), f"policy.value_run {folder} does not fit", "here")
 
 
 def _meaning(cfg: Experiment) -> dict[str, object]:
     """What V, Q and A of a run mean, by field."""
-    from hvd.method import objectives
+    from hvd.method import extraction, objectives
 
-    return {
-        "robot": cfg.robot,
-        "levels": cfg.levels(),
-        "model.action_horizon": cfg.model.action_horizon,
-        "model.cameras": cfg.model.cameras,
-        "norm": cfg.norm,
-        "model.method": cfg.model.method,
-        **{f"objective's {name}": value for name, value in objectives.parameters(cfg).items()},
-    }
+    of_objective = {f"objective's {name}": value for name, value in objectives.parameters(cfg).items()}
+    return extraction.of_actions(cfg) | {"model.method": cfg.model.method} | of_objective
