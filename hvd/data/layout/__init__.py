@@ -98,15 +98,24 @@ def count_rows(path: Path) -> int:
     return _parquet(path, lambda: pq.read_metadata(path).num_rows)
 
 
-def read_meta(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a parquet file of the meta folder.
+def read_meta(path: Path, without: str = "") -> tuple[pa.Schema, list[dict[str, Any]]]:
+    """The schema and the rows of a parquet file of the meta folder, which is opened once.
 
     pandas makes floats of whole numbers and NaN of what is not there; here they are whole numbers and None again.
+
+    Args:
+        without: columns whose names begin so are left out of the rows.
     """
-    if count_rows(path) > _META_ROWS:
-        raise UserError(f"{path}: has more than {_META_ROWS} rows, more than such a file can have")
-    rows = _parquet(path, lambda: pq.ParquetFile(path).read(columns=columns).to_pylist())
-    return [{name: _plain(value) for name, value in row.items()} for row in rows]
+
+    def read() -> tuple[pa.Schema, list[dict[str, Any]]]:
+        with pq.ParquetFile(path) as file:
+            if file.metadata.num_rows > _META_ROWS:
+                raise UserError(f"{path}: has more than {_META_ROWS} rows, more than such a file can have")
+            names = [n for n in file.schema_arrow.names if not n.startswith(without)] if without else None
+            return file.schema_arrow, file.read(columns=names).to_pylist()
+
+    schema, rows = _parquet(path, read)
+    return schema, [{name: _plain(value) for name, value in row.items()} for row in rows]
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import pyarrow as pa
 from msgspec import Meta, field
 
 from hvd import documents
@@ -20,7 +21,6 @@ from hvd.data.layout import (
     parse_json,
     prompts,
     read_meta,
-    read_schema,
 )
 from hvd.documents import Count
 from hvd.errors import UserError
@@ -68,7 +68,7 @@ def describe(root: Path, info: Mapping[str, Any]) -> tuple[dict[int, str], list[
     found = []
     for path in paths:
         # the columns of per-episode statistics are many and of no use here
-        for row in read_meta(path, [n for n in read_schema(path).names if not n.startswith("stats/")]):
+        for row in read_meta(path, without="stats/")[1]:
             where = f"{path}: episode {row.get('episode_index')}"
             episode = documents.convert(row, _Episode, where)
             spans = {key: _span(row, key, video, where) for key in cameras} if video else {}
@@ -100,15 +100,15 @@ def _paths(root: Path, info: Mapping[str, Any]) -> tuple[_Info, PathTemplate]:
 
 
 def _tasks(path: Path) -> dict[int, str]:
-    column = _prompt_column(path)
-    rows = [{"task_index": row.get("task_index"), "task": row[column]} for row in read_meta(path)]
+    schema, read = read_meta(path)
+    column = _prompt_column(schema, path)
+    rows = [{"task_index": row.get("task_index"), "task": row[column]} for row in read]
     tasks = (documents.convert(row, _Task, f"{path}: row {i}") for i, row in enumerate(rows))
     return prompts(((task.task_index, task.task) for task in tasks), path)
 
 
-def _prompt_column(path: Path) -> str:
+def _prompt_column(schema: pa.Schema, path: Path) -> str:
     """lerobot writes the prompt as pandas' index, which pandas' note in the schema names."""
-    schema = read_schema(path)
     note = parse_json((schema.metadata or {}).get(b"pandas", b"{}"), f"{path}: pandas' note")
     index = note.get("index_columns") if isinstance(note, dict) else None
     for name in (*(index if isinstance(index, list) else ()), "task", "__index_level_0__"):
