@@ -98,3 +98,20 @@ def test_one_module_is_a_new_scheduler(toy, tmp_path, capsys, monkeypatch):
         owner.claim(tmp_path / "run")
     assert cli.main(["jobs", "cancel", "toy-1", "--yes"]) == 0
     owner.claim(tmp_path / "run")
+
+
+def test_each_silence_is_said_once_and_one_that_ends_the_asking_is_raised(capsys):
+    def ask() -> str:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    silent = base.Unreachable("no answer")
+    answers = iter([silent, silent, "up", silent, "up", base.Absent("no program"), base.Absent("no program")])
+    asking = base.Asking(ask)
+    assert [asking() for _ in range(6)] == [None, None, "up", None, "up", None]
+    said = ["no answer", "no answer", "no program"]
+    assert capsys.readouterr().err == "".join(f"{text}; going on until it answers\n" for text in said)
+    with pytest.raises(base.Absent):
+        base.Asking(ask, ends=base.Absent)()

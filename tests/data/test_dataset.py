@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hvd.configs import DataConfig, KeyMap
-from hvd.data import columns, digest, packets
+from hvd.data import columns, digest, layout, packets
 from hvd.data.dataset import Dataset, split_episodes
 from hvd.data.labels import Labels, Subtask, episode_path, write_labels
 from hvd.errors import UserError
@@ -314,6 +314,13 @@ def test_damage_is_one_line_and_leaves_nothing(tmp_path, version, what, message)
     assert "\n" not in str(caught.value)
     if what not in ("success", "task"):  # what was read rightly may be cached, whatever was asked of it
         assert sorted(recipe.root.rglob("*")) == before
+
+
+def test_a_table_of_meta_with_too_many_rows_is_not_read(tmp_path, monkeypatch):
+    recipe = make_dataset(tmp_path / "d", version="v3.0")
+    monkeypatch.setattr(layout, "_META_ROWS", 1)
+    with pytest.raises(UserError, match="has more than 1 rows, more than such a file can have"):
+        Dataset.open(recipe.config, cameras=())
 
 
 @pytest.mark.parametrize("key", (*KEYS.values(), "observation.state"))
