@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from tqdm import tqdm
-
 from hvd.errors import Failed, UserError
 from hvd.files import replacing
 from hvd.storage import remote
@@ -74,6 +72,8 @@ def download(
             return _fetch(store, item, folder / name, f"{what}: {name}", check_stop)
         with one_large:
             return _fetch(store, item, folder / name, f"{what}: {name}", check_stop)
+
+    from tqdm import tqdm  # 60 ms, which `launch/submit.py` need not wait for
 
     pool = ThreadPoolExecutor(FILES, "hvd-download")
     try:
