@@ -4,10 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.serve.test_connections import GOOD, get, model, pytestmark, run, wait_for  # noqa: F401 (fixtures)
+from tests.serve.running import GOOD, OPENPI_CLIENT, wait_for
+from tests.served import get
+
+pytestmark = OPENPI_CLIENT
 
 
-def test_a_request_that_is_too_late_is_said_to_be(run, model):  # noqa: F811
+def test_a_request_that_is_too_late_is_said_to_be(run, model):
     model.seconds = 0.4
     server = run()
     client = server.client()
@@ -24,6 +27,6 @@ def test_a_request_that_is_too_late_is_said_to_be(run, model):  # noqa: F811
 
 
 @pytest.mark.parametrize("value", [0, -5, 1.5, "soon", 10**9, True])
-def test_a_deadline_is_a_number_of_milliseconds(run, value):  # noqa: F811
+def test_a_deadline_is_a_number_of_milliseconds(run, value):
     with pytest.raises(RuntimeError, match=r"deadline_ms is .*; expected a whole number from 1 to 3600000"):
         run().client().infer(GOOD | {"deadline_ms": value})

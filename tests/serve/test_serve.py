@@ -25,10 +25,10 @@ from hvd.serve import sampler
 from hvd.serve.observation import default_prompt
 from tests import served
 from tests.data.factory import CAMERAS, KEYS
+from tests.serve.running import OPENPI_CLIENT
 from tests.train import factory
 
-# openpi's client calls connect() in the way that websockets 17.1 deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:connect.. must be used as a context manager:DeprecationWarning")
+pytestmark = OPENPI_CLIENT
 
 KEY = "sixteen-letters!"
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # a batch of another size is summed in another order

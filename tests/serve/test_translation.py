@@ -5,12 +5,14 @@ import pytest
 
 from hvd.serve.observation import Refused
 from hvd.serve.translation import CHUNK, NoReply, Translation
-from tests.serve.test_connections import GOOD, STATE, model, pytestmark, run, wait_for  # noqa: F401 (fixtures)
+from tests.serve.running import GOOD, OPENPI_CLIENT, STATE, wait_for
+
+pytestmark = OPENPI_CLIENT
 
 EVALUATOR = Translation({"robot_r1::proprio": "state"}, others=True, single=True)
 
 
-def test_the_evaluator_gets_what_it_executes(run):  # noqa: F811
+def test_the_evaluator_gets_what_it_executes(run):
     client = run(translation=EVALUATOR).client()
     asked = {"robot_r1::proprio": STATE + 1, "robot_r1::depth": np.zeros((2, 2)), CHUNK: 3}
     reply = client.infer(asked)
@@ -21,7 +23,7 @@ def test_the_evaluator_gets_what_it_executes(run):  # noqa: F811
     assert reply["action"].shape == (2, 21) and "action_chunk" not in reply
 
 
-def test_a_reset_has_no_reply(run):  # noqa: F811
+def test_a_reset_has_no_reply(run):
     server = run(translation=EVALUATOR)
     client = server.client()
     client._ws.send(client._packer.pack({"reset": True}))
@@ -30,7 +32,7 @@ def test_a_reset_has_no_reply(run):  # noqa: F811
     assert server.count("refused") == 0
 
 
-def test_others_get_what_they_always_got(run):  # noqa: F811
+def test_others_get_what_they_always_got(run):
     client = run().client()
     assert {"action", "action_chunk"}.isdisjoint(client.infer(GOOD))
     with pytest.raises(RuntimeError, match="unknown key 'depth'"):
