@@ -9,13 +9,13 @@ Loader = Callable[[Experiment], Any]
 """cfg -> hvd.sim.rollouts.Act. Called in each worker process, so it must be a top-level function."""
 
 
-def trained(cfg: Experiment):
-    """The trained policy of cfg.policy_dir as an Act, with the flow steps of `cfg`."""
+def trained(cfg: Experiment, int8: bool = False):
+    """The trained policy of cfg.policy_dir as an Act, with the flow steps of `cfg`; `int8`: as load_policy's."""
     import jax
 
     from hvd.train.inference import load_policy
 
-    policy = load_policy(cfg, num_flow_steps=cfg.policy.num_flow_steps)
+    policy = load_policy(cfg, num_flow_steps=cfg.policy.num_flow_steps, int8=int8)
 
     def act(state, images, prompts: Sequence[str], noise: tuple[int, int], left=None):
         key = jax.random.fold_in(jax.random.key(noise[0]), noise[1])

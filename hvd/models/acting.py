@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hvd.configs import ModelConfig
-from hvd.models import attention, gemma, siglip
+from hvd.models import attention, gemma, int8, siglip
 from hvd.models.chunking import Committed, Given
-from hvd.models.lora import dense
+from hvd.models.int8 import dense
 from hvd.models.pi0 import posemb_sincos
 from hvd.models.trunk import Observation, attention_mask, embed_prefix, token_positions
 
@@ -197,8 +197,9 @@ def _linear(layer: Tree, x: Float[Array, "*rows i"]) -> Float[Array, "*rows o"]:
     return x @ layer["kernel"] + jnp.broadcast_to(layer["bias"], (*x.shape[:-1], layer["bias"].shape[0]))
 
 
-def _embed(table: Float[Array, "n d"], tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    return table[tokens] * jnp.sqrt(jnp.asarray(table.shape[-1], table.dtype))
+def _embed(table: int8.Matrix, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    x = int8.rows(table, tokens)
+    return x * jnp.sqrt(jnp.asarray(x.shape[-1], x.dtype))
 
 
 def _encode(cfg: ModelConfig, img: Tree, images: Float[Array, "n h w 3"]) -> Float[Array, "n t d"]:

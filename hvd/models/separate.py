@@ -9,19 +9,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hvd.configs import ModelConfig
-from hvd.models import gemma
+from hvd.models import gemma, int8
 from hvd.models.lora import LoraConfig
 
 type Tree = dict[str, Any]
 _NORMS = ("pre_attention_norm", "pre_ffw_norm")
+_MATRICES = ("qkv", "out", "gate_up", "up", "down")  # of a layer
 
 
-def separate(cfg: ModelConfig, params: Tree) -> Tree:
+def separate(cfg: ModelConfig, params: Tree, in_8_bits: bool = False) -> Tree:
     """The weights for acting.sample_actions; `params` loses its arrays part by part, so that memory does not double.
 
     Args:
         cfg: of the model.
         params: as hvd.models.pi0.Pi0's, nested and named as in checkpoints; layers are stacked.
+        in_8_bits: the matrices of all layers and the table of word embeddings become hvd.models.int8.Quantised.
 
     Returns:
         The same tree but for PaliGemma: img {embedding, pos_embedding, layers, norm, head}; llm {embedding, trunk,
@@ -31,14 +33,16 @@ def separate(cfg: ModelConfig, params: Tree) -> Tree:
     trunk = params.pop("PaliGemma")
     llm = trunk["llm"]
     layers = llm.pop("layers")
-    weights = params | {"PaliGemma": {"llm": {"embedding": llm["embedder"]["input_embedding"]}}}
+    table = llm.pop("embedder")["input_embedding"]
+    table = jax.jit(partial(int8.quantised, axis=1))(table) if in_8_bits else table
+    weights = params | {"PaliGemma": {"llm": {"embedding": table}}}
     ours = weights["PaliGemma"]
-    dtype = jnp.dtype(cfg.dtype)
+    layers_of = partial(_layers, jnp.dtype(cfg.dtype), in_8_bits)
     if "img" in trunk:
         img = trunk.pop("img")
-        blocks = img["Transformer"].pop("encoderblock")
         ours["img"] = {name: img[name] for name in ("embedding", "pos_embedding", "head")}
-        ours["img"] |= {"norm": img["Transformer"]["encoder_norm"], "layers": _layers(_of_image, dtype, blocks)}
+        ours["img"]["norm"] = img["Transformer"]["encoder_norm"]
+        ours["img"]["layers"] = layers_of(_of_image, img["Transformer"].pop("encoderblock"))
     for i, name in enumerate(("trunk", "expert")):
         sizes = gemma.get_config((cfg.paligemma_variant, cfg.action_expert_variant)[i])
         attn = {key: layers["attn"].pop(key) for key in list(layers["attn"]) if gemma.expert_of((key,)) == i}
@@ -53,20 +57,25 @@ def separate(cfg: ModelConfig, params: Tree) -> Tree:
         ours["llm"][name] = [
             a | m
             for a, m in zip(
-                _layers(of_attention, dtype, attn | ({} if adaptive else norms)),
-                _layers(of_mlp, dtype, layers.pop(gemma.expert_name("mlp", i))),
+                layers_of(of_attention, attn | ({} if adaptive else norms)),
+                layers_of(of_mlp, layers.pop(gemma.expert_name("mlp", i))),
                 strict=True,
             )
         ]
     # What the trunk's last layer makes of the prefix is not used, but for its keys and values
     last = ours["llm"]["trunk"][-1]
     queries = gemma.get_config(cfg.paligemma_variant).num_heads * gemma.get_config(cfg.paligemma_variant).head_dim
-    ours["llm"]["trunk"][-1] = {"norm_0": last["norm_0"], "kv": last["qkv"][:, queries:]}
+    ours["llm"]["trunk"][-1] = {"norm_0": last["norm_0"], "kv": jax.tree.map(lambda w: w[:, queries:], last["qkv"])}
     return weights
 
 
-def _layers(make: Callable[[Tree], Tree], dtype: jnp.dtype, stacked: Tree) -> list[Tree]:
+def _layers(dtype: jnp.dtype, in_8_bits: bool, make: Callable[[Tree], Tree], stacked: Tree) -> list[Tree]:
     """`make` of each layer of stacked parameters: matrices and biases in the model's dtype, norms as they are."""
+
+    def kept(layer: Tree) -> Tree:
+        layer = jax.tree_util.tree_map_with_path(cast, layer)
+        narrow = {name: int8.quantised(layer[name]) for name in _MATRICES if in_8_bits and name in layer}
+        return layer | narrow
 
     def cast(path: Any, leaf: Array) -> Array:
         return leaf if any("norm" in str(part) for part in path) else leaf.astype(dtype)
@@ -74,7 +83,7 @@ def _layers(make: Callable[[Tree], Tree], dtype: jnp.dtype, stacked: Tree) -> li
     def all_of(stacked: Tree) -> list[Tree]:
         depth = jax.tree.leaves(stacked)[0].shape[0]
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(depth)]
-        return [jax.tree_util.tree_map_with_path(cast, make(layer)) for layer in each]
+        return [kept(make(layer)) for layer in each]
 
     return jax.jit(all_of)(stacked)
 

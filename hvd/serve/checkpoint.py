@@ -33,11 +33,11 @@ class _Mark(msgspec.Struct):
     prefix_max: documents.Count = 0
 
 
-def load_checkpoint(cfg: Experiment, path: str) -> inference.Policy:
+def load_checkpoint(cfg: Experiment, path: str, int8: bool = False) -> inference.Policy:
     """The policy whose parameters are the checkpoint's, every one of them.
 
     openpi trains and samples with noise in the padded action dims too, so they get it here (an export of ours has
-    zeros as the weights of those dims, where noise reaches nothing).
+    zeros as the weights of those dims, where noise reaches nothing). `int8`: as load_policy's.
 
     Raises:
         UserError: no checkpoint there, one that lacks parameters or has other shapes, norm stats of another robot.
@@ -62,11 +62,11 @@ def load_checkpoint(cfg: Experiment, path: str) -> inference.Policy:
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.parameter(x.shape, x.dtype))
         for name, x in model.items()
     }
-    arrays = weights.read(opened, wanted)
-    params = state.nest({tuple(name.split("/")): x for name, x in arrays.items()})
+    # No name for the arrays: what holds them here would keep all of them in memory beside the policy's own
+    params = state.nest({tuple(name.split("/")): x for name, x in weights.read(opened, wanted).items()})
     if not bool(jnp.equal(jax.jit(state.all_finite)(params), 1.0)):
         raise UserError(f"{opened.source}: its parameters are not finite")
-    return inference.Policy(cfg, transform, params, noisy=np.ones(cfg.model.action_dim, np.float32))
+    return inference.Policy(cfg, transform, params, noisy=np.ones(cfg.model.action_dim, np.float32), int8=int8)
 
 
 def _as_trained(cfg: Experiment, path: str) -> Experiment:

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hvd import overrides
 from hvd.checks import check_config
@@ -54,6 +54,13 @@ class ServeOptions:
     )
     value_run: str = option(
         "", "value run of a policy that acts by one, if not the one that it was trained beside (best_of_n, q_guided)"
+    )
+    extractor: Literal["trained", "none", "best_of_n", "q_guided"] = option(
+        "trained", "how the policy asks its value run, if not as it was trained to; none: not at all"
+    )
+    extractor_params: dict[str, float] = option({}, "numbers that --extractor declares, as in `n 4`")
+    weights: Literal["full", "int8"] = option(
+        "full", "int8: the policy's large matrices in 8 bits: less memory, and actions that differ a little"
     )
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
     port: int = option(8000, between(0, 65_535), "0 takes a free one and prints it")
@@ -113,8 +120,14 @@ def main(argv: Sequence[str]) -> int:
 
 def chosen(options: ServeOptions, rest: Sequence[str]) -> Experiment | str:
     """The experiment or the run folder to serve."""
-    if options.checkpoint and options.value_run:
-        raise UserError("--value-run: a --checkpoint of openpi's form holds a policy that acts alone; leave one out")
+    for name in ("value_run", "extractor", "extractor_params"):
+        if options.checkpoint and getattr(options, name) != getattr(ServeOptions(), name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}: a --checkpoint of openpi's form holds a policy that acts alone; leave one out")
+    if options.extractor_params and options.extractor == "trained":
+        raise UserError("--extractor-params needs --extractor, which says whose numbers they are")
+    if options.extractor == "none" and options.value_run:
+        raise UserError("--value-run: a policy that acts by no critic asks none; leave it or --extractor none out")
     named = any(arg.startswith("--config") for arg in rest)
     if named == bool(options.run):
         raise UserError("hvd serve needs one of --config NAME (`hvd configs` lists them) and --run PATH")
@@ -190,16 +203,9 @@ def build(
     from hvd.serve.observation import RequestReader, default_prompt
     from hvd.serve.sampler import Sampler, sizes_up_to
     from hvd.serve.translation import Translation
-    from hvd.train.inference import load_policy
 
     begin = time.monotonic()
-    if options.checkpoint:
-        from hvd.serve.checkpoint import load_checkpoint
-
-        assert isinstance(target, Experiment)
-        policy = load_checkpoint(target, options.checkpoint)
-    else:
-        policy = load_policy(target, value_run=options.value_run)
+    policy = _load(target, options)
     cfg = policy.cfg
     reader = RequestReader(
         cfg,
@@ -211,10 +217,14 @@ def build(
     )
     sampler = Sampler(policy, sizes_up_to(options.max_batch), options.real_time_chunking)
     loaded = time.monotonic()
-    print(f"loaded in {loaded - begin:.1f} s; compiling for batches of {_listed(sampler.sizes)}", flush=True)
+    size = f"{policy.weight_bytes / 1e6:,.1f} MB ({policy.kept})"
+    print(
+        f"loaded in {loaded - begin:.1f} s: weights of {size}; compiling for batches of {_listed(sampler.sizes)}",
+        flush=True,
+    )
     sampler.warm(reader.read(example(policy, reader), seed=0))
     print(f"compiled in {time.monotonic() - loaded:.1f} s", flush=True)
-    metrics = Metrics()
+    metrics = Metrics(policy.kept, policy.weight_bytes)
     batcher = Batcher(sampler, metrics, max_wait=options.max_wait_ms / 1e3, usual=reader.num_flow_steps)
     about = describe(options.checkpoint or target, policy, reader)
     server = PolicyServer(
@@ -235,6 +245,19 @@ def build(
         f"{'prompt ' + repr(reader.default_prompt) if reader.default_prompt else 'no default prompt'}"
     )
     return (server, batcher), metrics, line
+
+
+def _load(target: Experiment | str, options: ServeOptions) -> "Policy":
+    int8 = options.weights == "int8"
+    if options.checkpoint:
+        from hvd.serve.checkpoint import load_checkpoint
+
+        assert isinstance(target, Experiment)
+        return load_checkpoint(target, options.checkpoint, int8=int8)
+    from hvd.train.inference import load_policy
+
+    how = {"extractor": options.extractor, "extractor_params": options.extractor_params}
+    return load_policy(target, value_run=options.value_run, int8=int8, **how)
 
 
 def example(policy: "Policy", reader: "RequestReader") -> dict[str, Any]:
@@ -267,6 +290,8 @@ def describe(target: Experiment | str, policy: "Policy", reader: "RequestReader"
         "num_flow_steps": reader.num_flow_steps,
         "real_time_chunking": reader.chunking,
         "prefix_max": cfg.policy.prefix_max,
+        "acts_by": policy.acts_by,
+        "weights": policy.kept,
         "deadlines": True,
     }
 

@@ -16,9 +16,14 @@ _WINDOW = 10_000  # latencies that quantiles are taken of
 
 
 class Metrics:
-    """Counters of one server; safe to use from several threads."""
+    """Counters of one server; safe to use from several threads.
 
-    def __init__(self):
+    Args:
+        kept, weight_bytes: what it serves: the type of the large matrices, the size of all weights.
+    """
+
+    def __init__(self, kept: str = "", weight_bytes: int = 0):
+        self._weights = kept, weight_bytes
         self._lock = threading.Lock()
         self._begin = time.monotonic()
         self._outcomes: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
@@ -101,6 +106,9 @@ class Metrics:
             ("uptime_seconds", "Since the server's start.", time.monotonic() - self._begin),
         ):
             yield GaugeMetricFamily(f"hvd_serve_{name}", text, value=value)
+        weights = GaugeMetricFamily("hvd_serve_weights_bytes", "By the type of the large matrices.", labels=["kept"])
+        weights.add_metric([self._weights[0]], self._weights[1])
+        yield weights
 
 
 class _Families(Collector):

@@ -38,6 +38,8 @@ class Policy:
         cfg: the config the run was trained with.
         transform: raw numbers <-> the model's.
         params: the model's parameters on its devices, in the form that acts (hvd.models.separate).
+        kept: the type of the large matrices in it: the model's, or int8.
+        acts_by: of hvd.train.steering.STEERED: how it asks the critic; "" = it does not.
         denoise: (params, observation, noise [b,K,action_dim], flow steps, Committed, Given or None) -> normalised
             actions [b,K,action_dim]; pure, for callers that compile it themselves (hvd.serve.sampler).
     """
@@ -49,12 +51,14 @@ class Policy:
         params: Tree,
         noisy: Float32[np.ndarray, " a"] | None = None,
         critic: steering.Critic | None = None,
+        int8: bool = False,
     ):
         entry, p = extraction.extractor(cfg)
         if entry.conditioned:
             transform = transform.telling(condition.texts(cfg)[-1], without=p["guidance"] != 1)
         self.cfg, self.transform = cfg, transform
-        self.params = separate(cfg.model, params) | ({"critic": critic.params} if critic else {})
+        self.kept, self.acts_by = "int8" if int8 else cfg.model.dtype, entry.acts
+        self.params = separate(cfg.model, params, int8) | ({"critic": critic.params} if critic else {})
         # Padded dims are never trained: they were 0 in training and stay 0 here
         noisy = pad_mask(cfg) if noisy is None else noisy
 
@@ -83,6 +87,11 @@ class Policy:
 
         self.denoise = denoise
         self._sample = jax.jit(sample)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of `params`, the critic's with them."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
     def act(
         self,
@@ -166,14 +175,21 @@ def load_policy(
     devices: Devices | None = None,
     num_flow_steps: int = 0,
     value_run: os.PathLike | str = "",
+    extractor: str = "trained",
+    extractor_params: Mapping[str, float] | None = None,
+    int8: bool = False,
 ) -> Policy:
     """The policy of a run folder, or of an experiment (its policy_dir). UserError unless the run is complete.
 
     Args:
         num_flow_steps: Euler steps of `act`; 0 = the run's.
         value_run: of a policy that acts by a critic: one that fits; "" = the one that it was trained beside.
+        extractor, extractor_params: act so (names of hvd.train.steering.STEERED, or "none": by no critic), whatever
+            the policy was trained for.
+        int8: keep the large matrices of the policy, not of its critic, in 8 bits (hvd.models.int8).
     """
     cfg, transform, step, folder = _open(run, "policy")
+    cfg = _acting(cfg, folder, extractor, extractor_params or {})
     value_dir = _value_run(run, cfg, folder, value_run)
     own = dataclasses.replace(cfg.policy, num_flow_steps=num_flow_steps or cfg.policy.num_flow_steps)
     cfg = dataclasses.replace(cfg, policy=own)
@@ -186,7 +202,24 @@ def load_policy(
         name: leaf * keep.reshape((1,) * (leaf.ndim - 1) + keep.shape) for name, leaf in head.items()
     }
     critic = load_value(value_dir, devices=devices) if value_dir else None
-    return Policy(cfg, transform, params, critic=critic and steering.Critic(critic.graph, critic.params))
+    critic = critic and steering.Critic(critic.graph, critic.params)
+    return Policy(cfg, transform, params, critic=critic, int8=int8)
+
+
+def _acting(cfg: Experiment, folder: os.PathLike | str, how: str, numbers: Mapping[str, float]) -> Experiment:
+    """The config of a policy that acts by `how`, if that is not as it was trained; UserError where it cannot."""
+    if how == "trained":
+        return cfg
+    if extraction.extractor(cfg)[0].conditioned:
+        raise UserError(
+            f"--extractor {how}: the policy {folder} was trained with policy.extractor {cfg.policy.extractor}, which "
+            "tells it how good its actions are to be; leave --extractor out"
+        )
+    name = "weighted" if how == "none" else how  # which needs no critic to act
+    policy = dataclasses.replace(cfg.policy, extractor=name, extractor_params=dict(numbers))
+    cfg = dataclasses.replace(cfg, policy=policy)
+    extraction.extractor(cfg)
+    return cfg
 
 
 def _value_run(
@@ -203,6 +236,8 @@ def _value_run(
     given = run.value_run_dir if isinstance(run, Experiment) else cfg.policy.value_run
     value_dir = named or given or os.path.join(os.path.dirname(os.fspath(folder)), "value")
     value, ours = complete.check_complete(value_dir, stage="value"), complete.read_complete(folder)
+    if "value" not in ours.inputs and not named:
+        raise UserError(f"{folder} was trained beside no value run: name the one to act by (hvd serve --value-run)")
     if value.digest != ours.inputs.get("value") and not named:
         raise UserError(
             f"{folder} acts by the value run that it was trained beside, and {value_dir} is another one: name the one "

@@ -1,13 +1,18 @@
 """Latency and rate of `hvd serve` for 1 and 4 of openpi's clients, beside Policy.act called directly.
 
     python -m tests.benchmarks.bench_serve [--run RUN_FOLDER] [--seconds 10] [--size 224] [--max-batch 8]
+    python -m tests.benchmarks.bench_serve --run RUN_FOLDER --ways 500    # latency of the ways that one policy can act
 
 Without --run a tiny policy with two cameras is trained first; with it, the run's own cameras are sent. Clients are
 processes that ask again as soon as they are answered; images are `--size` pixels, as of a robot that resizes before it
 sends. What a served request costs above Policy.act is the network, msgpack and two processes on the same cores.
+
+`--ways N` needs a run with its value run beside it: a server for each of WAYS, and one client that asks them in turn,
+N times each, so that whatever else the machine does falls on all of them alike.
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -23,6 +28,12 @@ import numpy as np
 from tests import served
 
 _WARM = 20  # requests before the clock starts
+WAYS = {
+    "the policy alone": ("--extractor", "none"),
+    "the policy alone, weights int8": ("--extractor", "none", "--weights", "int8"),
+    "best_of_n, 8 chunks": ("--extractor", "best_of_n", "--extractor-params", "n", "8"),
+    "q_guided": ("--extractor", "q_guided"),
+}
 
 
 def observation(about: dict[str, Any], size: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -85,6 +96,31 @@ def gathered(children: list[subprocess.Popen[str]]) -> tuple[list[float], float]
     return times, rate
 
 
+def ways(run: str, size: int, count: int) -> None:
+    """The table of WAYS: of servers that are asked in turn, in milliseconds."""
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    with contextlib.ExitStack() as stack:
+        clients = {}
+        for name, options in WAYS.items():
+            command = ("--run", run, "--port", "0", "--max-batch", "1", *options)
+            server = stack.enter_context(served.Served(*command))
+            clients[name] = server.client()
+            stack.callback(clients[name]._ws.close)
+        given = observation(clients[name].get_server_metadata(), size, np.random.default_rng(0))
+        names = list(WAYS)
+        for i in range(_WARM + count):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                begin = time.perf_counter()
+                clients[name].infer(given)
+                if i >= _WARM:
+                    times[name].append(time.perf_counter() - begin)
+    print(f"\n{run}: {count} requests each, in turn\n\n| | p50 ms | p95 ms | p50, times |\n|---|---|---|---|")
+    base = np.median(times[names[0]])
+    for name in names:
+        p50, p95 = np.quantile(times[name], (0.5, 0.95))
+        print(f"| {name} | {p50 * 1e3:.1f} | {p95 * 1e3:.1f} | {p50 / base:.2f} |")
+
+
 def row(name: str, times: list[float], rate: float, batches: str) -> str:
     p50, p99 = np.quantile(times, (0.5, 0.99)) * 1e3
     return f"| {name} | {p50:.1f} | {p99:.1f} | {rate:.1f} | {len(times)} | {batches} |"
@@ -101,12 +137,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--max-batch", type=int, default=8)
+    parser.add_argument("--ways", type=int, default=0, help="requests to each way that the policy of --run can act")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         kind, *rest = json.loads(args.child)
         print(json.dumps({"direct": direct, "client": client}[kind](*rest)))
         return
+    if args.ways:
+        return ways(args.run, args.size, args.ways)
     with tempfile.TemporaryDirectory() as folder:
         run = args.run or served.train(Path(folder)).policy_dir
         lines = []

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import jax
@@ -13,8 +14,10 @@ from hvd import cli, export
 from hvd.errors import EXIT_USER, UserError
 from hvd.models import gemma
 from hvd.models.lora import LoraConfig
+from hvd.serve import checkpoint
 from hvd.serve import command as serve
 from hvd.serve.checkpoint import load_checkpoint, stats_for
+from hvd.train import inference
 from hvd.train.inference import load_policy
 from tests import served
 
@@ -39,7 +42,30 @@ def act(policy):
 def test_an_export_acts_as_its_run_does(cfg, exported, given):
     """Also with noise in the dims that the robot does not have: the export's weights of those are 0."""
     moved = dataclasses.replace(cfg, runs_dir="nowhere", assets_dir="nowhere")
-    np.testing.assert_allclose(act(load_checkpoint(moved, str(exported / given))), act(load_policy(cfg)), atol=1e-5)
+    for int8 in (False, True):
+        found, want = load_checkpoint(moved, str(exported / given), int8), load_policy(cfg, int8=int8)
+        np.testing.assert_allclose(act(found), act(want), atol=1e-5)
+        assert found.kept == want.kept == ("int8" if int8 else "float32")
+
+
+def test_loading_keeps_no_second_copy(cfg, exported, monkeypatch):
+    """When the policy has its weights, the arrays that were read and have another form there are gone."""
+    read, refs = checkpoint.weights.read, []
+
+    def watched(*args):
+        arrays = read(*args)
+        refs.extend(weakref.ref(x) for name, x in arrays.items() if "/layers/" in name or "encoderblock" in name)
+        return arrays
+
+    class Made(inference.Policy):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.left = [ref for ref in refs if ref() is not None]
+
+    monkeypatch.setattr(checkpoint.weights, "read", watched)
+    monkeypatch.setattr(inference, "Policy", Made)
+    made = load_checkpoint(cfg, str(exported), int8=True)
+    assert isinstance(made, Made) and len(refs) > 10 and not made.left
 
 
 def test_noise_reaches_the_padded_dims_of_openpi_s_own(cfg, exported, tmp_path):
@@ -98,3 +124,5 @@ def test_it_needs_a_config(capsys):
     assert "--checkpoint needs --config NAME" in capsys.readouterr().err
     assert cli.main(["serve", "--config", "demo", "--checkpoint", "y", "--value-run", "z"]) == EXIT_USER
     assert "--value-run: a --checkpoint of openpi's form" in capsys.readouterr().err
+    assert cli.main(["serve", "--config", "demo", "--checkpoint", "y", "--extractor", "best_of_n"]) == EXIT_USER
+    assert "--extractor: a --checkpoint of openpi's form" in capsys.readouterr().err

@@ -157,6 +157,31 @@ def test_metadata_says_what_is_served(client, run_folder):
     assert about["action_horizon"] == 4 and len(about["action_names"]) == 21 and about["state_dim"] == 21
     assert about["cameras"] == {camera: KEYS[camera] for camera in CAMERAS}
     assert about["default_prompt"] == ""  # the dataset has two tasks
+    assert about["weights"] == "float32" and about["acts_by"] == ""
+
+
+def test_a_server_of_weights_in_8_bits(run_folder, policy):
+    """It says so in its log, its metadata and its counters, and takes requests with committed actions too."""
+    from hvd.train.inference import load_policy
+
+    narrow = load_policy(run_folder, int8=True)
+    assert narrow.weight_bytes < 0.5 * policy.weight_bytes
+    asked = served.observation(np.random.default_rng(3)) | {"seed": 8}
+    want, full = direct(narrow, asked, 8), direct(policy, asked, 8)
+    args = ("--run", str(run_folder), "--port", "0", "--weights", "int8", "--real-time-chunking", "--max-batch", "1")
+    with served.Served(*args) as server:
+        client = server.client()
+        assert client.get_server_metadata()["weights"] == "int8"
+        got = client.infer(asked)["actions"]
+        drawn = client.infer(asked | {"prev_chunk_left_over": got + 0.5, "inference_delay": 2})["actions"]
+        client._ws.close()
+        counted = served.counts(server.get("/metrics")[1])
+        assert server.end() == 0
+    np.testing.assert_allclose(got, want, **TOLERANCE)
+    assert 1e-6 < np.abs(got - full).max() < 0.1 * np.abs(full).max()
+    assert (np.abs(drawn - got).max(axis=1)[:2] > 1e-4).all()
+    assert counted['hvd_serve_weights_bytes{kept="int8"}'] == narrow.weight_bytes
+    assert f"weights of {narrow.weight_bytes / 1e6:,.1f} MB (int8)" in server.text()
 
 
 # ----------------------------------------------------------------------------------------------------------------- B7
@@ -345,6 +370,13 @@ def test_only_complete_runs_are_served(run_folder, tmp_path, capsys):
         (["--run", "x", "--tls-key", "k"], "--tls-key needs --tls-cert"),
         (["--run", "x", "--tls-cert", "/nowhere/c.pem"], "--tls-cert /nowhere/c.pem --tls-key : no certificate"),
         (["--run", "x", "--tls-cert", __file__], "no certificate with its key there"),
+        (["--run", "x", "--weights", "int4"], "--weights: 'int4' is not one of full, int8"),
+        (["--run", "x", "--extractor-params", "n", "4"], "--extractor-params needs --extractor"),
+        (
+            ["--run", "x", "--extractor", "best_of_m"],
+            "--extractor: 'best_of_m' is not one of trained, none, best_of_n, q_guided",
+        ),
+        (["--run", "x", "--extractor", "none", "--value-run", "v"], "a policy that acts by no critic asks none"),
         (["--run", "x", "--num-flow-steps", "101"], "--num-flow-steps 101"),
         (["--run", "x", "--host", "no.such.host.invalid"], "--host no.such.host.invalid: no such address"),
         (["--run", "x", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1 port 8000"),

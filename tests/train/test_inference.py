@@ -219,3 +219,33 @@ def test_a_policy_acts_by_no_value_run_that_does_not_fit(steered, trained, capsy
     assert cli.main(["serve", "--run", trained.policy_dir, "--value-run", str(value), "--port", "0"]) == EXIT_USER
     (line,) = capsys.readouterr().err.splitlines()
     assert "acts by none (policy.extractor weighted); leave it out, or take a policy" in line
+
+
+@pytest.mark.parametrize("name, number", [("best_of_n", {"n": 3.0}), ("q_guided", {"strength": 0.1})])
+def test_any_policy_can_be_told_to_act_by_its_value_run(trained, policy, steered, name, number):
+    """As one that was trained to, and that one can be told not to; both also in 8 bits."""
+    rows, folder = [3, 9, 20], steered(name, **number)
+    want = act(inference.load_policy(folder), rows)
+    told = inference.load_policy(trained, extractor=name, extractor_params=number)
+    np.testing.assert_allclose(act(told, rows), want, atol=1e-5)
+    assert told.acts_by == name and np.abs(want - act(policy, rows)).max() > 1e-4
+    alone = inference.load_policy(folder, extractor="none")
+    np.testing.assert_allclose(act(alone, rows), act(policy, rows), atol=1e-5)
+    narrow = inference.load_policy(folder, int8=True)
+    assert alone.acts_by == "" and narrow.weight_bytes < told.weight_bytes
+    np.testing.assert_array_equal(*(jax.tree.leaves(p.params["critic"])[0] for p in (narrow, told)))
+    if name == "q_guided":  # the best of several may be another one
+        assert 1e-6 < np.abs(act(narrow, rows) - want).max() < 0.05
+
+
+def test_who_cannot_be_told_how_to_act(trained, steered):
+    with pytest.raises(UserError, match=r"trained with policy\.extractor condition, which tells it how good"):
+        inference.load_policy(steered("condition"), extractor="best_of_n")
+    with pytest.raises(UserError, match=r"extractor_params\.strength: extractor 'best_of_n' has no such"):
+        inference.load_policy(trained, extractor="best_of_n", extractor_params={"strength": 1.0})
+    folder = steered("best_of_n", n=2.0)
+    proof = json.loads((folder / "complete.json").read_text())
+    del proof["inputs"]["value"]
+    (folder / "complete.json").write_text(json.dumps(proof))
+    with pytest.raises(UserError, match="was trained beside no value run: name the one to act by"):
+        inference.load_policy(folder, extractor="best_of_n")
