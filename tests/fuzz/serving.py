@@ -134,7 +134,7 @@ def connection(good: Path) -> Door:
     from hvd.errors import UserError
     from hvd.serve import limits
     from hvd.serve.limits import Limits
-    from tests.serve.test_connections import Model, Running
+    from tests.serve.running import Model, Running
     from tests.serve.test_observation import GOOD, make_reader
 
     limits._HTTP_PER_S, limits._HTTP = 1e6, 1_000_000  # else an address gets 100 a second
