@@ -38,7 +38,7 @@ class Job:
         program: the model, the first state, the step and the evaluation.
         prepare: what to do with a fresh state (load pretrained weights).
         loader: start step -> batches from that step on.
-        model_flops: of one step, over all devices.
+        model_flops: of one step, over all devices; 0 but in the main process, which alone tells it.
         validation: the placed validation batches, the same in every run; () = no validation.
     """
 

@@ -70,7 +70,7 @@ def run_stage(
             inputs=inputs,
             program=program,
             prepare=prepare,
-            model_flops=flops.of_step(make_program, cfg, stage, devices),
+            model_flops=flops.of_step(make_program, cfg, stage, devices) if devices.is_main else 0,
             loader=lambda start: data.loader(start, devices, weights),
             validation=lambda: data.validation(devices, weights),
         )

@@ -7,6 +7,7 @@ import pytest
 
 from tests.clusters import kubernetes_cluster
 from tests.clusters.kubernetes_cluster import KubernetesCluster
+from tests.clusters.kubernetes_docs import commands, follow
 from tests.clusters.slurm_cluster import SlurmCluster, missing
 from tests.image import builder
 
@@ -40,6 +41,13 @@ def kubernetes(tmp_path_factory) -> Iterator[KubernetesCluster]:
     builder.call(kubernetes_cluster.ROOT / "docker" / "save.sh", builder.build(), archive, "localhost/hvd:cpu")
     with KubernetesCluster(tmp_path_factory.mktemp("kubernetes"), (archive,)) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def first_try(kubernetes) -> dict[str, str]:
+    """The lines of docs/kubernetes.md, "A first try, on CPUs", but for the last one, and what each printed. Two stages
+    of a run called demo are complete then."""
+    return {command: follow(kubernetes, command) for command in commands("A first try, on CPUs")[:-1]}
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from tests.clusters.slurm_cluster import SlurmCluster
 from tests.train import factory
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 120  # of both stages; save_interval is 20
+STEPS = 60  # of both stages; save_interval is 20
 SMALL = {
     "optimal_data.keys.state": "observation.state",
     "suboptimal_data.keys.state": "observation.state",
@@ -32,7 +32,7 @@ SMALL = {
             "num_train_steps": str(STEPS),
             "batch_size": "8",
             "save_interval": "20",
-            "val_interval": "60",
+            "val_interval": "30",
             "val_batches": "2",
             "log_interval": "5",
             "trace_samples": "true",

@@ -1,10 +1,10 @@
 """docs/kubernetes.md, followed word for word on a real cluster, as a new user would.
 
-Last of the tests in the default namespace: its last line deletes the volume claim.
+Last of the tests in the default namespace: its last line deletes the volume claim. The lines before are the fixture
+`first_try`, whose runs the other tests look at.
 """
 
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,17 +13,9 @@ import pytest
 import yaml
 
 from tests.clusters.kubernetes_cluster import ROOT
-from tests.image import builder
+from tests.clusters.kubernetes_docs import commands, follow
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(1500)]
-
-
-def commands(heading: str, blocks: int = 1) -> list[str]:
-    """Of the first blocks below the heading, without their comments."""
-    page = (ROOT / "docs" / "kubernetes.md").read_text().partition(f"## {heading}\n")[2]
-    found = re.findall(r"(?:^    .*\n)+", page, re.MULTILINE)[:blocks]
-    assert len(found) == blocks
-    return [line.partition("#")[0].strip() for block in found for line in block.splitlines()]
 
 
 def put_in_and_take_out(kubernetes, folder: Path) -> None:
@@ -57,25 +49,16 @@ def put_in_and_take_out(kubernetes, folder: Path) -> None:
     )
 
 
-def test_a_first_try(kubernetes, tmp_path):
+def test_a_first_try(kubernetes, first_try, tmp_path):
+    rows = [line.split() for line in first_try["./uv run hvd jobs"].splitlines()]
+    assert {row[0]: row[3] for row in rows if row[0].startswith("hvd-")}["hvd-awr"] == "COMPLETED", first_try
+    assert "Job hvd-awr is released: 1 pod(s)" in first_try["kubectl logs job/hvd-awr-gate"]
+    waits = [said for command, said in first_try.items() if command.startswith("kubectl wait ")]
+    assert len(waits) == 2 and all("condition met" in said for said in waits)
+
     kubernetes.kubectl("delete", "jobs", "--all", "--cascade=foreground")
-    said: dict[str, str] = {}
-    for command in commands("A first try, on CPUs"):
-        words = shlex.split(command)
-        if words[0].endswith("uv"):
-            words = [str(Path(sys.executable).with_name(words[2])), *words[3:]]
-        if words[:2] == ["kubectl", "delete"]:
-            put_in_and_take_out(kubernetes, tmp_path)
-        # the image's store is the tests' own; a user has docker's or podman's
-        env = builder.settings() if words[0].startswith("docker/") else {}
-        said[command] = kubernetes.call(*words, cwd=ROOT, **env).stdout
-        if words[:2] == ["kubectl", "wait"]:
-            assert "condition met" in said[command]
-        if words[-1:] == ["jobs"]:
-            rows = [line.split() for line in said[command].splitlines()]
-            assert {row[0]: row[3] for row in rows if row[0].startswith("hvd-")}["hvd-awr"] == "COMPLETED", said
-    assert "Job hvd-awr is released: 1 pod(s)" in said["kubectl logs job/hvd-awr-gate"]
-    assert len(said) == 7
+    put_in_and_take_out(kubernetes, tmp_path)
+    follow(kubernetes, commands("A first try, on CPUs")[-1])
     left = kubernetes.get("jobs,pvc,roles,rolebindings")["items"]
     assert not left, json.dumps(left)
     assert (kubernetes.storage / "runs" / "demo" / "policy" / "complete.json").exists(), (

@@ -21,7 +21,7 @@ from tests.train import compare
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
 DISTURBANCES = ("preempted", "time-limit", "requeued", "killed", "node", "batch-host", "hang")
-AT_STEP = 30  # past the first checkpoint, before the second validation
+AT_STEP = 22  # past the first checkpoint
 
 
 @dataclass
@@ -94,7 +94,7 @@ def runs(tmp_path_factory):
 
         found: dict[str, Disturbed] = {}
         for how in DISTURBANCES:
-            site = Site(root / how, cluster, shared, slow=0.3)
+            site = Site(root / how, cluster, shared, slow=0.7)
             flags = ["--slurm.partition", "scavenge"] if how == "preempted" else []
             # JAX's own heartbeat finds a stopped process 50 to 100 s after its stop; the watchdog has to be first
             flags += ["--hang_timeout", "35"] if how == "hang" else []

@@ -122,7 +122,7 @@ class Live:
 @pytest.fixture(scope="module")
 def live(slurm, tmp_path_factory):
     root = tmp_path_factory.mktemp("live")
-    site = Site(root / "checkout", slurm, root / "shared", slow=0.15)
+    site = Site(root / "checkout", slurm, root / "shared", slow=0.4)
     (value,) = site.submit("--stage", "value")
     until(lambda: site.step() >= 1 or site.ended(value), lambda: site.log(value))  # it has filled the cache
     chain = site.submit("--stage", "all", "--exp-name", "second")

@@ -37,7 +37,7 @@ def number(answer: str) -> str:
 def pair(slurm, tmp_path_factory):
     """(site, value job, policy job): the value job's training was killed on the way, by now both jobs have ended."""
     root = tmp_path_factory.mktemp("order")
-    site = Site(root / "checkout", slurm, root / "shared", slow=0.1)
+    site = Site(root / "checkout", slurm, root / "shared", slow=0.3)
     (value,) = site.submit("--stage", "value")
     policy = number(site.call("bash", "-c", f'{AFTER} "$@"', "bash", *site.options, V=value).stdout)
     until(lambda: site.ended(value) or site.step() >= 25, lambda: f"step 25: {site.log(value)}")

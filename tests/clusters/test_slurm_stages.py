@@ -82,7 +82,7 @@ def test_a_task_may_have_several_devices(both, slurm, tmp_path):
 
 def test_a_second_job_on_a_run_directory_refuses_and_names_the_first(slurm, tmp_path_factory):
     root = tmp_path_factory.mktemp("owners")
-    site = Site(root / "site", slurm, root / "shared", slow=0.4)
+    site = Site(root / "site", slurm, root / "shared", slow=0.8)
     (first,) = site.submit("--stage", "value", "--slurm.no-requeue")
     until(lambda: site.step() >= 5, lambda: site.log(first))
     owner = json.loads((site.run / "value" / "owner.json").read_text())
