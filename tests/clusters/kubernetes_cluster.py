@@ -21,10 +21,12 @@ TOOLS = Path(os.environ.get("HVD_KUBERNETES_TOOLS", ROOT.parent / "shared" / "to
 CACHE = Path.home() / ".cache" / "hvd-test-kubernetes"
 SUITE = "trixie"
 UP_SECONDS = 240
-# Added to the tool's script: pod logs of its own, and no image is deleted because the machine's disk is rather full
+# Added to the tool's script: pod logs of its own, no image is deleted because the machine's disk is rather full, and
+# nobody waits until the files of a cluster that is down are deleted (many: the image's)
 CHANGES = {
     "mount --make-rshared": "mkdir -p /var/log/pods; mount -t tmpfs tmpfs /var/log/pods; mount --make-rshared",
     "syncFrequency: 5s": "syncFrequency: 5s\nimageGCHighThresholdPercent: 100",
+    '  rm -rf "$KUBE_DIR"\n': '  setsid rm -rf "$KUBE_DIR" >/dev/null 2>&1 </dev/null &\n',
 }
 
 

@@ -56,7 +56,6 @@ def test_a_first_try(kubernetes, first_try, tmp_path):
     waits = [said for command, said in first_try.items() if command.startswith("kubectl wait ")]
     assert len(waits) == 2 and all("condition met" in said for said in waits)
 
-    kubernetes.kubectl("delete", "jobs", "--all", "--cascade=foreground")
     put_in_and_take_out(kubernetes, tmp_path)
     follow(kubernetes, commands("A first try, on CPUs")[-1])
     left = kubernetes.get("jobs,pvc,roles,rolebindings")["items"]
