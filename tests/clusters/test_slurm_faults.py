@@ -43,6 +43,16 @@ def ranks(cluster: SlurmCluster, node: str) -> list[int]:
     return [pid for pid, command in cluster.node_processes(node) if "train-value" in command and "python" in command]
 
 
+def elapsed(cluster: SlurmCluster, job: str) -> float:
+    """Seconds since the job's start."""
+    return time.time() - time.mktime(time.strptime(cluster.show(job)["StartTime"], "%Y-%m-%dT%H:%M:%S"))
+
+
+def is_due(how: str, d: Disturbed, cluster: SlurmCluster) -> bool:
+    """Slurm counts limits in whole minutes: the next one must come before the job's end."""
+    return d.site.step() >= AT_STEP and (how != "time-limit" or elapsed(cluster, d.job) % 60 >= 30)
+
+
 def disturb(how: str, d: Disturbed, cluster: SlurmCluster) -> None:
     first, second = d.nodes
     match how:
@@ -63,9 +73,7 @@ def disturb(how: str, d: Disturbed, cluster: SlurmCluster) -> None:
                 "sleep 1",
             ).strip()
         case "time-limit":
-            start = cluster.show(d.job)["StartTime"]
-            began = time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S"))
-            minutes = int((time.time() - began) / 60) + 1
+            minutes = int(elapsed(cluster, d.job) / 60) + 1
             cluster.run("scontrol", "update", f"JobId={d.job}", f"TimeLimit={minutes}")
         case "requeued":
             cluster.run("scontrol", "requeue", d.job)
@@ -94,7 +102,7 @@ def runs(tmp_path_factory):
 
         found: dict[str, Disturbed] = {}
         for how in DISTURBANCES:
-            site = Site(root / how, cluster, shared, slow=0.7)
+            site = Site(root / how, cluster, shared, slow=1.5 if how == "time-limit" else 0.7)
             flags = ["--slurm.partition", "scavenge"] if how == "preempted" else []
             # JAX's own heartbeat finds a stopped process 50 to 100 s after its stop; the watchdog has to be first
             flags += ["--hang_timeout", "35"] if how == "hang" else []
@@ -104,7 +112,7 @@ def runs(tmp_path_factory):
         while waiting:
             for how, d in list(waiting.items()):
                 assert not d.site.ended(d.job), f"{how}: {d.site.log(d.job)}"
-                if d.site.step() >= AT_STEP:
+                if is_due(how, d, cluster):
                     d.nodes = hosts(cluster, d.job)
                     disturb(how, d, cluster)
                     d.saw["disturbed"] = time.monotonic()
