@@ -21,11 +21,6 @@ FROZEN = {
     "left arm": (scene.LEFT_ARM, scene.HOME_LEFT),
     "right arm": (scene.RIGHT_ARM, scene.HOME_RIGHT),
 }
-# What a prototype of the simulator measured, n = 100.
-PROTOTYPE = {
-    "tote": dict(zip(QUALITIES, (1.0, 0.81, 0.63, 0.55, 0.55, 0.33), strict=True)),
-    "pick": dict(zip(QUALITIES, (0.99, 0.93, 0.87, 0.49, 0.75, 0.32), strict=True)),
-}
 # Mistakes that are never noticed, with the phase they begin in.
 FATAL = {
     "tote": (
@@ -111,22 +106,21 @@ def _rate(function, jobs: list[tuple], workers: int) -> tuple[float, float]:
 
 
 def table(task: str, n: int, workers: int) -> Iterator[str]:
-    yield f"\n{task}: teleoperator, n = {n}            success  prototype  mean steps"
+    yield f"\n{task}: teleoperator, n = {n}            success  mean steps"
     for quality, retries in QUALITIES:
         success, steps = _rate(operator_run, [(task, seed, quality, retries) for seed in range(n)], workers)
         name = f"quality {quality}" + ("" if retries else ", no retries")
-        before = f"{PROTOTYPE[task][quality, retries]:.2f}" if task in PROTOTYPE else ""
-        yield f"  {name:<34}{success:>8.2f}{before:>11}{steps:>12.0f}"
+        yield f"  {name:<34}{success:>8.2f}{steps:>12.0f}"
     few = max(2, n // 5)
     yield f"{task}: one mistake that is never noticed, n = {few}"
     for plan in FATAL[task]:
         success, steps = _rate(operator_run, [(task, seed, 0.0, True, (plan,)) for seed in range(few)], workers)
-        yield f"  {plan.level + ' ' + plan.kind + ' at ' + plan.phase:<34}{success:>8.2f}{'':>11}{steps:>12.0f}"
+        yield f"  {plan.level + ' ' + plan.kind + ' at ' + plan.phase:<34}{success:>8.2f}{steps:>12.0f}"
     yield f"{task}: controls, n = {few}"
     for control in ("nothing", "random", *(f"{part}" for part in FROZEN)):
         success, steps = _rate(control_run, [(task, seed, control) for seed in range(few)], workers)
         name = control if control not in FROZEN else f"clean teleoperator, {control} frozen"
-        yield f"  {name:<34}{success:>8.2f}{'':>11}{steps:>12.0f}"
+        yield f"  {name:<34}{success:>8.2f}{steps:>12.0f}"
 
 
 if __name__ == "__main__":
