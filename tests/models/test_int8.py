@@ -55,6 +55,7 @@ def test_a_product_and_its_gradient_are_those_of_the_matrix(dtype):
     assert_allclose(slope, jnp.broadcast_to(matrix.sum(axis=1), x.shape), **tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["pi0", "pi05"])
 def test_a_policy_acts_by_the_matrices_that_are_kept(family):
     """Also towards committed actions, which takes a backward pass, and from given ones."""
