@@ -66,7 +66,8 @@ def test_arrays_go_both_ways_with_the_clients_packer(array, order):
         np.testing.assert_array_equal(unpacked["x"], array)
 
 
-@given(DTYPES.flatmap(lambda dtype: arrays.from_dtype(dtype)))
+# UTF-8 has no half of a surrogate pair: openpi's packer cannot send one
+@given(DTYPES.flatmap(lambda dtype: arrays.from_dtype(dtype, alphabet=st.characters(codec="utf-8"))))
 def test_scalars_go_both_ways(scalar):
     # the packer sends numpy's own float64 and text as plain ones
     assert_same(ours.unpack(theirs.packb(scalar)), theirs.unpackb(theirs.packb(scalar)))
