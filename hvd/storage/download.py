@@ -19,8 +19,8 @@ from hvd.files import replacing
 from hvd.storage import remote
 from hvd.storage.remote import Busy, Damaged, Object, Refused, Replaced, Store, given_up
 
-FILES = 8  # fetched at once, each in parts, but of those that have more than LARGE parts one at a time
-LARGE = 4
+FILES = 8  # fetched at once, each in parts
+LARGE, LARGE_FILES = 4, 3  # of those with more parts than this so many at once: a kill costs what is not whole yet
 BAD_SUMS = 3  # an object that has the wrong checksum so often is given up
 STALE_S = 600.0  # a temporary file that nobody has written for so long is a killed process's
 
@@ -61,7 +61,7 @@ def download(
             f"{what}: no space left on the disk of {folder}: {needed / 1e9:.3g} GB are still needed, "
             f"{free / 1e9:.3g} GB are free; free some or set HVD_CACHE; the same command then goes on"
         )
-    stop, one_large = threading.Event(), threading.Lock()
+    stop, large = threading.Event(), threading.Semaphore(LARGE_FILES)
 
     def check_stop() -> None:
         if stop.is_set():
@@ -70,7 +70,7 @@ def download(
     def fetch(name: str, item: Object) -> None:
         if item.size <= LARGE * remote.PART:
             return _fetch(store, item, folder / name, f"{what}: {name}", check_stop)
-        with one_large:
+        with large:
             return _fetch(store, item, folder / name, f"{what}: {name}", check_stop)
 
     from tqdm import tqdm  # 60 ms, which `launch/submit.py` need not wait for

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class GoogleStore:
             session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=4 * remote.THREADS))
         self._client = storage.Client(project="<none>", credentials=credentials, _http=session)
         self._bucket: Any = self._client.bucket(bucket)
+        self._requests = threading.Semaphore(remote.THREADS)
 
     def find(self, path: str) -> Object | None:
         with _google_errors(), listing_errors():
@@ -70,8 +72,8 @@ class GoogleStore:
 
         def patient(request: Callable[[], Any]) -> Callable[[], Any]:
             def once() -> Any:
-                check_stop()
-                with _google_errors():
+                with self._requests, _google_errors():
+                    check_stop()
                     return request()
 
             return lambda: retried(what, once)

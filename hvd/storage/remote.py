@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 from hvd.errors import Failed, UserError
 
 PART = 8 << 20  # bytes of one request: what a cut connection costs
-THREADS = 16  # requests at once for a large object
+THREADS = 16  # requests at once, of all objects together
 TRIES = 7  # of one request
 BACKOFF_S, LONGEST_S = 0.5, 20.0  # pauses between them
 CONNECT_S, SILENCE_S = 15.0, 60.0  # a server that says nothing for so long is asked again

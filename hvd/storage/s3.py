@@ -34,7 +34,7 @@ class S3Store:
             read_timeout=remote.SILENCE_S,
             response_checksum_validation="when_required",  # ours is of the whole object
         )
-        self._transfer = boto3.s3.transfer.TransferConfig(
+        parts = boto3.s3.transfer.TransferConfig(
             multipart_threshold=remote.PART,
             multipart_chunksize=remote.PART,
             max_concurrency=remote.THREADS,
@@ -42,6 +42,7 @@ class S3Store:
         )
         region = session.region_name or "us-east-1"  # S3 itself says where a bucket is; without any, boto3 refuses
         self._client: Any = session.client("s3", region_name=region, config=config)
+        self._transfer = boto3.s3.transfer.S3Transfer(self._client, parts)  # its threads serve all objects
         self._bucket = bucket
 
     def find(self, path: str) -> Object | None:
@@ -63,9 +64,7 @@ class S3Store:
     def download(self, item: Object, path: Path, what: str, check_stop: Callable[[], None]) -> None:
         check_stop()
         with _s3_errors():
-            self._client.download_file(
-                self._bucket, item.key, str(path), Callback=lambda count: check_stop(), Config=self._transfer
-            )
+            self._transfer.download_file(self._bucket, item.key, str(path), callback=lambda count: check_stop())
         if not checksums.matches(path, self.sums(item)):
             raise Damaged(item.key)
 
@@ -94,6 +93,7 @@ class S3Store:
         return found
 
     def close(self) -> None:
+        self._transfer.__exit__(None, None, None)  # ends its threads
         self._client.close()
 
 

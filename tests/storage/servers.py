@@ -32,6 +32,7 @@ class Request:
     method: str
     path: str
     sent: int = 0  # bytes of the body that were passed on
+    ended: bool = False  # its last bytes are on their way
 
     @property
     def is_read(self) -> bool:
@@ -96,6 +97,7 @@ def _handler(proxy: Proxy) -> type[http.server.BaseHTTPRequestHandler]:
                 for start in range(0, end, 1 << 16):
                     time.sleep(fault.slow_s)
                     piece = body[start : min(end, start + (1 << 16))]
+                    request.ended = start + len(piece) == end
                     self.wfile.write(piece)
                     request.sent += len(piece)
             if end < len(body):

@@ -3,8 +3,8 @@
 import fcntl
 import gc
 import sys
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -166,15 +166,14 @@ def test_a_changed_object_is_never_mixed_with_its_past(s3_address, s3, cache):
     assert not list(cache.rglob("*.partial")), "the old half is deleted"
 
 
+def four_at_once(url):
+    with ThreadPoolExecutor(4) as pool:
+        return {future.result() for future in [pool.submit(storage.fetch, url) for _ in range(4)]}
+
+
 def test_threads_of_one_process_share_one_download(served):
     bucket, proxy = served
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(storage.fetch(f"{bucket}/params"))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(found)) == 1 and len(found) == 4
+    assert len(four_at_once(f"{bucket}/params")) == 1
     assert proxy.bytes_read == sum(map(len, PARAMS.values()))
 
 
@@ -186,20 +185,17 @@ def test_two_nodes_without_a_common_lock(served, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", broken)
-    found, errors = [], []
+    (folder,) = four_at_once(f"{bucket}/params")
+    assert files_below(folder) == PARAMS
 
-    def fetch():
-        try:
-            found.append(storage.fetch(f"{bucket}/params"))
-        except BaseException as error:
-            errors.append(error)
 
-    threads = [threading.Thread(target=fetch) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors and len(set(found)) == 1 and files_below(found[0]) == PARAMS
+def test_all_objects_together_have_so_many_requests_at_once(served, monkeypatch):
+    bucket, proxy = served
+    monkeypatch.setattr(storage_remote, "THREADS", 3)
+    open_now: list[int] = []
+    proxy.fault = lambda _, n: open_now.append(sum(not r.ended for r in proxy.reads)) or Fault(slow_s=0.1)
+    assert files_below(storage.fetch(f"{bucket}/params")) == PARAMS
+    assert max(open_now) == 3
 
 
 def test_another_nodes_temporary_file_gets_its_name_after_it_was_listed(served, monkeypatch):
