@@ -124,6 +124,11 @@ _G1_ARM = ("shoulder_pitch", "shoulder_roll", "shoulder_yaw", "elbow", "wrist_ro
 _G1_HAND = ("pinky", "ring", "middle", "index", "thumb_bend", "thumb_rotation")
 
 _UR5E = tuple(f"arm_{i}" for i in range(6))
+_TIDYBOT = {
+    "base": ("base_x", "base_y", "base_turn"),
+    "arm": tuple(f"arm_{i}" for i in range(7)),
+    "gripper": ("gripper",),
+}
 
 ROBOTS = MappingProxyType(
     {
@@ -145,6 +150,16 @@ ROBOTS = MappingProxyType(
             (
                 Part(_UR5E, "action/arm", "obs/joint_state/arm/joint_position"),
                 Part(("gripper",), "action/gripper", "obs/gripper_state/gripper/gripper_position"),
+            ),
+        ),
+        "tidybot": Robot(  # moved by steps of base and joints: docs/examples/tidybot_kinder.py
+            "tidybot",
+            tuple(name for names in _TIDYBOT.values() for name in names),
+            (Level("base", _range(0, 3)), Level("arm", _range(3, 10)), Level("gripper", (10,))),
+            (),
+            tuple(
+                Part(names, f"action/{level}", f"obs/joint_state/{level}/joint_position")
+                for level, names in _TIDYBOT.items()
             ),
         ),
     }
