@@ -24,6 +24,9 @@ KinDER has no operators; this one is ours. With --mistakes P each pick and each 
 one level, while the others go on: the base stops short, the arm stays too high or turns aside, or the gripper is late.
 The frames in which that level's action is another one than without the mistake are labelled. Actions are steps of the
 base in the world and of the joints, so they are no positions.
+
+Of 50 episodes of shelf, cylinder and transport (N = 1) 50, 50 and 48 succeed without mistakes (--seed 0), and 26, 27
+and 27 with --mistakes 0.3 (--seed 1000). A step takes 1.1 to 1.5 ms of a CPU.
 """
 
 import argparse
