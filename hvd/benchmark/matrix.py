@@ -6,6 +6,8 @@
     "sim.num_optimal" = 5
     [of_task.pick]                    # of the experiments of one task
     "sim.operator_noise" = "steady"
+    [elsewhere.blocks]                # a task that is not simulated here, but by a program of yours
+    program = ["python", "blocks.py"]  experts = ["--episodes", "10"]  mixed = ["--episodes", "200"]
     [values.flat]                     # a further value run; the one without a name is always there
     "model.network_type" = "q"
     [policies.filter]                 # one policy; `value` names its value run
@@ -13,12 +15,15 @@
     [[comparisons]]
     better = "filter"  than = "mixed"  kind = "primary"  at_least = 0.1
 
-What policies share is made once: the data of a task and a data seed, a value run, the table of advantages.
+What policies share is made once: the data of a task and a data seed, a value run, the table of advantages. The program
+of a task elsewhere makes recordings, `PROGRAM record FOLDER --seed N ARGUMENTS`, of the episodes from seed N on, and
+plays policies, `PROGRAM play`, as `hvd rollouts` asks for it. In its words $NAME is a variable of the environment.
 """
 
 import collections
 import dataclasses
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -43,7 +48,7 @@ Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,60}$")]
 Fields = dict[str, Any]  # dotted name of a field -> value
 # what lies beside the policies in an experiment's folder, and names of items
 _TAKEN = ("data", "value", "table", "advantages", "evaluation", "recordings", "datasets", "configs", "logs")
-_SEEDS_APART = 10_000  # the training seeds of a policy seed, from those of the one before it
+_SEEDS_APART = 10_000  # the training seeds of a policy seed, and the episodes of a data seed, from the one before it
 
 
 # no constraint on these texts: msgspec 0.22 crashes, now and then, over a constrained type inside such a union
@@ -61,6 +66,22 @@ class Comparison(Struct, forbid_unknown_fields=True):
     at_least: float = 0.0
 
 
+class Elsewhere(Struct, forbid_unknown_fields=True):
+    """A task that a program simulates; `experts`, `mixed`: the arguments of its two recordings."""
+
+    program: list[str]
+    experts: list[str]
+    mixed: list[str]
+
+    def words(self) -> tuple[str, ...]:
+        """The program with its variables filled in, and files by their whole path: it runs in another folder."""
+        found = [os.path.expandvars(word) for word in self.program]
+        unset = [word for word in found if "$" in word]
+        if unset or not found:
+            raise UserError(f"elsewhere: {unset[0]}: not set" if unset else "elsewhere: program has no word in it")
+        return tuple(os.path.abspath(word) if os.sep in word and os.path.exists(word) else word for word in found)
+
+
 class Matrix(Struct, forbid_unknown_fields=True):
     """The file's form."""
 
@@ -74,6 +95,7 @@ class Matrix(Struct, forbid_unknown_fields=True):
     first_start: Count = 2_000_000
     common: Fields = {}
     of_task: dict[Name, Fields] = {}
+    elsewhere: dict[Name, Elsewhere] = {}
     values: dict[Name, Fields] = {}
     comparisons: list[Comparison] = []
 
@@ -95,8 +117,10 @@ class Item:
     Attributes:
         name: of its config, log and result.
         needs: names of the items that come first.
-        steps: commands of hvd.
+        steps: commands of hvd, or names of `commands`.
         cell: what its result is about; None for what cells share.
+        commands: the words of steps that take more than a config, or that are programs of others.
+        elsewhere: whose programs they are.
     """
 
     name: str
@@ -104,6 +128,17 @@ class Item:
     steps: tuple[str, ...]
     needs: tuple[str, ...] = ()
     cell: Cell | None = None
+    commands: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    elsewhere: Elsewhere | None = None
+
+    def command(self, step: str) -> tuple[str, ...]:
+        """The words of a step."""
+        return self.commands.get(step, ("hvd", step, "--config-file", self.config))
+
+    @property
+    def config(self) -> str:
+        """Its config's file, from the folder of the benchmark."""
+        return os.path.join("configs", f"{self.name}.yaml")
 
 
 def read(path: str) -> Matrix:
@@ -113,12 +148,14 @@ def read(path: str) -> Matrix:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
     matrix = documents.convert(found, Matrix, path)
+    known = (*SIM_TASKS, *matrix.elsewhere)
     for task in matrix.tasks:
-        if task not in SIM_TASKS:
-            raise UserError(f"{path}: tasks: unknown task {task!r}{nearest(task, SIM_TASKS)}")
-    for task in matrix.of_task:
-        if task not in matrix.tasks:
-            raise UserError(f"{path}: of_task: {task!r} is not one of tasks{nearest(task, matrix.tasks)}")
+        if task not in known:
+            raise UserError(f"{path}: tasks: unknown task {task!r}{nearest(task, known)}")
+    for where, tasks in (("of_task", matrix.of_task), ("elsewhere", matrix.elsewhere)):
+        for task in tasks:
+            if task not in matrix.tasks:
+                raise UserError(f"{path}: {where}: {task!r} is not one of tasks{nearest(task, matrix.tasks)}")
     for name, values in (("tasks", matrix.tasks), ("data_seeds", matrix.data_seeds), ("seeds", matrix.policy_seeds)):
         if len(set(values)) < len(values):
             raise UserError(f"{path}: {name}: one of them stands there twice")
@@ -152,8 +189,9 @@ def items(matrix: Matrix) -> list[Item]:
 
 def _of_data(matrix: Matrix, task: str, seed: int) -> Iterator[Item]:
     """The items of one task and data seed."""
-    data = _data(matrix, task, seed)
-    yield Item(f"{data.exp_name}-data", _shared(data), ("prepare",))
+    data, own = _data(matrix, task, seed), matrix.elsewhere.get(task)
+    made = Item(f"{data.exp_name}-data", _shared(data), ("prepare",))
+    yield _recorded(matrix, made, own, seed) if own else made
     known: dict[str, str] = {}  # folder of a table -> its item
     prepared = {data.exp_name}  # norm stats belong to an experiment's folder
 
@@ -177,8 +215,30 @@ def _of_data(matrix: Matrix, task: str, seed: int) -> Iterator[Item]:
                     steps, needs = first(cfg, "advantages"), (known[value.exp_name],)
                     yield Item(before, _table(matrix, data, cfg, policy_seed), steps, needs)
             cell = Cell(task, seed, name, policy_seed)
-            own = f"{data.exp_name}-{name}" + (f"-r{policy_seed}" if policy_seed else "")
-            yield Item(own, cfg, ("train-policy", "evaluate"), (before,), cell)
+            called = f"{data.exp_name}-{name}" + (f"-r{policy_seed}" if policy_seed else "")
+            item = Item(called, cfg, ("train-policy", "evaluate"), (before,), cell)
+            yield _played(item, task, own) if own else item
+
+
+def _recorded(matrix: Matrix, item: Item, own: Elsewhere, seed: int) -> Item:
+    """The data of a task elsewhere: two sets of recordings, converted."""
+    commands: dict[str, tuple[str, ...]] = {}
+    cfg, most = item.cfg, _SEEDS_APART // 2
+    sets = (("experts", cfg.optimal_data, own.experts, 0), ("mixed", cfg.suboptimal_data, own.mixed, most))
+    for name, data, arguments, offset in sets:
+        folder, first = os.path.join(cfg.exp_dir, "recordings", name), seed * _SEEDS_APART + offset
+        if first < matrix.first_start + matrix.rollouts and matrix.first_start < first + most:
+            raise UserError(f"first_start {matrix.first_start}: the data of seed {seed} are recorded from {first} on")
+        commands[f"record-{name}"] = (*own.words(), "record", folder, "--seed", str(first), *arguments)
+        target = ("--repo-id", data.repo_id, "--root", str(data.path()), "--robot", cfg.robot, "--cameras")
+        commands[f"convert-{name}"] = ("hvd", "convert", "--raw-dirs", folder, *target)
+    return dataclasses.replace(item, steps=(*commands, *item.steps), commands=commands, elsewhere=own)
+
+
+def _played(item: Item, task: str, own: Elsewhere) -> Item:
+    """A policy of a task elsewhere: its program plays."""
+    words = (*item.command("rollouts"), "--task", task, "--", *own.words(), "play")
+    return dataclasses.replace(item, steps=("train-policy", "rollouts"), commands={"rollouts": words}, elsewhere=own)
 
 
 def _table(matrix: Matrix, data: Experiment, cfg: Experiment, policy_seed: int) -> Experiment:
@@ -198,6 +258,9 @@ def _data(matrix: Matrix, task: str, seed: int) -> Experiment:
     fields: Fields = {"sim.seed": seed, "seed": seed, "sim.image_size": 0, "sim.workers": 1}
     fields |= matrix.common | matrix.of_task.get(task, {})
     fields |= {"sim.task": task, "exp_name": name, "runs_dir": "runs", "assets_dir": f"assets/{name}"}
+    if task in matrix.elsewhere:
+        root = os.path.join("runs", name, "datasets")
+        fields |= {"sim.task": "", "optimal_data.root": f"{root}/optimal", "suboptimal_data.root": f"{root}/mixed"}
     fields |= {"evaluate.num_rollouts": matrix.rollouts, "evaluate.seed": matrix.first_start}
     fields |= {"evaluate.baselines": False, "evaluate.workers": 1, "evaluate.videos": 0}
     return _changed(get_config(matrix.config), fields, "common").resolved()

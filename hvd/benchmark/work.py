@@ -20,7 +20,7 @@ from msgspec import Struct
 from tqdm import tqdm
 
 from hvd import documents, files, overrides
-from hvd.benchmark.matrix import Item, plain
+from hvd.benchmark.matrix import Elsewhere, Item, plain
 from hvd.clusters.local import runner
 from hvd.configs import Experiment
 from hvd.documents import Count
@@ -45,6 +45,7 @@ class Done(Struct):
     Attributes:
         cpu_s: CPU seconds of its processes, all tries together as far as they ended by themselves.
         scores: content of scores.json, where the policy has `evaluate.checks`.
+        elsewhere: the program that made or played it, as the file said it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Done(Struct):
     cell: dict[str, Any] | None = None
     episodes: list[Episode] = []
     scores: dict[str, Any] | None = None
+    elsewhere: Elsewhere | None = None
 
 
 @dataclass
@@ -121,9 +123,9 @@ class Work:
 
     def _start(self, item: Item, cores: set[int], steps: list[str], one: _Running | None = None) -> None:
         """The first of `steps`, of an item that begins or goes on (`one`)."""
-        config = self.out / "configs" / f"{item.name}.yaml"
-        files.write_atomic(config, plain(item.cfg))
-        argv = [*runner.COMMAND, steps[0], "--config-file", os.path.join("configs", config.name)]
+        files.write_atomic(self.out / item.config, plain(item.cfg))
+        program, *words = item.command(steps[0])
+        argv = [*(runner.COMMAND if program == "hvd" else (program,)), *words]
         log = one.log if one else (self.out / "logs" / f"{item.name}.log").open("a", encoding="utf-8")
         print(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(argv)}", file=log, flush=True)
         env = os.environ | runner.environment(cores) | {"PYTHONPATH": os.pathsep.join(_import_path())}
@@ -165,7 +167,7 @@ class Work:
 
     def _finish(self, one: _Running) -> Done:
         item = one.item
-        done = Done(item.name, round(one.cpu_s, 1), round(time.monotonic() - one.started, 1))
+        done = Done(item.name, round(one.cpu_s, 1), round(time.monotonic() - one.started, 1), elsewhere=item.elsewhere)
         if item.cell:
             with contextlib.chdir(self.out):
                 found = read_results(results_folder(item.cfg, item.cfg.policy.run_name) / "results.json")
@@ -204,19 +206,22 @@ def finished(out: Path, item: Item) -> Done | None:
     """What the item left, if it is done.
 
     Raises:
-        UserError: it was made with another config.
+        UserError: it was made with another config, or by another program.
     """
-    path, config = _path(out, item), out / "configs" / f"{item.name}.yaml"
+    path = _path(out, item)
     if not path.exists():
         return None
-    made = overrides.read(str(config))
+    made = overrides.read(str(out / item.config))
     for leaf in leaves(Experiment).values():
         there, asked = leaf.of(made), leaf.of(item.cfg)
         if there != asked:
             raise UserError(
                 f"{path} was made with {leaf.name} {there!r}, not {asked!r}: choose another --out, or delete it"
             )
-    return documents.read_with_nan(path, Done)
+    found = documents.read_with_nan(path, Done)
+    if found.elsewhere != item.elsewhere:
+        raise UserError(f"{path} was made by another program or with other arguments: choose another --out")
+    return found
 
 
 def _path(out: Path, item: Item) -> Path:

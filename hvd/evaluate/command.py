@@ -45,6 +45,11 @@ def main(cfg: Experiment, load: Loader | None = None) -> None:
         run = {"digest": found.digest, "step": found.step}
     results = roll_out(cfg, cfg.policy.run_name, load or trained, run)
     print_table([results, _control(cfg)] if cfg.evaluate.checks else [results])
+    credit_checks(cfg)
+
+
+def credit_checks(cfg: Experiment) -> None:
+    """Whether the advantages and scores find the mistakes, where evaluate.checks asks for it and labels know them."""
     if cfg.evaluate.checks and needed(cfg):
         evaluate_credit.main(cfg)
         evaluate_scores.main(cfg)

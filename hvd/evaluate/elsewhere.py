@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         overrides.print_help("hvd rollouts --config NAME -- PROGRAM [ARGUMENT]...", __doc__ or "", Options())
         return EXIT_COMPLETE
     options, rest, program = parse(argv)
-    from hvd.evaluate.command import print_table, summary  # numpy, which a help page does without
+    from hvd.evaluate.command import credit_checks, print_table, summary  # numpy, which a help page does without
     from hvd.evaluate.results import folder, write_json
     from hvd.method import extraction
     from hvd.train.complete import check_complete
@@ -98,6 +98,7 @@ def main(argv: Sequence[str]) -> int:
     }
     write_json(folder(cfg, cfg.policy.run_name) / "results.json", results)
     print_table([results])
+    credit_checks(cfg)
     return EXIT_COMPLETE
 
 

@@ -19,14 +19,19 @@ SMALL = {'of_task.pick."sim.operator_noise" = "steady"': "", '["tote", "pick"]':
 STEP = """
 import json, os, sys, time, yaml
 from pathlib import Path
-step, _, path = sys.argv[1:]
+if "--raw-dirs" in sys.argv:
+    sys.exit(not Path(sys.argv[sys.argv.index("--raw-dirs") + 1], "recorded").exists())
+step, _, path = sys.argv[1:4]
 cfg = yaml.safe_load(Path(path).read_text())
 with open("order.txt", "a") as order:
     order.write(f"{Path(path).stem} {step} {sorted(os.sched_getaffinity(0))}\\n")
 time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
 if Path("fail").exists() and Path("fail").read_text() in path:
     sys.exit("this one fails")
-if step == "evaluate":
+if step == "rollouts":
+    import subprocess
+    subprocess.run(sys.argv[sys.argv.index("--") + 1 :], check=True)
+if step in ("evaluate", "rollouts"):
     name, first, n = cfg["policy"]["run_name"], cfg["evaluate"]["seed"], cfg["evaluate"]["num_rollouts"]
     folder = Path(cfg["runs_dir"], cfg["exp_name"], "evaluation", name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +148,39 @@ def test_a_dry_run_lists_what_is_left(file, tmp_path, capsys):
     assert command.main([str(file), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     assert "tote-1-td: train-policy, evaluate" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_task_elsewhere(file, tmp_path, work, monkeypatch):
+    """Its program records both sets and plays each policy; other arguments are not taken for the same data."""
+    program = tmp_path / "blocks.py"
+    program.write_text(
+        "import pathlib, sys\n"
+        "if sys.argv[1] == 'record':\n"
+        "    pathlib.Path(sys.argv[2]).mkdir(parents=True); pathlib.Path(sys.argv[2], 'recorded').touch()\n"
+        "with open('programs.txt', 'a') as told: print(*sys.argv[1:], file=told)\n"
+    )
+    monkeypatch.setenv("OWN_PYTHON", sys.executable)
+    text = file.read_text().replace('["tote"]', '["blocks"]')
+    table = f"[elsewhere.blocks]\nprogram = ['$OWN_PYTHON', '{program}']\nexperts = []\nmixed = ['--wrong', '0.5']\n"
+    file.write_text(text + table)
+    ours = work()
+    assert ours.run() == 0
+    recorded = ["record runs/blocks-1/recordings/experts --seed 10000"]
+    recorded += ["record runs/blocks-1/recordings/mixed --seed 15000 --wrong 0.5"]
+    assert (ours.out / "programs.txt").read_text().splitlines() == recorded + ["play"] * 5
+    data, *_, last = ours.items
+    assert data.steps == ("record-experts", "convert-experts", "record-mixed", "convert-mixed", "prepare")
+    assert data.cfg.suboptimal_data.path() == Path("runs/blocks-1/datasets/mixed") and not last.cfg.sim.task
+    file.write_text(file.read_text().replace("0.5", "0.6"))
+    with pytest.raises(UserError, match="made by another program or with other arguments"):
+        work().run()
+    monkeypatch.delenv("OWN_PYTHON")
+    with pytest.raises(UserError, match=r"elsewhere: \$OWN_PYTHON: not set"):
+        work()
+    file.write_text(file.read_text().replace("first_start = 500", "first_start = 12_000"))
+    monkeypatch.setenv("OWN_PYTHON", sys.executable)
+    with pytest.raises(UserError, match="data of seed 1 are recorded from 10000 on"):
+        work()
 
 
 def test_a_part_of_the_matrix(file, tmp_path, capsys):
