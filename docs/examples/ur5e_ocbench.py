@@ -32,7 +32,6 @@ import numpy as np
 ENVIRONMENT = "block-cpu-lite-double-task1-v0"
 OPERATORS = {
     "block": "BlockController",
-    "bowling": "BowlingController",
     "chamber": "ChamberController",
     "hanoi": "HanoiController",
     "switch": "SwitchController",
@@ -53,18 +52,20 @@ def observed(info: dict[str, Any], seen: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def episode(env: Any, seed: int, act: Callable[[np.ndarray, dict[str, Any]], np.ndarray], begin: Any) -> dict[str, Any]:
-    """One episode: what was observed before each action [T,...], the actions [T,7], and whether it succeeded."""
+    """One episode: what was observed before each action [T,...] and at the end, the actions [T,7], whether it succeeded
+    and whether the environment ended it (by success or failure, not because its time was up)."""
     np.random.seed(seed)  # noqa: NPY002  # OCBench's operators draw from numpy's own stream
     seen, info = env.reset(seed=seed)
     begin(seen, info)
     steps: list[dict[str, np.ndarray]] = []
-    over = False
+    terminated = over = False
     while not over:
         action = np.clip(act(seen, info), -1, 1).astype(np.float32)
         steps.append({**observed(info, seen), "action": action})
         seen, _, terminated, truncated, info = env.step(action)
         over = terminated or truncated
-    return {"success": bool(info["success"]), **{name: np.stack([step[name] for step in steps]) for name in steps[0]}}
+    ended = {"success": bool(info["success"]), "terminal": bool(terminated), "last": observed(info, seen)}
+    return ended | {name: np.stack([step[name] for step in steps]) for name in steps[0]}
 
 
 def record(folder: Path, name: str, episodes: int, seed: int, mistakes: float) -> None:
@@ -73,7 +74,9 @@ def record(folder: Path, name: str, episodes: int, seed: int, mistakes: float) -
     from ocbench.oracles import controllers  # pyright: ignore[reportMissingImports]
 
     env = make(name)
-    operator = getattr(controllers, OPERATORS[name.split("-")[0]])(env, p_mistake=mistakes)
+    kind = getattr(controllers, OPERATORS[name.split("-")[0]])
+    chance = {"p_mistake_range": (mistakes, mistakes)} if name.startswith("switch") else {"p_mistake": mistakes}
+    operator = kind(env, **chance)
     folder.mkdir(parents=True, exist_ok=True)
     won = 0
     for number in range(episodes):
@@ -86,12 +89,13 @@ def record(folder: Path, name: str, episodes: int, seed: int, mistakes: float) -
             file["obs/joint_state/arm/joint_position"] = done["observation.state"][:, :6]
             file["obs/gripper_state/gripper/gripper_position"] = done["observation.state"][:, 6:]
             file["obs/sim/environment_state"] = done["observation.environment_state"]
+            file["obs/sim/last_environment_state"] = done["last"]["observation.environment_state"]
         wrong = [
             {"level": "arm", "start": part["start"], "end": min(part["end"] + 1, length), "kind": part["subtask_name"]}
             for part in operator.segments
             if part["is_potential_high_level_mistake"] and part["start"] < min(part["end"] + 1, length)
         ]
-        labels = {"task": name, "success": done["success"], "mistakes": wrong, "terminal": done["success"]}
+        labels = {"task": name, "success": done["success"], "mistakes": wrong, "terminal": done["terminal"]}
         (folder / f"episode_{number:05d}.labels.json").write_text(json.dumps(labels))
         won += done["success"]
     print(f"{folder}: {episodes} episodes of {name}, {won} succeeded")
