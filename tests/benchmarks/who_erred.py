@@ -72,16 +72,17 @@ def made(out: Path, task: str, seed: int, steps: int) -> dict[str, Experiment]:
 
 
 def counterfactual(cfg: Experiment, frames: Frames, table: Advantages) -> np.ndarray:
-    """[n, l]: what each level's own actions add to Q of the whole chunk, the other levels' kept."""
+    """[n, l]: what each level's own actions add to Q of the whole chunk, the other levels' kept; 0 away from onsets."""
     data, model = stage_data.open_dataset(cfg, "suboptimal"), inference.load_value(cfg)
     batcher = Batcher([Source(data, data.rows(), 0)], SampleSpec(model.transform, num_levels=len(cfg.levels())))
-    rows = table.row[frames.at]
+    rows, asked = table.row[frames.at], np.flatnonzero(frames.onset.any(axis=1))
     state = (data.state[rows] - data.state[rows].mean(axis=0)) / np.maximum(data.state[rows].std(axis=0), 1e-3)
+    length = np.square(state).sum(axis=1)
     found = np.zeros((len(rows), len(cfg.levels())))
-    for at in np.array_split(np.arange(len(rows)), max(1, len(rows) // 256)):
-        far = ((state[at, None] - state[None]) ** 2).sum(axis=2)
+    for at in np.array_split(asked, -(-len(asked) // 256)):
+        far = length[None] - 2 * state[at] @ state.T
         far[frames.episode[at, None] == frames.episode[None]] = np.inf
-        near = np.argsort(far, axis=1)[:, :NEAR]
+        near = np.argpartition(far, NEAR, axis=1)[:, :NEAR]
         batch = batcher.batch(np.zeros(len(at), np.int32), rows[at])
         _, q = model(batch["observation"], batch["actions"], batch["action_mask"])
         for k in range(NEAR):
