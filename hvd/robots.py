@@ -123,7 +123,7 @@ def _b1k() -> Robot:
 _G1_ARM = ("shoulder_pitch", "shoulder_roll", "shoulder_yaw", "elbow", "wrist_roll", "wrist_pitch", "wrist_yaw")
 _G1_HAND = ("pinky", "ring", "middle", "index", "thumb_bend", "thumb_rotation")
 
-_UR5E = tuple(f"arm_{i}" for i in range(6))
+_HAND = ("hand_x", "hand_y", "hand_z", "hand_yaw")
 _TIDYBOT = {
     "base": ("base_x", "base_y", "base_turn"),
     "arm": tuple(f"arm_{i}" for i in range(7)),
@@ -142,13 +142,13 @@ ROBOTS = MappingProxyType(
             (Level("left_arm", _range(0, 7)), Level("right_arm", _range(7, 14)), Level("hands", _range(14, 26))),
             _range(0, 26),
         ),
-        "ur5e": Robot(  # with a gripper, moved by joint steps: docs/examples/ur5e_ocbench.py
+        "ur5e": Robot(  # moved by steps of its hand: docs/examples/ur5e_ocbench.py
             "ur5e",
-            (*_UR5E, "gripper"),
-            (Level("arm", _range(0, 6)), Level("gripper", (6,))),
+            (*_HAND, "gripper"),
+            (Level("arm", _range(0, 4)), Level("gripper", (4,))),
             (),
             (
-                Part(_UR5E, "action/arm", "obs/joint_state/arm/joint_position"),
+                Part(_HAND, "action/arm", "obs/hand_state/arm/pose"),
                 Part(("gripper",), "action/gripper", "obs/gripper_state/gripper/gripper_position"),
             ),
         ),

@@ -272,12 +272,12 @@ def record(folder: Path, name: str, episodes: int, seed: int, mistakes: float) -
     print(f"\n{folder}: {episodes} episodes of {name}, {won} succeeded")
 
 
-def play(name: str, execute: int) -> None:
+def play(name: str) -> None:
     """The episodes that `hvd rollouts` asks for."""
     from hvd.client import connect
 
     env = make(name)
-    first, count = int(os.environ["HVD_FIRST_SEED"]), int(os.environ["HVD_EPISODES"])
+    first, count, execute = (int(os.environ[f"HVD_{what}"]) for what in ("FIRST_SEED", "EPISODES", "EXECUTE"))
     with connect(os.environ["HVD_URL"]) as server:
         for seed in range(first, first + count):
             chunk: list[np.ndarray] = []
@@ -302,13 +302,12 @@ def main() -> None:
     recording.add_argument("--episodes", type=int, default=10)
     recording.add_argument("--seed", type=int, default=0, help="of the first episode")
     recording.add_argument("--mistakes", type=float, default=0.0, help="chance that a pick or a place goes wrong")
-    playing = commands.add_parser("play", help="play the episodes that hvd rollouts asks for")
-    playing.add_argument("--execute", type=int, default=10, help="actions of a chunk before the next one")
+    commands.add_parser("play", help="play the episodes that hvd rollouts asks for")
     options = parser.parse_args()
     if options.command == "record":
         record(options.folder, options.environment, options.episodes, options.seed, options.mistakes)
     else:
-        play(options.environment, options.execute)
+        play(options.environment)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ then with hvd, whose robot `ur5e` has the levels arm and gripper:
     hvd rollouts $FIELDS --task blocks -- oc/bin/python docs/examples/ur5e_ocbench.py play
 
 The operators are OCBench's own: with --mistakes P each subgoal is a wrong one with that chance, and is labelled as the
-arm's mistake. Actions are joint steps in units of the largest one, so they are no positions.
+arm's mistake. --environment names a lite task, in which the hand points down. Actions are steps of the hand and the
+gripper in units of the largest one, as the operators think; OCBench's inverse kinematics makes joint steps of them.
 """
 
 import argparse
@@ -39,20 +40,57 @@ OPERATORS = {
 RATE = 10  # control steps a second of the lite tasks
 
 
-def make(name: str) -> Any:
-    import ocbench  # pyright: ignore[reportMissingImports]
+class Hand:
+    """An environment of OCBench whose actions [5] are steps of the hand (x, y, z, yaw) and of the gripper."""
 
-    return ocbench.make(name)
+    def __init__(self, name: str):
+        import ocbench  # pyright: ignore[reportMissingImports]
+
+        self.env = ocbench.make(name)
+        self.inner = self.env.unwrapped
+        if not self.inner._lite:
+            raise SystemExit(f"{name}: its operator tilts the hand; choose a lite task")
+        self.size = self.inner._ee_action_delta  # m, rad and openings that an action of 1 is
+        self._joints = self.inner.joint_position_action
+        self.inner.joint_position_action = self._asked
+
+    def _asked(self, pos: Any, yaw: Any, opening: Any, effector_rotation: Any = None) -> np.ndarray:
+        """OCBench's operators ask here for the joint steps to a target, which is kept."""
+        turned = yaw if effector_rotation is None else effector_rotation.compute_yaw_radians()
+        self.target = np.array([*pos, turned, opening])
+        return self._joints(pos, yaw, opening, effector_rotation)
+
+    def wanted(self, info: dict[str, Any]) -> np.ndarray:
+        """The action that leads to the operator's last target."""
+        step = self.target - pose(info)
+        step[3] = (step[3] + np.pi) % (2 * np.pi) - np.pi
+        return step / self.size
+
+    def reset(self, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+        seen, self.info = self.env.reset(seed=seed)
+        return seen, self.info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        target = pose(self.info) + action * self.size
+        *ended, self.info = self.env.step(self._joints(target[:3], target[3], target[4]))
+        return (*ended, self.info)
+
+
+def pose(info: dict[str, Any]) -> np.ndarray:
+    """The hand's position and yaw, and the gripper's opening [5]."""
+    return np.concatenate([info[f"proprio/{part}"] for part in ("effector_pos", "effector_yaw", "gripper_opening")])
 
 
 def observed(info: dict[str, Any], seen: np.ndarray) -> dict[str, np.ndarray]:
-    """Joint positions and the gripper's opening [7], and all that OCBench's own policies observe."""
-    joints = np.concatenate([info["proprio/joint_pos"], info["proprio/gripper_opening"]])
-    return {"observation.state": joints.astype(np.float32), "observation.environment_state": seen.astype(np.float32)}
+    """The hand's pose [5], and all that OCBench's own policies observe."""
+    return {
+        "observation.state": pose(info).astype(np.float32),
+        "observation.environment_state": seen.astype(np.float32),
+    }
 
 
 def episode(env: Any, seed: int, act: Callable[[np.ndarray, dict[str, Any]], np.ndarray], begin: Any) -> dict[str, Any]:
-    """One episode: what was observed before each action [T,...] and at the end, the actions [T,7], whether it succeeded
+    """One episode: what was observed before each action [T,...] and at the end, the actions [T,5], whether it succeeded
     and whether the environment ended it (by success or failure, not because its time was up)."""
     np.random.seed(seed)  # noqa: NPY002  # OCBench's operators draw from numpy's own stream
     seen, info = env.reset(seed=seed)
@@ -73,21 +111,26 @@ def record(folder: Path, name: str, episodes: int, seed: int, mistakes: float) -
     import h5py
     from ocbench.oracles import controllers  # pyright: ignore[reportMissingImports]
 
-    env = make(name)
+    env = Hand(name)
     kind = getattr(controllers, OPERATORS[name.split("-")[0]])
     chance = {"p_mistake_range": (mistakes, mistakes)} if name.startswith("switch") else {"p_mistake": mistakes}
-    operator = kind(env, **chance)
+    operator = kind(env.env, **chance)
+
+    def act(seen: np.ndarray, info: dict[str, Any]) -> np.ndarray:
+        operator.select_action(seen, info)
+        return env.wanted(info)
+
     folder.mkdir(parents=True, exist_ok=True)
     won = 0
     for number in range(episodes):
-        done = episode(env, seed + number, operator.select_action, operator.reset)
+        done = episode(env, seed + number, act, operator.reset)
         length = len(done["action"])
-        operator.finish_episode(length - 1, env.unwrapped.get_step_info())
+        operator.finish_episode(length - 1, env.inner.get_step_info())
         with h5py.File(folder / f"episode_{number:05d}.hdf5", "w") as file:
             file.attrs["recording_freq"] = RATE
-            file["action/arm"], file["action/gripper"] = done["action"][:, :6], done["action"][:, 6:]
-            file["obs/joint_state/arm/joint_position"] = done["observation.state"][:, :6]
-            file["obs/gripper_state/gripper/gripper_position"] = done["observation.state"][:, 6:]
+            file["action/arm"], file["action/gripper"] = done["action"][:, :4], done["action"][:, 4:]
+            file["obs/hand_state/arm/pose"] = done["observation.state"][:, :4]
+            file["obs/gripper_state/gripper/gripper_position"] = done["observation.state"][:, 4:]
             file["obs/sim/environment_state"] = done["observation.environment_state"]
             file["obs/sim/last_environment_state"] = done["last"]["observation.environment_state"]
         wrong = [
@@ -101,12 +144,12 @@ def record(folder: Path, name: str, episodes: int, seed: int, mistakes: float) -
     print(f"{folder}: {episodes} episodes of {name}, {won} succeeded")
 
 
-def play(name: str, execute: int) -> None:
+def play(name: str) -> None:
     """The episodes that `hvd rollouts` asks for."""
     from hvd.client import connect
 
-    env = make(name)
-    first, count = int(os.environ["HVD_FIRST_SEED"]), int(os.environ["HVD_EPISODES"])
+    env = Hand(name)
+    first, count, execute = (int(os.environ[f"HVD_{what}"]) for what in ("FIRST_SEED", "EPISODES", "EXECUTE"))
     with connect(os.environ["HVD_URL"]) as server:
         for seed in range(first, first + count):
             chunk: list[np.ndarray] = []
@@ -131,13 +174,12 @@ def main() -> None:
     recording.add_argument("--episodes", type=int, default=10)
     recording.add_argument("--seed", type=int, default=0, help="of the first episode")
     recording.add_argument("--mistakes", type=float, default=0.0, help="chance that a subgoal is a wrong one")
-    playing = commands.add_parser("play", help="play the episodes that hvd rollouts asks for")
-    playing.add_argument("--execute", type=int, default=10, help="actions of a chunk before the next one")
+    commands.add_parser("play", help="play the episodes that hvd rollouts asks for")
     options = parser.parse_args()
     if options.command == "record":
         record(options.folder, options.environment, options.episodes, options.seed, options.mistakes)
     else:
-        play(options.environment, options.execute)
+        play(options.environment)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 
 from hvd.benchmark import analysis
 from hvd.benchmark.analysis import Difference, Results
-from hvd.benchmark.matrix import Matrix
+from hvd.benchmark.matrix import Matrix, names
 from hvd.benchmark.work import Done
 from hvd.tables import aligned
 
@@ -48,16 +48,23 @@ def html(matrix: Matrix, done: Sequence[Done]) -> str:
     """report.html: the tables and two figures."""
     from hvd.report.page import Section, page
 
-    results, sections = Results.of(done), []
+    drawn, sections = figures(matrix, done), []
     for title, rows in tables(matrix, done):
         section = Section(title)
         if title.startswith("Success"):
-            section.figure(_points(matrix, results), "success of each policy, one point a data set")
+            section.figure(drawn["success"], "success of each policy, one point a data set")
         if title.startswith("Differences;"):
-            section.figure(_forest(analysis.differences(matrix, results)), "differences with their intervals")
+            section.figure(drawn["differences"], "differences with their intervals")
         section.table(rows[0], rows[1:])
         sections.append(section)
     return page(matrix.title, _about(matrix), sections)
+
+
+def figures(matrix: Matrix, done: Sequence[Done]) -> dict[str, Any]:
+    """Matplotlib's figures: success of each policy, and the comparisons over all tasks."""
+    results = Results.of(done)
+    forest = _forest(analysis.differences(matrix, results))
+    return {"success": _points(matrix, results), "differences": forest}
 
 
 def _about(matrix: Matrix) -> str:
@@ -76,13 +83,28 @@ def _over(title: str, matrix: Matrix, tasks: Sequence[str]) -> str:
 def _success(matrix: Matrix, results: Results, tasks: Sequence[str]) -> list[list[str]]:
     several = tasks if len(tasks) > 1 else ()
     of = {task: {row.policy: row for row in analysis.rows(matrix, results, task)} for task in several}
-    lines = [["policy", "success", "95 % (rollouts)", "n", "data sets", "sd between them", *several]]
-    for row in analysis.rows(matrix, results):
+    whole = analysis.rows(matrix, results)
+    way = _way(matrix, {row.policy: row.success.mean for row in whole})
+    lines = [["policy", "success", "95 % (rollouts)", "n", "data sets", "sd between them", *way.pop("", []), *several]]
+    for row in whole:
         s = row.success
         each = [f"{of[task][row.policy].success.mean:.3f}" if row.policy in of[task] else "-" for task in several]
         interval = f"{s.low:.3f} - {s.high:.3f}"
-        lines.append([row.policy, f"{s.mean:.3f}", interval, str(s.n), str(row.units), _number(row.spread), *each])
+        own = [row.policy, f"{s.mean:.3f}", interval, str(s.n), str(row.units), _number(row.spread)]
+        lines.append([*own, *way.get(row.policy, []), *each])
     return lines
+
+
+def _way(matrix: Matrix, success: dict[str, float]) -> dict[str, list[str]]:
+    """A column where the matrix has a gate: each policy's share of the way between the best policies of its two sides.
+    Key "": the column's title."""
+    gates = [c for c in matrix.comparisons if c.kind == "gate" and success.keys() >= {*names(c.better), *names(c.than)}]
+    if not gates:
+        return {}
+    high, low = (max(success[name] for name in names(side)) for side in (gates[0].better, gates[0].than))
+    return {"": ["of the gate's way"]} | {
+        name: [f"{(mean - low) / (high - low):.0%}" if high > low else "-"] for name, mean in success.items()
+    }
 
 
 def _differences(found: Sequence[Difference]) -> list[list[str]]:

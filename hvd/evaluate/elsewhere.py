@@ -5,6 +5,7 @@ The policy is served to the program, which may need another Python. It is told b
     HVD_URL          where the policy is, for openpi's client or hvd.client
     HVD_FIRST_SEED   the seed of the first episode; the others follow
     HVD_EPISODES     how many to play
+    HVD_EXECUTE      actions of a chunk that are executed before the next is asked (evaluate.execute_steps)
 
 and prints a line of JSON when an episode has ended; its other lines are passed on:
 
@@ -33,6 +34,7 @@ from tqdm import tqdm
 
 from hvd import documents, overrides
 from hvd.checks import check_config
+from hvd.configs import EvaluateConfig
 from hvd.documents import Count
 from hvd.errors import EXIT_COMPLETE, Failed, UserError
 from hvd.fields import POSITIVE, option
@@ -82,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--stages has no name in it")
     settings, started = cfg.evaluate, time.monotonic()
     with _served([*SERVE, *rest, "--port", "0", "--log-every-s", "0"]) as url:
-        episodes = play(program, url, settings.seed, settings.num_rollouts, len(stages), options.hours * 3600)
+        episodes = play(program, url, settings, len(stages), options.hours * 3600)
     results = {
         **summary(cfg, options.task, "", stages, [(e.success, e.stage) for e in episodes]),
         "run_name": cfg.policy.run_name,
@@ -111,14 +113,16 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str], list[str]]:
     return (*overrides.take(Options(), ours), program)
 
 
-def play(program: Sequence[str], url: str, first_seed: int, count: int, stages: int, seconds: float) -> list[Episode]:
-    """The episodes of the seeds `first_seed` to `first_seed` + `count` - 1, in their order, as the program plays them.
+def play(program: Sequence[str], url: str, asked: EvaluateConfig, stages: int, seconds: float) -> list[Episode]:
+    """The episodes of `asked.num_rollouts` seeds from `asked.seed` on, in their order, as the program plays them.
 
     Raises:
         UserError: no such program, or it says of an episode what cannot be.
         Failed: it ends with another exit code than 0, or before all episodes are played, or takes too long.
     """
+    first_seed, count = asked.seed, asked.num_rollouts
     told = {"HVD_URL": url, "HVD_FIRST_SEED": str(first_seed), "HVD_EPISODES": str(count)}
+    told["HVD_EXECUTE"] = str(asked.execute_steps)
     try:
         process = subprocess.Popen(
             program, env=os.environ | told, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True

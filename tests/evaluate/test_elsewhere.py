@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hvd.configs import EvaluateConfig
 from hvd.errors import Failed, UserError
 from hvd.evaluate import elsewhere
 
@@ -25,14 +26,15 @@ def program(tmp_path, body: str) -> list[str]:
 
 
 def play(tmp_path, body: str, seconds: float = 60.0, stages: int = 2):
-    return elsewhere.play(program(tmp_path, body), "ws://nowhere", 100, 3, stages, seconds)
+    asked = EvaluateConfig(num_rollouts=3, seed=100, execute_steps=4)
+    return elsewhere.play(program(tmp_path, body), "ws://nowhere", asked, stages, seconds)
 
 
 def test_what_the_program_says_of_its_episodes(tmp_path, capfd):
     found = play(
         tmp_path,
         """
-        print("\\x1b[2Jloading", os.environ["HVD_URL"])
+        print("\\x1b[2Jloading", os.environ["HVD_URL"], os.environ["HVD_EXECUTE"])
         say(seed=first + 1, success=True, steps=7)
         say(seed=first, success=False, stage=1, steps=9)
         say(seed=first + 2, success=False)
@@ -44,7 +46,7 @@ def test_what_the_program_says_of_its_episodes(tmp_path, capfd):
         (102, False, 0, 0),
     ]
     said = capfd.readouterr()
-    assert "loading ws://nowhere" in said.out + said.err and "\x1b" not in said.out
+    assert "loading ws://nowhere 4" in said.out + said.err and "\x1b" not in said.out
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_it_needs_a_program_and_a_task_that_is_not_simulated_here(tmp_path):
     with pytest.raises(UserError, match="simulated here"):
         elsewhere.main(["--config", "demo", "--", "true"])
     with pytest.raises(UserError, match="nothing-here: No such file"):
-        elsewhere.play([str(tmp_path / "nothing-here")], "", 0, 1, 1, 5)
+        elsewhere.play([str(tmp_path / "nothing-here")], "", EvaluateConfig(), 1, 5)
 
 
 def test_where_results_cannot_be_written_is_said_before_any_episode(tmp_path):
