@@ -81,12 +81,27 @@ def pose(info: dict[str, Any]) -> np.ndarray:
     return np.concatenate([info[f"proprio/{part}"] for part in ("effector_pos", "effector_yaw", "gripper_opening")])
 
 
-def observed(info: dict[str, Any], seen: np.ndarray) -> dict[str, np.ndarray]:
-    """The hand's pose [5], and all that OCBench's own policies observe."""
-    return {
-        "observation.state": pose(info).astype(np.float32),
-        "observation.environment_state": seen.astype(np.float32),
-    }
+def around(info: dict[str, Any]) -> np.ndarray:
+    """What is around the hand, from where it is: positions in units of 0.1 m, how things are turned (in quarters too:
+    a gripper does not tell the sides of a block apart), what buttons, drawers and windows say, and touch."""
+    hand, yaw = info["proprio/effector_pos"], info["proprio/effector_yaw"][0]
+    found = [[np.cos(yaw), np.sin(yaw)], info["proprio/gripper_contact"]]
+    for name, value in info.items():
+        kind = name.rpartition("_")[2] if name.startswith("privileged/") else "vel"
+        if kind == "yaw":
+            turned = np.asarray(value) - yaw
+            found += [f(n * turned) for n in (1, 4) for f in (np.cos, np.sin)]
+        elif kind == "pos" and np.size(value) == 3:
+            found.append(10 * (value - hand))
+        elif kind not in ("quat", "vel"):
+            found.append(np.ravel(value))
+    return np.concatenate(found)
+
+
+def observed(info: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The hand's pose [5], and what is around it."""
+    own, rest = pose(info).astype(np.float32), around(info).astype(np.float32)
+    return {"observation.state": own, "observation.environment_state": rest}
 
 
 def episode(env: Any, seed: int, act: Callable[[np.ndarray, dict[str, Any]], np.ndarray], begin: Any) -> dict[str, Any]:
@@ -99,10 +114,10 @@ def episode(env: Any, seed: int, act: Callable[[np.ndarray, dict[str, Any]], np.
     terminated = over = False
     while not over:
         action = np.clip(act(seen, info), -1, 1).astype(np.float32)
-        steps.append({**observed(info, seen), "action": action})
+        steps.append({**observed(info), "action": action})
         seen, _, terminated, truncated, info = env.step(action)
         over = terminated or truncated
-    ended = {"success": bool(info["success"]), "terminal": bool(terminated), "last": observed(info, seen)}
+    ended = {"success": bool(info["success"]), "terminal": bool(terminated), "last": observed(info)}
     return ended | {name: np.stack([step[name] for step in steps]) for name in steps[0]}
 
 
@@ -156,7 +171,7 @@ def play(name: str) -> None:
 
             def act(seen: np.ndarray, info: dict[str, Any], chunk: list[np.ndarray] = chunk) -> np.ndarray:
                 if not chunk:
-                    actions = server.ask({**observed(info, seen), "prompt": name})["actions"]
+                    actions = server.ask({**observed(info), "prompt": name})["actions"]
                     chunk.extend(actions[:execute])
                 return chunk.pop(0)
 

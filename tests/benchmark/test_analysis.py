@@ -95,3 +95,12 @@ def test_text_markdown_and_page_say_the_same():
     for words in (text, marked, shown):
         assert "good - bad" in words and "Differences in pick" in words and "0.767" in words
     assert "`hvd benchmark X`" in marked and shown.count("<img") == 2
+
+
+def test_how_far_a_policy_comes_on_the_gates_way():
+    """From the best plain policy (fair, .467) to the best oracle (good, .767); bad, .2, is behind the start."""
+    gate = Comparison(["good"], ["fair", "bad"], "gate")
+    ((_, (head, *rows)), *_) = page.tables(matrix(gate), done())
+    assert [row[head.index("of the gate's way")] for row in rows] == ["100%", "0%", "-89%"]
+    ((_, (head, *_)), *_) = page.tables(matrix(Comparison("good", "bad")), done())
+    assert "of the gate's way" not in head
