@@ -147,7 +147,7 @@ def record(folder: Path, name: str, episodes: int, seed: int, mistakes: float) -
             file["obs/hand_state/arm/pose"] = done["observation.state"][:, :4]
             file["obs/gripper_state/gripper/gripper_position"] = done["observation.state"][:, 4:]
             file["obs/sim/environment_state"] = done["observation.environment_state"]
-            file["obs/sim/last_environment_state"] = done["last"]["observation.environment_state"]
+            file["obs/sim/last_observation"] = np.concatenate(list(done["last"].values()))
         wrong = [
             {"level": "arm", "start": part["start"], "end": min(part["end"] + 1, length), "kind": part["subtask_name"]}
             for part in operator.segments

@@ -4,9 +4,9 @@
     MUJOCO_GL=disable python ocbench_side.py --impls IMPLS --agent ifql raw/expert raw/mixed
 
 IMPLS is the folder `impls` of its sdist. Agents, sampling, normalised actions, action chunks and the evaluation are its
-own (agents/, utils/, envs/env_utils.py), as its main.py puts them together. Only three things are ours: the recordings
-become the arrays that it reads, the networks are smaller, and an episode starts from a seed, as in `hvd rollouts`: one
-line of JSON an episode, then one for all of them with Wilson's interval.
+own (agents/, utils/, envs/env_utils.py), as its main.py puts them together. Ours are the recordings with the adapter's
+observations and steps of the hand, the size of the networks, and the seed that an episode starts from, as in `hvd
+rollouts`: one line of JSON an episode, then one for all of them with Wilson's interval.
 
 Rewards and masks are OCBench's: 1 in the step that succeeds, which is an episode's last one, else 0; the mask is 0
 where the environment ended the episode (success or failure), 1 where its time was up.
@@ -29,7 +29,10 @@ import gymnasium  # pyright: ignore[reportMissingImports]
 import h5py
 import numpy as np
 
-STATE, LAST_STATE = "obs/sim/environment_state", "obs/sim/last_environment_state"
+ADAPTER = Path(__file__).parents[2] / "docs/examples/ur5e_ocbench.py"
+ACTIONS = ("action/arm", "action/gripper")
+SEEN = ("obs/hand_state/arm/pose", "obs/gripper_state/gripper/gripper_position", "obs/sim/environment_state")
+LAST = "obs/sim/last_observation"
 SIMULTANEOUS = 25  # episodes that are played side by side, each in an environment of its own
 
 
@@ -41,12 +44,12 @@ def recorded(folders: list[Path]) -> tuple[str, dict[str, np.ndarray]]:
         labels = json.loads(path.with_suffix(".labels.json").read_text())
         names.add(labels["task"])
         with h5py.File(path) as file:
-            read = {name: np.asarray(file[name]) for name in ("action/arm", "action/gripper", STATE, LAST_STATE)}
-        actions = np.concatenate([read["action/arm"], read["action/gripper"]], axis=1)
+            actions, seen = (np.concatenate([file[name] for name in names], axis=1) for names in (ACTIONS, SEEN))
+            seen = np.concatenate([seen, np.asarray(file[LAST])[None]])
         last = np.arange(1, len(actions) + 1) == len(actions)
         parts.append(
             {
-                "observations": np.concatenate([read[STATE], read[LAST_STATE][None]]),
+                "observations": seen,
                 "actions": actions,
                 "rewards": (last & labels["success"]).astype(np.float32),
                 "masks": 1 - (last & labels["terminal"]).astype(np.float32),
@@ -91,28 +94,46 @@ def trained(options: argparse.Namespace, name: str, raw: dict[str, np.ndarray]) 
     return agent, config, normaliser
 
 
-class Seeded(gymnasium.Wrapper):
-    """Its evaluation resets without a seed; this one starts the episode of `seed`."""
+class Hand(gymnasium.Env):
+    """The adapter's environment. Its evaluation resets without a seed: this one starts the episode of `seed`."""
 
     seed: int
 
+    def __init__(self, name: str, observations: int, actions: int):
+        sys.path.insert(0, str(ADAPTER.parent))
+        self.adapter = importlib.import_module(ADAPTER.stem)
+        self.hand = self.adapter.Hand(name)
+        self.spec = self.hand.env.spec  # its evaluation asks for the limit of steps
+        self.action_space = gymnasium.spaces.Box(-1, 1, (actions,), np.float32)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (observations,), np.float32)
+
+    def _seen(self, info: dict[str, Any]) -> np.ndarray:
+        return np.concatenate(list(self.adapter.observed(info).values()))
+
     def reset(self, **_: Any) -> Any:
-        return self.env.reset(seed=self.seed)
+        _, info = self.hand.reset(self.seed)
+        return self._seen(info), info
+
+    def step(self, action: np.ndarray) -> Any:
+        _, *ended, info = self.hand.step(action)
+        return (self._seen(info), *ended, dict(info))
 
 
-def played(options: argparse.Namespace, name: str, agent: Any, config: Any, normaliser: Any) -> list[dict[str, Any]]:
+def played(
+    options: argparse.Namespace, name: str, width: int, agent: Any, config: Any, normaliser: Any
+) -> list[dict[str, Any]]:
     """How the episodes ended; each chunk is executed whole before the next one."""
-    from envs.env_utils import make_eval_env  # pyright: ignore[reportMissingImports]
+    from envs.env_utils import wrap_env  # pyright: ignore[reportMissingImports]
     from utils.evaluation import evaluate  # pyright: ignore[reportMissingImports]
 
     seeds = range(options.first_seed, options.first_seed + options.episodes)
-    made = [Seeded(make_eval_env(name, action_normalizer=normaliser)) for _ in seeds[:SIMULTANEOUS]]
+    made = [Hand(name, width, len(normaliser.q_low)) for _ in seeds[:SIMULTANEOUS]]
     ended = []
     for start in range(0, len(seeds), SIMULTANEOUS):
         part = seeds[start : start + SIMULTANEOUS]
         for env, seed in zip(made, part, strict=False):
             env.seed = seed
-        envs = made[: len(part)]
+        envs = [wrap_env(env, action_normalizer=normaliser) for env in made[: len(part)]]
         _, episodes, _ = evaluate(agent, envs, config, len(part), action_chunk_length=options.chunk)
         for seed, episode in zip(part, episodes, strict=True):
             success = bool(episode["info"][-1]["success"])
@@ -149,7 +170,7 @@ def main() -> None:
     name, raw = recorded(options.folders)
     learnt = trained(options, name, raw)
     train_cpu = time.process_time()
-    ended = played(options, name, *learnt)
+    ended = played(options, name, raw["observations"].shape[1], *learnt)
     won, n = sum(episode["success"] for episode in ended), len(ended)
     found = {"agent": options.agent, "task": name, "episodes": n, "success": won / n, "wilson": wilson(won, n)}
     cpu = {"train_cpu_s": round(train_cpu, 1), "play_cpu_s": round(time.process_time() - train_cpu, 1)}
