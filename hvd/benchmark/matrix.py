@@ -249,7 +249,7 @@ def _table(matrix: Matrix, data: Experiment, cfg: Experiment, policy_seed: int) 
     policy = dataclasses.replace(PolicyConfig(), **{name: kept[name] for name in kept if hasattr(cfg.policy, name)})
     if any(needs_ratio(other) for other in sharing):
         policy = dataclasses.replace(policy, extractor="filter", score="ratio")
-    return dataclasses.replace(cfg, policy=policy, evaluate=EvaluateConfig())
+    return dataclasses.replace(_shared(cfg), policy=policy)
 
 
 def _data(matrix: Matrix, task: str, seed: int) -> Experiment:
@@ -304,7 +304,9 @@ def _in_table() -> list[Leaf]:
 
 def _shared(cfg: Experiment) -> Experiment:
     """What data and value runs depend on: the same for every policy and every number of rollouts."""
-    return dataclasses.replace(cfg, policy=PolicyConfig(), evaluate=EvaluateConfig())
+    plain = EvaluateConfig()
+    short = dataclasses.replace(plain, execute_steps=min(plain.execute_steps, cfg.model.action_horizon))
+    return dataclasses.replace(cfg, policy=PolicyConfig(), evaluate=short)
 
 
 def _changed(cfg: Experiment, fields: Mapping[str, Any], where: str) -> Experiment:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hvd.benchmark import matrix
+from hvd.checks import check_config
 from hvd.errors import UserError
 
 FILE = Path(__file__).with_name("matrix.toml")
@@ -98,3 +99,13 @@ def test_a_policy_that_cannot_be(tmp_path, change, line):
     path.write_text(FILE.read_text().replace(*change).replace('"td"', '"mixed"'))
     with pytest.raises(UserError, match=line):
         matrix.items(matrix.read(str(path)))
+
+
+def test_chunks_shorter_than_what_is_executed_by_default(tmp_path):
+    """What policies share does not depend on how they act, and is accepted by `hvd` all the same."""
+    text = FILE.read_text().replace("first_start", '"common"."model.action_horizon" = 5\nfirst_start')
+    path = tmp_path / "m.toml"
+    path.write_text(text.replace('common."sim', '"common"."evaluate.execute_steps" = 5\ncommon."sim'))
+    for item in matrix.items(matrix.read(str(path))):
+        check_config(item.cfg)
+        assert item.cfg.evaluate.execute_steps == 5
