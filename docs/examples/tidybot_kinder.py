@@ -231,10 +231,26 @@ class Operator:
         return found
 
 
-def observed(seen: np.ndarray) -> dict[str, np.ndarray]:
-    """What KinDER observes: the base's pose, joint positions and how far the gripper is closed [11], and the rest."""
-    seen = seen.astype(np.float32)
-    return {"observation.state": seen[:11], "observation.environment_state": seen[11:]}
+def hand(seen: np.ndarray) -> np.ndarray:
+    """Where the hand is [3], from the base: `reach` the other way round."""
+    aside, tilt, bend = seen[3], seen[4], -seen[6]
+    ahead = UPPER * np.sin(tilt) + FORE * np.sin(tilt + bend)
+    up = UPPER * np.cos(tilt) + FORE * np.cos(tilt + bend)
+    return np.array([MOUNT + ahead * np.cos(aside), ahead * np.sin(aside), SHOULDER + up - HAND])
+
+
+def observed(env: Any, seen: np.ndarray) -> dict[str, np.ndarray]:
+    """The base's pose, joint positions and how far the gripper is closed [11]; what KinDER observes beside them; and
+    where all things lie as seen from the hand, in units of 0.2 m."""
+    state, turn = env.observation_space.devectorize(seen), np.exp(-1j * seen[2])
+    rest = [seen[11:], [turn.real, turn.imag], hand(seen)]
+    for thing in state.data:
+        if thing.name != "robot":
+            x, y, z = state.get_object_pose(thing.name).position
+            there = (x - seen[0] + 1j * (y - seen[1])) * turn
+            rest.append(5 * (np.array([there.real, there.imag, z]) - hand(seen)))
+    own = seen[:11].astype(np.float32)
+    return {"observation.state": own, "observation.environment_state": np.concatenate(rest).astype(np.float32)}
 
 
 def episode(env: Any, seed: int, act: Callable[[np.ndarray], np.ndarray | None], begin: Any) -> dict[str, Any]:
@@ -245,7 +261,7 @@ def episode(env: Any, seed: int, act: Callable[[np.ndarray], np.ndarray | None],
     success = False
     while not success and len(steps) < LIMIT and (chosen := act(seen)) is not None:
         action = np.clip(chosen, env.action_space.low, env.action_space.high).astype(np.float32)
-        steps.append({**observed(seen), "action": action})
+        steps.append({**observed(env, seen), "action": action})
         seen, _, success, _, _ = env.step(action)
     return {"success": bool(success), **{name: np.stack([step[name] for step in steps]) for name in steps[0]}}
 
@@ -284,7 +300,7 @@ def play(name: str) -> None:
 
             def act(seen: np.ndarray, chunk: list[np.ndarray] = chunk) -> np.ndarray:
                 if not chunk:
-                    actions = server.ask({**observed(seen), "prompt": name})["actions"]
+                    actions = server.ask({**observed(env, seen), "prompt": name})["actions"]
                     chunk.extend(actions[:execute])
                 return chunk.pop(0)
 
