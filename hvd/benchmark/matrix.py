@@ -25,6 +25,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class Elsewhere(Struct, forbid_unknown_fields=True):
         unset = [word for word in found if "$" in word]
         if unset or not found:
             raise UserError(f"elsewhere: {unset[0]}: not set" if unset else "elsewhere: program has no word in it")
+        if shutil.which(found[0]) is None:
+            raise UserError(f"elsewhere: {found[0]}: there is no such program")
         return tuple(os.path.abspath(word) if os.sep in word and os.path.exists(word) else word for word in found)
 
 

@@ -174,6 +174,9 @@ def test_a_task_elsewhere(file, tmp_path, work, monkeypatch):
     file.write_text(file.read_text().replace("0.5", "0.6"))
     with pytest.raises(UserError, match="made by another program or with other arguments"):
         work().run()
+    monkeypatch.setenv("OWN_PYTHON", "/nothing/here")
+    with pytest.raises(UserError, match="elsewhere: /nothing/here: there is no such program"):
+        work()
     monkeypatch.delenv("OWN_PYTHON")
     with pytest.raises(UserError, match=r"elsewhere: \$OWN_PYTHON: not set"):
         work()
