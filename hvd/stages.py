@@ -12,13 +12,27 @@ from hvd.method import value_run
 
 STAGES = ("all", "value", "policy", "evaluate")
 
-# Imitation by the same code: which data and which weights a baseline has. Results are compared by these names.
-_UNWEIGHTED = ("--policy.weighting", "none", "--policy.extractor", "weighted", "--policy.gate", "none")
-BASELINES: dict[str, tuple[str, ...]] = {
+# What a baseline has of its own, by the same code and on the same data. Results are compared by these names.
+_UNWEIGHTED = ("--policy.weighting", "none", "--policy.gate", "none")
+_PUBLISHED = ("--policy.weighting", "hvd", "--policy.extractor", "weighted", "--policy.extractor_params", "{}")
+IMITATION: dict[str, tuple[str, ...]] = {
     "imitation-expert": (*_UNWEIGHTED, "--policy.suboptimal_share", "0"),
     "imitation-mixed": _UNWEIGHTED,
     "imitation-success": (*_UNWEIGHTED, "--suboptimal_data.success_only", "true"),
 }
+
+
+def baselines(cfg: Experiment) -> dict[str, tuple[str, ...]]:
+    """Name -> fields of what the policy is compared with: imitation; and where its rows are chosen by a score, the
+    published weighting and the twin that scores each level by itself, or all of them together."""
+    from hvd.method import extraction
+
+    if not extraction.extractor(cfg)[0].scored:
+        return IMITATION
+    together = cfg.policy.score_levels in ("joint", "mean")
+    twin = {"level-by-level": "own"} if together else {"all-levels": "joint"}
+    scored = {name: ("--policy.score_levels", levels) for name, levels in twin.items()}
+    return {"published-hvd": (*_PUBLISHED, "--policy.gate", "none"), **scored, **IMITATION}
 
 
 @dataclass(frozen=True)
@@ -57,21 +71,19 @@ def parts(cfg: Experiment, stage: str, *, overwrite: bool = False, together: boo
     def training(name: str, extra: Sequence[str]) -> Step:
         return Step("train-policy", name, (*extra, *again), spread=True)
 
-    runs = {cfg.policy.run_name: ()} | (
-        {name: ("--policy.run_name", name, *flags) for name, flags in BASELINES.items()}
-        if cfg.evaluate.baselines
-        else {}
-    )
-    policy, *baselines = (training(name, extra) for name, extra in runs.items())
+    others = baselines(cfg) if cfg.evaluate.baselines else {}
+    runs = {cfg.policy.run_name: ()} | {n: ("--policy.run_name", n, *flags) for n, flags in others.items()}
+    policy, *compared = (training(name, extra) for name, extra in runs.items())
     advantages = [(Step("advantages", "advantages", spread=True),)] if stage != "value" and needs_value(cfg) else []
-    evaluations = [(Step("evaluate", f"evaluate-{name}", extra),) for name, extra in runs.items()]
+    checks = dict.fromkeys(others, ("--evaluate.checks", "false"))  # those of the policy are about the same table
+    evaluations = [(Step("evaluate", f"evaluate-{n}", (*extra, *checks.get(n, ()))),) for n, extra in runs.items()]
     # a policy that takes another experiment's value run is prepared, and trains none of its own
     own_value = stage == "value" or not cfg.policy.value_run
     value = [(Step("train-value", "train-value", again, spread=True),)] if own_value else []
-    later = [] if together and stage == "all" else [(one,) for one in baselines]
+    later = [] if together and stage == "all" else [(one,) for one in compared]
     every = {
         "value": [(Step("prepare", "prepare"),), *value],
-        "policy": [*advantages, (policy, *baselines) if together else (policy,)],
+        "policy": [*advantages, (policy, *compared) if together else (policy,)],
         "evaluate": [*later, *evaluations, (Step("report", "report"),)],
     }
     return every if stage == "all" else {stage: every[stage]}

@@ -7,7 +7,14 @@ import json
 import sys
 from pathlib import Path
 
-POLICIES = ("policy", "imitation-expert", "imitation-mixed", "imitation-success")
+POLICIES = (
+    "policy",
+    "published-hvd",
+    "level-by-level",
+    "imitation-expert",
+    "imitation-mixed",
+    "imitation-success",
+)
 
 
 def problems(folder: Path, printed: list[str]) -> list[str]:
@@ -19,10 +26,12 @@ def problems(folder: Path, printed: list[str]) -> list[str]:
 
     report = folder / "report.html"
     must(bool(printed) and printed[-1].strip() == f"report: {report}", f"the last line is not `report: {report}`")
-    table = [line.split()[0] for line in printed[-6:-1] if line.split()]
-    must(table[:4] == list(POLICIES), f"the last lines are no table of {', '.join(POLICIES)}: {table}")
-    must(table[4:] == ["doing"], "the table's last row is not doing nothing")
-    must(all("object pose" in line for line in printed[-6:-2]), "the table does not say what the policies observe")
+    rows = printed[-2 - len(POLICIES) : -1]
+    table = [line.split()[0] for line in rows if line.split()]
+    must(set(table[:-1]) == set(POLICIES), f"the last lines are no table of {', '.join(POLICIES)}: {table}")
+    must(table[:1] == ["policy"], f"the table's first row, of the best, is not that of the policy: {table}")
+    must(table[-1:] == ["doing"], "the table's last row is not doing nothing")
+    must(all("object pose" in line for line in rows[:-1]), "the table does not say what the policies observe")
 
     for name in ("value", *POLICIES):
         must((folder / name / "complete.json").is_file(), f"{name} is not complete")
@@ -38,7 +47,8 @@ def problems(folder: Path, printed: list[str]) -> list[str]:
         rates[name] = json.loads(path.read_text())["success"]["mean"] if path.is_file() else float("nan")
     must(rates["policy"] >= 0.5, f"the policy succeeds in {rates['policy']:.2f} of its rollouts, not in half of them")
     must(rates["doing_nothing"] == 0, f"doing nothing succeeds in {rates['doing_nothing']:.2f} of its rollouts")
-    must((folder / "evaluation" / "credit.json").is_file(), "credit.json is missing")
+    for name in ("credit.json", "scores.json"):
+        must((folder / "evaluation" / name).is_file(), f"{name} is missing")
     return found
 
 

@@ -192,7 +192,7 @@ def test_every_field_of_every_config_can_be_set_to_what_it_is(name):
         flag = "--" + field
         match value:
             case dict():
-                args += [flag, *(word for pair in value.items() for word in pair)]
+                args += [flag, *(str(word) for pair in value.items() for word in pair)]
             case tuple():
                 args += [flag, str([list(v) if isinstance(v, tuple) else v for v in value]).replace("'", '"')]
             case _:

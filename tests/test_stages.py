@@ -4,6 +4,9 @@ import pytest
 
 from hvd import cli, overrides, stages
 from hvd.errors import UserError
+from hvd.method import extraction
+
+BASELINES = ["published-hvd", "level-by-level", "imitation-expert", "imitation-mixed", "imitation-success"]
 
 
 def plan(stage, *options, config="demo", together=True, **more):
@@ -21,18 +24,15 @@ def test_all_of_the_demo():
         ["prepare"],
         ["train-value"],
         ["advantages"],
-        ["policy", "imitation-expert", "imitation-mixed", "imitation-success"],
-        ["evaluate-policy"],
-        ["evaluate-imitation-expert"],
-        ["evaluate-imitation-mixed"],
-        ["evaluate-imitation-success"],
+        ["policy", *BASELINES],
+        *([f"evaluate-{name}"] for name in ("policy", *BASELINES)),
         ["report"],
     ]
 
 
 def test_where_the_stages_are_jobs_the_baselines_are_trained_after_the_policy():
     both = [names(plan("all", "--evaluate.baselines", "true", together=together)) for together in (True, False)]
-    assert both[1][3:7] == [["policy"], ["imitation-expert"], ["imitation-mixed"], ["imitation-success"]]
+    assert both[1][3:9] == [["policy"], *([name] for name in BASELINES)]
     assert {name for group in both[0] for name in group} == {name for group in both[1] for name in group}
 
 
@@ -58,19 +58,21 @@ def test_every_command_line_is_understood():
                     overrides.experiment(rest)
 
 
-def test_baselines_differ_from_the_policy_in_weights_and_data_only():
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        ((), ["filter ratio joint, reward only", "hvd", "filter ratio, reward only"]),
+        (("--policy.score_levels", "own"), ["filter ratio, reward only", "hvd", "filter ratio joint, reward only"]),
+        (("--policy.extractor", "weighted", "--policy.extractor_params", "{}", "--policy.gate", "none"), ["hvd"]),
+    ],
+)
+def test_baselines_differ_from_the_policy_in_weights_and_data_only(options, labels):
     found = {}
-    for group in plan("policy", "--evaluate.baselines", "true"):
+    for group in plan("policy", "--evaluate.baselines", "true", *options):
         for step in group:
             if step.step == "train-policy":
-                found[step.name] = overrides.experiment(["--config", "demo", *step.extra])
-    weights = {name: cfg.policy.weighting for name, cfg in found.items()}
-    assert weights == {
-        "policy": "hvd",
-        "imitation-expert": "none",
-        "imitation-mixed": "none",
-        "imitation-success": "none",
-    }
+                found[step.name] = overrides.experiment(["--config", "demo", *options, *step.extra])
+    assert [extraction.label(cfg) for cfg in found.values()] == [*labels, "none", "none", "none"]
     assert found["imitation-expert"].policy.suboptimal_share == 0
     assert found["imitation-success"].suboptimal_data.success_only
     assert not found["imitation-mixed"].suboptimal_data.success_only

@@ -52,6 +52,10 @@ _TAKEN = ("data", "value", "table", "advantages", "evaluation", "recordings", "d
 _SEEDS_APART = 10_000  # the training seeds of a policy seed, and the episodes of a data seed, from the one before it
 
 
+# how a policy learns from the data is said by the matrix alone; what it leaves out is the published method's
+_LEARNS = ("weighting", "weighting_params", "extractor", "extractor_params", "score", "score_levels", "gate")
+
+
 # no constraint on these texts: msgspec 0.22 crashes, now and then, over a constrained type inside such a union
 class Comparison(Struct, forbid_unknown_fields=True):
     """Success of `better` minus success of `than`; of several names the one with the higher mean counts.
@@ -266,7 +270,9 @@ def _data(matrix: Matrix, task: str, seed: int) -> Experiment:
         fields |= {"sim.task": "", "optimal_data.root": f"{root}/optimal", "suboptimal_data.root": f"{root}/mixed"}
     fields |= {"evaluate.num_rollouts": matrix.rollouts, "evaluate.seed": matrix.first_start}
     fields |= {"evaluate.baselines": False, "evaluate.workers": 1, "evaluate.videos": 0}
-    return _changed(get_config(matrix.config), fields, "common").resolved()
+    base, published = get_config(matrix.config), PolicyConfig()
+    policy = dataclasses.replace(base.policy, **{name: getattr(published, name) for name in _LEARNS})
+    return _changed(dataclasses.replace(base, policy=policy), fields, "common").resolved()
 
 
 def _policy(

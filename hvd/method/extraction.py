@@ -265,10 +265,12 @@ def _normalised(raw: Float[np.ndarray, "n l"], behind: Bool[np.ndarray, " n"], t
 
 
 def extractor(cfg: Experiment) -> tuple[Extractor, dict[str, float]]:
-    """The experiment's and its parameters; UserError for an unknown extractor or parameter."""
+    """The experiment's and its parameters, of weighting none (imitation) none that goes by a score; UserError for an
+    unknown extractor or parameter."""
     entry, name = f"extractor {cfg.policy.extractor!r}", "policy.extractor_params"
     chosen = choose(EXTRACTORS, cfg.policy.extractor, "policy.extractor")
-    return chosen, resolve(chosen.parameters, cfg.policy.extractor_params, cfg, name, entry)
+    p = resolve(chosen.parameters, cfg.policy.extractor_params, cfg, name, entry)
+    return (EXTRACTORS["weighted"], {}) if chosen.scored and cfg.policy.weighting == "none" else (chosen, p)
 
 
 def extract(cfg: Experiment, table: Advantages | None, outcomes: Mapping[str, Outcomes]) -> dict[str, Extracted]:

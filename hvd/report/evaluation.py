@@ -12,10 +12,7 @@ from hvd.evaluate.credit import KINDS
 from hvd.evaluate.results import NOTHING
 from hvd.report.page import BASELINE, GREY, INK, POLICY, Section, axes
 from hvd.report.results import Results, error_rows, name_of, rank_lines, read_credit, stale, success_rows
-from hvd.stages import BASELINES
-
-# What a reader expects beside the policy when the experiment trains the baselines.
-EXPECTED = (*BASELINES, NOTHING)
+from hvd.stages import baselines
 
 
 def success(cfg: Experiment, found: Sequence[Results]) -> Section:
@@ -25,7 +22,7 @@ def success(cfg: Experiment, found: Sequence[Results]) -> Section:
     names = [results["run_name"] for results in rollouts]
     if not cfg.sim.task and not rollouts:
         return out
-    expected = (cfg.policy.run_name, *(EXPECTED if cfg.evaluate.baselines else EXPECTED[-1:]))
+    expected = (cfg.policy.run_name, *(baselines(cfg) if cfg.evaluate.baselines else ()), NOTHING)
     for name in expected if cfg.sim.task else ():
         if name not in names:
             out.missing.append(f"rollouts of {name.replace('_', ' ')}: not evaluated (hvd evaluate).")

@@ -51,11 +51,15 @@ class _Credit(Struct):
 
 
 def read(cfg: Experiment) -> list[Results]:
-    """The results of every evaluated run: the experiment's own policy first, doing nothing last."""
+    """The results of every evaluated run, those that succeed most first, doing nothing last."""
     root = epath.Path(cfg.exp_dir) / "evaluation"
     found = [read_results(path) for path in sorted(root.glob("*/results.json"))] if root.exists() else []
-    order = {cfg.policy.run_name: 0, NOTHING: 2}
-    return sorted(found, key=lambda result: (order.get(result["run_name"], 1), result["run_name"]))
+
+    def order(result: Results) -> tuple:
+        name = result["run_name"]
+        return name == NOTHING, -result.get("success", {}).get("mean", 0), name != cfg.policy.run_name, name
+
+    return sorted(found, key=order)
 
 
 def stale(cfg: Experiment, results: Results) -> bool:

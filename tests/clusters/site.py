@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests import published
 from tests.clusters.slurm_cluster import SlurmCluster
 from tests.train import factory
 
@@ -24,6 +25,7 @@ SMALL = {
     "model.vocab_size": "64",
     "model.max_token_len": "4",
     "evaluate.baselines": "false",
+    **published.FIELDS,  # no expert ratio is fitted, which takes half a minute
     "evaluate.execute_steps": "2",
     **{
         f"{stage}.{name}": value

@@ -30,6 +30,7 @@ SHORT = {
 }
 ANN = SHORT | {"sim.num_optimal": "4", "sim.num_mixed": "6", "value.batch_size": "16", "policy.batch_size": "16"}
 ANN |= {"evaluate.num_rollouts": "2", "evaluate.videos": "1", "evaluate.baselines": "false"}
+ANN |= {"policy.gate": "none"}  # of six recordings none may succeed
 BEN = SMALL | SHORT | {"sim.task": ""}
 BEN |= {f"{role}_data.root": f"data/mine/{role}" for role in ("optimal", "suboptimal")}
 

@@ -10,6 +10,7 @@ from hvd.evaluate import scores
 from hvd.evaluate.credit import Frames
 from hvd.method.table import Advantages
 from hvd.train import stage_data
+from tests.published import PUBLISHED
 
 N, NAMES = 60, ("base", "torso", "arms")
 LEVEL = np.arange(N) % 4  # who errs: a level, or nobody (3)
@@ -32,7 +33,7 @@ def frames() -> Frames:
 
 
 def config(*words: str):
-    return overrides.experiment(["--config", "demo", *words])
+    return overrides.experiment(["--config", "demo", *PUBLISHED, *words])
 
 
 def test_a_score_that_knows_is_told_from_one_that_does_not():

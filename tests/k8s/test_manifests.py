@@ -58,7 +58,7 @@ def test_options_go_to_every_container_and_overwrite_to_the_training():
         for step in group
     ]
     assert [one["args"] for one in containers(job(docs, "evaluate"))] == [list(step.words(options)) for step in wanted]
-    assert len(wanted) == 8 and wanted[0].extra[-1] == "--overwrite", "baselines, evaluations, report"
+    assert len(wanted) == 12 and wanted[0].extra[-1] == "--overwrite", "baselines, evaluations, report"
 
 
 def test_one_stage():

@@ -11,10 +11,11 @@ from hvd.errors import UserError
 from hvd.method import condition, extraction
 from hvd.method.extraction import Outcomes
 from hvd.method.table import Advantages
+from tests.published import PUBLISHED
 
 
 def parse(text: str):
-    cfg = overrides.experiment(["--config", "demo", *text.split()])
+    cfg = overrides.experiment(["--config", "demo", *PUBLISHED, *text.split()])
     checks.check_config(cfg)
     return cfg
 

@@ -14,10 +14,11 @@ from hvd.method.objectives import OBJECTIVES, Objective
 from hvd.method.parameters import Parameter
 from hvd.method.table import Advantages
 from hvd.method.weights import WEIGHTINGS, Weighting
+from tests.published import PUBLISHED
 
 
 def parse(text: str):
-    cfg = overrides.experiment(["--config", "demo", *text.split()])
+    cfg = overrides.experiment(["--config", "demo", *PUBLISHED, *text.split()])
     checks.check_config(cfg)
     return cfg
 

@@ -216,13 +216,13 @@ def test_the_videos_are_inside(cfg, monkeypatch):
     monkeypatch.setattr(report_page, "_svg", lambda figure: "data:")
     videos = [source for source in Page(report.render(cfg)).sources if source.startswith("data:video/mp4")]
     inside = [base64.b64decode(source.partition(",")[2]).decode() for source in videos]
-    # all of the policy's, one of each baseline
+    # all of the policy's, one of each baseline; the best first
     assert inside == [
         "video policy 0",
         "video policy 1",
+        "video imitation-success 0",
         "video imitation-expert 0",
         "video imitation-mixed 0",
-        "video imitation-success 0",
     ]
 
 
@@ -313,9 +313,9 @@ def test_the_launcher_s_last_lines(cfg):
     assert lines[1].split()[:3] == ["policy", "observes", "success"]
     assert [line.split()[0] for line in lines[2:]] == [
         "policy",
+        "imitation-success",
         "imitation-expert",
         "imitation-mixed",
-        "imitation-success",
         "doing",
     ]
     assert "30/40 = 0.75" in lines[2] and "state with object pose, no cameras" in lines[2]
