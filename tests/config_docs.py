@@ -13,8 +13,8 @@ from tests.folders import ROOT
 PATH = ROOT / "docs" / "configs.md"
 HEAD = """# Configs and their fields
 
-This page is made from `hvd/configs.py`,
-`hvd/experiments.py` and `hvd/experiments_r1.py` (`python -m tests.config_docs`).
+This page is made from `hvd/configs.py`, `hvd/experiments.py` and `hvd/experiments_r1.py`
+(`python -m tests.config_docs`).
 
 `hvd configs` lists the configs. Every field can be changed on the command line of every step by its dotted name
 (`--value.batch_size 64`, `--model.cameras base_0_rgb left_wrist_0_rgb`, `--no-wandb`), and

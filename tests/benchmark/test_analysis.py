@@ -50,6 +50,12 @@ def test_a_difference_has_the_data_set_as_its_unit():
     assert found.mcnemar == pytest.approx(2 * 0.5 ** round(each.sum() * N))  # every discordant pair for the same side
 
 
+def test_differences_that_are_the_same_in_every_data_set_have_no_interval():
+    rates = {"good": [0.3, 0.6], "fair": [0.1, 0.4], "bad": [0.1, 0.3]}  # .3 - .1 and .6 - .4 are not the same float
+    (found,) = analysis.differences(matrix(Comparison("good", "fair")), analysis.Results.of(done(rates)))
+    assert (found.difference.low, found.difference.high, found.p) == (0.2, 0.2, 0.0)
+
+
 def test_holm_corrects_the_primary_ones_alone():
     asked = [Comparison("good", "bad", "primary"), Comparison("good", "fair", "primary"), Comparison("fair", "bad")]
     found = analysis.differences(matrix(*asked), analysis.Results.of(done()))
