@@ -13,8 +13,8 @@ from hvd.method import value_run
 STAGES = ("all", "value", "policy", "evaluate")
 
 # What a baseline has of its own, by the same code and on the same data. Results are compared by these names.
-_UNWEIGHTED = ("--policy.weighting", "none", "--policy.gate", "none")
-_PUBLISHED = ("--policy.weighting", "hvd", "--policy.extractor", "weighted", "--policy.extractor_params", "{}")
+_WEIGHTED = ("--policy.extractor", "weighted", "--policy.extractor_params", "{}", "--policy.gate", "none")
+_UNWEIGHTED = ("--policy.weighting", "none", *_WEIGHTED)
 IMITATION: dict[str, tuple[str, ...]] = {
     "imitation-expert": (*_UNWEIGHTED, "--policy.suboptimal_share", "0"),
     "imitation-mixed": _UNWEIGHTED,
@@ -32,7 +32,7 @@ def baselines(cfg: Experiment) -> dict[str, tuple[str, ...]]:
     together = cfg.policy.score_levels in ("joint", "mean")
     twin = {"level-by-level": "own"} if together else {"all-levels": "joint"}
     scored = {name: ("--policy.score_levels", levels) for name, levels in twin.items()}
-    return {"published-hvd": (*_PUBLISHED, "--policy.gate", "none"), **scored, **IMITATION}
+    return {"published-hvd": ("--policy.weighting", "hvd", *_WEIGHTED), **scored, **IMITATION}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 import hvd
+from hvd import overrides
 from hvd.data.labels import Labels, episode_path, load_labels
+from hvd.method import extraction
+from hvd.method.extraction import Outcomes
 
 HERE = Path(__file__).parent
 INK, GREY = "#1f2328", "#57606a"
@@ -46,9 +49,9 @@ def stages() -> Figure:
         (("base", "Q(s, base)"), ("torso", "Q(s, base, torso)"), ("arms", "Q(s, base, torso, arms)"))
     ):
         ax.text(34.5, 17.6 - 4 * i, text, ha="center", color=LEVELS[name])
-    ax.text(34.5, 4.2, "advantage A = Q - V\nof each level", ha="center", color=GREY, fontsize=8)
+    ax.text(34.5, 4.2, "advantage A = Q - V of each\nlevel, expert ratio of chunks", ha="center", color=GREY, fontsize=8)
     box(50, 2, 15, 25, "weights", "")
-    ax.text(57.5, 21.6, "one for each frame\nand level", ha="center", color=GREY, fontsize=8)
+    ax.text(57.5, 21.6, "0 = left out; for each\nframe and level", ha="center", color=GREY, fontsize=8)
     widths = {"base": (6, 2, 8, 7), "torso": (7, 6, 3, 8), "arms": (4, 8, 7, 1)}
     for row, (name, heights) in enumerate(widths.items()):
         for column, height in enumerate(heights):
@@ -67,40 +70,48 @@ def stages() -> Figure:
 
 
 def episode(run: Path) -> Figure:
-    """V and the levels' weights along an episode, under frames of the head camera."""
-    table = hvd.read_advantages(run)
+    """Weights of the published method and the expert ratio along an episode, under frames of the head camera."""
     data = run / "datasets" / "mixed"
     dataset = hvd.open_dataset(data, cameras=("observation.images.head",))
-    chosen, labels = _chosen(dataset, data, set(table.episode[table.split == "val"]))
-    table = table.where(table.episode == chosen.index)
+    cfg = overrides.experiment(["--config-file", str(run / "policy" / "config.yaml")])
+    whole = hvd.read_advantages(run)
+    kept = extraction.extract(cfg, whole, {"suboptimal": Outcomes.of(dataset)})["suboptimal"].keep
+    chosen, labels = _chosen(dataset, data, set(whole.episode[whole.split == "val"]))
+    table = whole.where(whole.episode == chosen.index)
     figure = Figure(figsize=(9.0, 4.6), layout="constrained")
-    pictures, value, weight = figure.subplots(3, 1, sharex=True, height_ratios=(1.15, 2, 2))
+    pictures, weight, ratio = figure.subplots(3, 1, sharex=True, height_ratios=(1.15, 2, 2))
     count = 8
     rows = chosen.start + ((np.arange(count) + 0.5) * chosen.length / count).astype(int)
     for i, picture in enumerate(dataset.frames("observation.images.head", rows)):
         extent = ((i + 0.02) * chosen.length / count, (i + 0.98) * chosen.length / count, 0, 1)
         pictures.imshow(picture, extent=extent, aspect="auto")
     pictures.axis("off")
-    value.plot(table.frame, table.v, color=V)
-    value.set_ylabel("value V")
     for i, (name, colour) in enumerate(LEVELS.items()):
         weight.plot(table.frame, table.omega[:, i], color=colour, label=name, linewidth=1.2)
     weight.axhline(1, color=GREY, linewidth=0.6)
-    weight.set(ylabel="weight", xlabel="frame (10 a second)", xlim=(0, chosen.length))
-    weight.legend(ncols=3, loc="lower left", fontsize=8)
+    weight.set_ylabel("weight, published")
+    weight.legend(ncols=3, loc="upper right", fontsize=8)
+    joint, learnt = table.ratio[:, -1], kept[table.row]
+    ratio.plot(table.frame, joint, color=GREY, linewidth=1.0)
+    ratio.plot(table.frame[learnt], joint[learnt], ".", color=V, markersize=4, label="the policy learns from these")
+    ratio.set(ylabel="expert ratio", xlabel="frame (10 a second)", xlim=(0, chosen.length))
+    ratio.legend(loc="lower left", fontsize=8)
+    told = -np.inf
     for subtask in labels.subtasks:
-        value.axvline(subtask.end - 1, color=GREY, linewidth=0.8, linestyle=":")
-        style = {"transform": value.get_xaxis_transform(), "fontsize": 8, "color": GREY, "ha": "right"}
-        value.text(subtask.end - 1, 0.04, f"{subtask.name} ", **style)
+        ratio.axvline(subtask.end - 1, color=GREY, linewidth=0.8, linestyle=":")
+        style = {"transform": ratio.get_xaxis_transform(), "fontsize": 8, "color": GREY, "ha": "right"}
+        if subtask.end > told + 0.07 * chosen.length:
+            ratio.text(subtask.end - 1, 0.9, f"{subtask.name} ", **style)
+            told = subtask.end
     for mistake in labels.mistakes:
         colour = LEVELS[mistake.level]
-        for ax in (value, weight):
+        for ax in (weight, ratio):
             ax.axvspan(mistake.start, mistake.end, color=colour, alpha=0.13, linewidth=0)
         late = mistake.start > 0.8 * chosen.length
         words = f" {mistake.level}: {mistake.kind.replace('_', ' ')}"
         style = {"transform": weight.get_xaxis_transform(), "fontsize": 8, "color": colour}
-        weight.text(mistake.start, 0.92, f"{words} " if late else words, ha="right" if late else "left", **style)
-    for ax in (value, weight):
+        weight.text(mistake.start, 0.06, f"{words} " if late else words, ha="right" if late else "left", **style)
+    for ax in (weight, ratio):
         ax.spines[["top", "right"]].set_visible(False)
     return figure
 

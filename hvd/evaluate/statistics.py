@@ -1,4 +1,4 @@
-"""The few statistics that evaluation needs: intervals, rank correlation, area under the ROC curve.
+"""The few statistics that evaluation needs: intervals, rank correlation.
 
 scipy.stats is imported by the function that needs it: it takes longer than everything else that a report imports.
 """
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,3 @@ def spearman(x: Shaped[np.ndarray, " n"], y: Shaped[np.ndarray, " n"]) -> float:
         return 0.0
     result: Any = spearmanr(x, y)
     return float(result.statistic)
-
-
-def auc(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
-    """Probability that a positive's score is above a negative's (ties count half); NaN without both kinds."""
-    from scipy.stats import mannwhitneyu
-
-    if positive.all() or not positive.any():
-        return float("nan")
-    result: Any = mannwhitneyu(scores[positive], scores[~positive], method="asymptotic")
-    return float(result.statistic / (positive.sum() * (~positive).sum()))

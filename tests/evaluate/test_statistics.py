@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hvd.evaluate.statistics import auc, bootstrap, spearman, wilson
+from hvd.evaluate.credit import separation
+from hvd.evaluate.statistics import bootstrap, spearman, wilson
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,18 @@ def test_spearman():
 
 def test_auc_against_pairs():
     rng = np.random.default_rng(2)
-    scores, positive = rng.integers(0, 6, 60).astype(float), rng.random(60) < 0.3
-    p, n = scores[positive][:, None], scores[~positive][None]
-    assert auc(scores, positive) == pytest.approx(((p > n) + 0.5 * (p == n)).mean())
-    assert auc(positive.astype(float), positive) == 1
-    assert np.isnan(auc(scores, np.zeros(60, bool)))
+    scores, positive = rng.integers(0, 6, 60).astype(np.float32), rng.random(60) < 0.3
+    episode = np.arange(60) // 6
+    negative = ~positive & (episode != 3)
+
+    def share(rows: np.ndarray) -> float:
+        p, n = scores[rows][positive[rows]][:, None], scores[rows][negative[rows]][None]
+        return ((p > n) + 0.5 * (p == n)).mean()
+
+    found = separation(scores, episode, positive, negative)
+    assert found and found["mean"] == pytest.approx(share(np.arange(60))) and found["n"] == positive.sum()
+    again, drawn = np.random.default_rng(0), []
+    for _ in range(200):  # the bootstrap over episodes, by rows
+        drawn.append(share(np.concatenate([6 * e + np.arange(6) for e in again.integers(0, 10, 10)])))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+    assert separation(scores, episode, np.zeros(60, bool), negative) is None
