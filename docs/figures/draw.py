@@ -49,7 +49,9 @@ def stages() -> Figure:
         (("base", "Q(s, base)"), ("torso", "Q(s, base, torso)"), ("arms", "Q(s, base, torso, arms)"))
     ):
         ax.text(34.5, 17.6 - 4 * i, text, ha="center", color=LEVELS[name])
-    ax.text(34.5, 4.2, "advantage A = Q - V of each\nlevel, expert ratio of chunks", ha="center", color=GREY, fontsize=8)
+    ax.text(
+        34.5, 4.2, "advantage A = Q - V of each\nlevel, expert ratio of chunks", ha="center", color=GREY, fontsize=8
+    )
     box(50, 2, 15, 25, "weights", "")
     ax.text(57.5, 21.6, "0 = left out; for each\nframe and level", ha="center", color=GREY, fontsize=8)
     widths = {"base": (6, 2, 8, 7), "torso": (7, 6, 3, 8), "arms": (4, 8, 7, 1)}

@@ -8,9 +8,8 @@ mixed rows, by data seeds; "overlap" and "episodes" are what `hvd advantages` wa
 
 import numpy as np
 
-from hvd.evaluate.statistics import auc
 from hvd.method import ratio
-from tests.train.test_ratio import joined, world
+from tests.train.test_ratio import auc, joined, world
 
 SEEDS = (1, 2, 3)
 EXPERTS, MIXED = {"episodes": 15, "wrong": False}, {"episodes": 40, "wrong": True}
@@ -36,7 +35,7 @@ def main() -> None:
             others = world(**MIXED | mixed, seed=100 + seed)
             data = joined(world(**EXPERTS | experts, seed=seed), others)
             found = ratio.fit(data, [(0,), (1,)], seed)
-            joint = found.prefix[~data.expert, -1].astype(float)
+            joint = found.prefix[~data.expert, -1]
             rows.append((auc(-joint, others[3].any(axis=1)), found.overlap, found.episodes))
         shown = (f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in zip(*rows, strict=True))
         print(f"| {name} | {' | '.join(shown)} |", flush=True)

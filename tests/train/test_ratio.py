@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hvd.evaluate.statistics import auc
+from hvd.evaluate.credit import separation
 from hvd.method import ratio
 
 FRAMES, HORIZON = 24, 8
@@ -22,6 +22,12 @@ def world(episodes: int, wrong: bool, seed: int, noise=0.3, styles=(0.0,), speed
     aims = speed * aims + style + errs * rng.choice([-1.5, 1.5], (n, 2))
     actions = np.repeat(aims[:, None], HORIZON, 1) + noise * rng.normal(size=(n, HORIZON, 2))
     return state, actions.astype(np.float32), episode, errs
+
+
+def auc(score, positive) -> float:
+    found = separation(np.asarray(score, np.float32), np.arange(len(score)), positive, ~positive)
+    assert found is not None
+    return found["mean"]
 
 
 def joined(experts, mixed) -> ratio.Rows:
@@ -44,7 +50,7 @@ def fitted():
 
 def test_wrong_chunks_have_the_lower_ratio(fitted):
     rows, found, errs = fitted
-    joint = found.prefix[~rows.expert, -1].astype(float)
+    joint = found.prefix[~rows.expert, -1]
     assert auc(-joint, errs.any(axis=1)) > 0.9
     assert found.prefix[rows.expert, -1].mean() > joint[~errs.any(axis=1)].mean() - 0.5 > joint[errs.any(axis=1)].mean()
 
@@ -55,7 +61,7 @@ def test_each_levels_ratio_says_who_erred(fitted, level):
     chain = np.diff(found.prefix, axis=1, prepend=np.float32(0))
     one = errs.any(axis=1)
     for of_levels in (found.alone, chain):
-        assert auc(-of_levels[~rows.expert][one, level].astype(float), errs[one, level]) > 0.9
+        assert auc(-of_levels[~rows.expert][one, level], errs[one, level]) > 0.9
 
 
 def test_the_chain_sums_to_the_whole(fitted):
@@ -113,5 +119,5 @@ def test_demonstrations_of_another_style_are_noticed(monkeypatch, style, fails):
     monkeypatch.setattr(ratio, "REPEATS", 1)
     rows = joined(world(15, False, 1, styles=(style,)), mixed := world(40, True, 2))
     found = ratio.fit(rows, [(0,), (1,)], 0)
-    area = auc(-found.prefix[~rows.expert, -1].astype(float), mixed[3].any(axis=1))
+    area = auc(-found.prefix[~rows.expert, -1], mixed[3].any(axis=1))
     assert (area < 0.6, found.overlap < 0.05) == (fails, fails), (area, found.overlap)
