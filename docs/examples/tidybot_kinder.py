@@ -13,7 +13,9 @@ then with hvd, whose robot `tidybot` has the levels base, arm and gripper:
     hvd convert --raw-dirs raw/expert --robot tidybot --repo-id kinder/optimal --root data/optimal --cameras
     hvd convert --raw-dirs raw/mixed --robot tidybot --repo-id kinder/mixed --root data/mixed --cameras
     FIELDS="--config demo --sim.task= --exp_name kinder --robot tidybot --model.action_dim 64 --evaluate.baselines false
-        --optimal_data.root data/optimal --suboptimal_data.root data/mixed"
+        --optimal_data.root data/optimal --suboptimal_data.root data/mixed
+        --model.action_horizon 5 --evaluate.execute_steps 5 --policy.batch_size 64
+        --policy.num_train_steps 6000 --policy.lr_schedule.decay_steps 6000"
     hvd norm-stats $FIELDS && hvd train-value $FIELDS && hvd train-policy $FIELDS
     hvd rollouts $FIELDS --task shelf -- kinder/bin/python docs/examples/tidybot_kinder.py play
 

@@ -11,8 +11,10 @@ then with hvd, whose robot `ur5e` has the levels arm and gripper:
 
     hvd convert --raw-dirs raw/expert --robot ur5e --repo-id oc/optimal --root data/optimal --cameras
     hvd convert --raw-dirs raw/mixed --robot ur5e --repo-id oc/mixed --root data/mixed --cameras
-    FIELDS="--config demo --sim.task= --exp_name oc --robot ur5e --model.action_dim 48 --evaluate.baselines false
-        --optimal_data.root data/optimal --suboptimal_data.root data/mixed"
+    FIELDS="--config demo --sim.task= --exp_name oc --robot ur5e --model.action_dim 64 --evaluate.baselines false
+        --optimal_data.root data/optimal --suboptimal_data.root data/mixed
+        --model.action_horizon 5 --evaluate.execute_steps 5 --policy.batch_size 64
+        --policy.num_train_steps 6000 --policy.lr_schedule.decay_steps 6000"
     hvd norm-stats $FIELDS && hvd train-value $FIELDS && hvd train-policy $FIELDS
     hvd rollouts $FIELDS --task blocks -- oc/bin/python docs/examples/ur5e_ocbench.py play
 
