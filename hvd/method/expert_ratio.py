@@ -24,7 +24,7 @@ from hvd.train import stage_data, value_pass
 from hvd.train.mesh import Devices
 from hvd.train.value_pass import Values
 
-_VERSION = 2  # of hvd.method.ratio: another one makes another table
+_VERSION = 3  # of hvd.method.ratio: another one makes another table
 _FEW_EPISODES, _LITTLE_OVERLAP = 0.1, 0.05
 _ROWS = 8_192
 
@@ -109,13 +109,11 @@ def _rows(
         some = at[start : start + _ROWS]
         chunk, state = transitions.chunk(some), data.state[some]
         patches, real = ratio.patches(transform.actions_in(chunk.actions, state), chunk.action_mask)
-        inputs = [transform.state(state)] + (
-            [seen[start : start + _ROWS].astype(np.float32)] if seen is not None else []
-        )
-        parts.append((np.concatenate(inputs, axis=1), patches, real))
+        parts.append((transform.state(state), patches, real))
     state, patches, real = (np.concatenate(x) for x in zip(*parts, strict=True))
-    same = np.full(len(at), expert)
-    return ratio.Rows(state, patches, real, first + data.episode_of[at], same, ~same & Outcomes.of(data).success[at])
+    same, saw = np.full(len(at), expert), np.zeros((len(at), 0)) if seen is None else seen
+    episode, candidate = first + data.episode_of[at], ~same & Outcomes.of(data).success[at]
+    return ratio.Rows(state, saw.astype(np.float32), patches, real, episode, same, candidate)
 
 
 def _progress() -> None:

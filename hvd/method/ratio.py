@@ -35,7 +35,9 @@ class Rows:
     """What the classifiers see.
 
     Attributes:
-        state: whatever says where the robot is and what it sees; each number is standardised over all rows.
+        state: whatever says where the robot is; each number is standardised over all rows.
+        seen: what a model says about its images and prompt, or nothing (d 0). It tells apart episodes that the model
+            has learned by heart, so all of it together varies as much as one number of the state (BENCHMARKS.md).
         actions, real: of `patches`; likewise.
         episode: one number an episode, over all sets: no network judges an episode that it was trained on.
         expert: the row is of an optimal set.
@@ -43,6 +45,7 @@ class Rows:
     """
 
     state: Float32[np.ndarray, "n s"]
+    seen: Float32[np.ndarray, "n d"]
     actions: Float32[np.ndarray, "n p a"]
     real: Float32[np.ndarray, "n p"]
     episode: Int[np.ndarray, " n"]
@@ -105,11 +108,17 @@ def patches(
 
 
 def _standard(rows: Rows) -> Rows:
-    """State and actions with mean 0 and deviation 1 over all rows, within +-10; a constant becomes 0."""
-    state = np.clip((rows.state - rows.state.mean(0)) / np.maximum(rows.state.std(0), 1e-3), -10, 10)
-    flat = rows.actions[rows.real > 0]
-    actions = np.clip((rows.actions - flat.mean(0)) / np.maximum(flat.std(0), 1e-3), -10, 10)
-    return dataclasses.replace(rows, state=state, actions=np.where(rows.real[..., None] > 0, actions, 0))
+    """State and actions with mean 0 and deviation 1 over all rows, within +-10; a constant becomes 0. `seen`, scaled
+    down, is appended to the state."""
+
+    def normal(x: np.ndarray, of: np.ndarray) -> np.ndarray:
+        return np.clip((x - of.mean(0)) / np.maximum(of.std(0), 1e-3), -10, 10)
+
+    saw = normal(rows.seen, rows.seen) / max(rows.seen.shape[1], 1) ** 0.5
+    state = np.concatenate([normal(rows.state, rows.state), saw], axis=1)
+    actions = normal(rows.actions, rows.actions[rows.real > 0])
+    actions = np.where(rows.real[..., None] > 0, actions, 0)
+    return dataclasses.replace(rows, state=state, seen=rows.seen[:, :0], actions=actions)
 
 
 def _round(

@@ -38,14 +38,23 @@ def main() -> None:
         parts.append(expert_ratio._rows(transform, data, values[name].rows, values[name].seen, expert, first))
         first += len(data.all_episodes)
     whole = ratio.Rows(*(np.concatenate([getattr(p, x) for p in parts]) for x in ratio.Rows.__annotations__))
-    own, frames, names = transform.state(sets["suboptimal"].state[:1]).shape[1], read_frames(cfg), get_robot(cfg.robot)
+    frames, names = read_frames(cfg), get_robot(cfg.robot).level_names
     assert frames is not None
-    print(f"{len(whole.state)} frames; the state has {own} numbers, the features {whole.state.shape[1] - own}\n")
-    print("| sees | all | within successes | " + " | ".join(f"{n}, who" for n in names.level_names) + " | CPU-s |")
-    print("|---|---|---|" + "---|" * (len(names.level_names) + 1))
-    for name, columns in {"state": slice(own), "features": slice(own, None), "both": slice(None)}.items():
+    print(
+        f"{len(whole.state)} frames; the state has {whole.state.shape[1]} numbers, the features {whole.seen.shape[1]}\n"
+    )
+    print("| sees | all | within successes | " + " | ".join(f"{name}, who" for name in names) + " | CPU-s |")
+    print("|---|---|---|" + "---|" * (len(names) + 1))
+    nothing, all_alike = whole.seen[:, :0], np.concatenate([whole.state, whole.seen], axis=1)
+    variants = {
+        "state": (whole.state, nothing),
+        "features": (whole.seen, nothing),
+        "both, alike": (all_alike, nothing),
+        "both, the features as much as one number of the state": (whole.state, whole.seen),
+    }
+    for name, (state, seen) in variants.items():
         began = time.process_time()
-        found = ratio.fit(dataclasses.replace(whole, state=whole.state[:, columns]), cfg.levels(), cfg.seed)
+        found = ratio.fit(dataclasses.replace(whole, state=state, seen=seen), cfg.levels(), cfg.seed)
         took = time.process_time() - began
         joint, alone = (x[~whole.expert][frames.at] for x in (found.prefix[:, -1:], found.alone))
         cells = [scores.judged(frames, joint)[kind] for kind in ("all", "success")]

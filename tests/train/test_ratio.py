@@ -30,18 +30,21 @@ def auc(score, positive) -> float:
     return found["mean"]
 
 
-def joined(experts, mixed) -> ratio.Rows:
+def joined(experts, mixed, known=0) -> ratio.Rows:
+    """`known`: how many numbers a model says about each episode, which it has learned by heart."""
     state, actions = (np.concatenate([experts[i], mixed[i]]) for i in (0, 1))
     episode = np.concatenate([experts[2], mixed[2] + 1000])
     expert = np.arange(len(state)) < len(experts[0])
     patches, real = ratio.patches(actions, np.ones(actions.shape[:2], bool))
-    return ratio.Rows(state, patches, real, episode, expert, ~expert)
+    number = np.unique(episode, return_inverse=True)[1]
+    seen = np.random.default_rng(9).normal(size=(number.max() + 1, known)).astype(np.float32)[number]
+    return ratio.Rows(state, seen, patches, real, episode, expert, ~expert)
 
 
 @pytest.fixture(scope="module")
 def fitted():
     with pytest.MonkeyPatch.context() as quick:
-        quick.setattr(ratio, "_STEPS", 900)
+        quick.setattr(ratio, "_STEPS", 500)
         quick.setattr(ratio, "REPEATS", 1)
         mixed = world(40, True, 2)
         rows = joined(world(15, False, 1), mixed)
@@ -104,6 +107,14 @@ def test_what_is_not_real_counts_for_nothing():
     patches, real = ratio.patches(actions, mask)
     np.testing.assert_array_equal(patches, [[[2, 3], [0, 0]]])
     np.testing.assert_array_equal(real, [[0.75, 0]])
+
+
+def test_a_model_that_knows_every_episode_by_heart_does_not_drown_the_actions(monkeypatch):
+    monkeypatch.setattr(ratio, "_STEPS", 300)
+    monkeypatch.setattr(ratio, "REPEATS", 1)
+    rows = joined(world(15, False, 1), mixed := world(40, True, 2), known=128)
+    found = ratio.fit(rows, [(0,), (1,)], 0)
+    assert auc(-found.prefix[~rows.expert, -1], mixed[3].any(axis=1)) > 0.65  # .91 without; .51 at full size
 
 
 def test_one_demonstration_is_enough(monkeypatch):
