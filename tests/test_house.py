@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FILE_LINES, FUNCTION_LINES = 350, 60
-PRODUCT_LINES, TEST_LINES, GOLDEN_LINES = 34_290, 36_700, 1_500
+PRODUCT_LINES, TEST_LINES, GOLDEN_LINES = 34_290, 36_750, 1_500
 
 # A package or module may import what stands in its own line or above it. Tables of names that checks and configs read
 # stand apart from the rest of their package.
