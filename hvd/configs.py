@@ -240,7 +240,7 @@ class EvaluateConfig:
     workers: int = option(2, AT_LEAST_1, FREE)
     videos: int = option(3, NOT_NEGATIVE, FREE)
     action_samples: int = option(8, AT_LEAST_1, FREE, "held-out action error: also of the mean of so many chunks")
-    baselines: bool = option(False, FREE, "also imitation on the expert set, the mixed set, successes only")
+    baselines: bool = option(False, FREE, "also imitation of three kinds; by a score: published, twin")
     val_fraction: float = option(0.1, DECAY, "of the episodes of every dataset, held out from training")
     checks: bool = option(True, FREE, "simulated tasks: also doing nothing, who erred, which chunks a score trusts")
 

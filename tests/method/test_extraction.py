@@ -14,6 +14,23 @@ from hvd.method.table import Advantages
 from tests.published import PUBLISHED
 
 
+@pytest.mark.parametrize("kind", ["filter", "soft"])
+def test_weighting_none_is_imitation_whatever_would_go_by_a_score(kind):
+    words = [
+        "--config",
+        "demo",
+        "--policy.extractor",
+        kind,
+        "--policy.extractor_params",
+        "{}",
+        "--policy.score",
+        "ratio",
+    ]
+    asked, plain = (overrides.experiment([*words, *more]) for more in ((), ("--policy.weighting", "none")))
+    assert extraction.needs_ratio(asked) and not extraction.needs_ratio(plain)
+    assert extraction.label(plain) == "none, reward only" and not extraction.extractor(plain)[0].needs_value(plain)
+
+
 def parse(text: str):
     cfg = overrides.experiment(["--config", "demo", *PUBLISHED, *text.split()])
     checks.check_config(cfg)
