@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     if not options.file or not options.out:
         raise UserError("give the matrix and a folder: hvd benchmark FILE --out FOLDER")
     asked, out = matrix.read(options.file), Path(options.out).expanduser()
-    work = matrix.items(asked)
+    work = matrix.items(asked, run=not options.tables)
     now = [item for item in work if not options.only or item.name.startswith(tuple(f"{x}-" for x in options.only))]
     if not now:
         raise UserError(f"--only {' '.join(options.only)}: no data set of {options.file} is called so")

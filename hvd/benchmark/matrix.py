@@ -78,8 +78,10 @@ class Elsewhere(Struct, forbid_unknown_fields=True):
     experts: list[str]
     mixed: list[str]
 
-    def words(self) -> tuple[str, ...]:
-        """The program with its variables filled in, and files by their whole path: it runs in another folder."""
+    def words(self, run: bool) -> tuple[str, ...]:
+        """The program; to `run` it, with its variables filled in and files by their whole path (not run from here)."""
+        if not run:
+            return tuple(self.program)
         found = [os.path.expandvars(word) for word in self.program]
         unset = [word for word in found if "$" in word]
         if unset or not found:
@@ -180,13 +182,17 @@ def names(one_or_more: str | list[str]) -> list[str]:
     return [one_or_more] if isinstance(one_or_more, str) else one_or_more
 
 
-def items(matrix: Matrix) -> list[Item]:
+def items(matrix: Matrix, run: bool = True) -> list[Item]:
     """All items, in an order in which none waits for a later one; those of one task and data seed stand together.
 
+    Args:
+        run: not only to read what they left: the programs of tasks elsewhere must be there.
+
     Raises:
-        UserError: a field that is not there, or a config that `hvd` would refuse.
+        UserError: a field that is not there, a config that `hvd` would refuse, or a program that is not there.
     """
-    found = [item for seed in matrix.data_seeds for task in matrix.tasks for item in _of_data(matrix, task, seed)]
+    data = [(task, seed) for seed in matrix.data_seeds for task in matrix.tasks]
+    found = [item for task, seed in data for item in _of_data(matrix, task, seed, run)]
     counts = collections.Counter(item.name for item in found)
     for name, count in counts.items():
         if count > 1:
@@ -194,11 +200,11 @@ def items(matrix: Matrix) -> list[Item]:
     return found
 
 
-def _of_data(matrix: Matrix, task: str, seed: int) -> Iterator[Item]:
+def _of_data(matrix: Matrix, task: str, seed: int, run: bool) -> Iterator[Item]:
     """The items of one task and data seed."""
     data, own = _data(matrix, task, seed), matrix.elsewhere.get(task)
     made = Item(f"{data.exp_name}-data", _shared(data), ("prepare",))
-    yield _recorded(matrix, made, own, seed) if own else made
+    yield _recorded(matrix, made, own, own.words(run), seed) if own else made
     known: dict[str, str] = {}  # folder of a table -> its item
     prepared = {data.exp_name}  # norm stats belong to an experiment's folder
 
@@ -224,10 +230,10 @@ def _of_data(matrix: Matrix, task: str, seed: int) -> Iterator[Item]:
             cell = Cell(task, seed, name, policy_seed)
             called = f"{data.exp_name}-{name}" + (f"-r{policy_seed}" if policy_seed else "")
             item = Item(called, cfg, ("train-policy", "evaluate"), (before,), cell)
-            yield _played(item, task, own) if own else item
+            yield _played(item, task, own, own.words(run)) if own else item
 
 
-def _recorded(matrix: Matrix, item: Item, own: Elsewhere, seed: int) -> Item:
+def _recorded(matrix: Matrix, item: Item, own: Elsewhere, program: tuple[str, ...], seed: int) -> Item:
     """The data of a task elsewhere: two sets of recordings, converted."""
     commands: dict[str, tuple[str, ...]] = {}
     cfg, most = item.cfg, _SEEDS_APART // 2
@@ -236,15 +242,15 @@ def _recorded(matrix: Matrix, item: Item, own: Elsewhere, seed: int) -> Item:
         folder, first = os.path.join(cfg.exp_dir, "recordings", name), seed * _SEEDS_APART + offset
         if first < matrix.first_start + matrix.rollouts and matrix.first_start < first + most:
             raise UserError(f"first_start {matrix.first_start}: the data of seed {seed} are recorded from {first} on")
-        commands[f"record-{name}"] = (*own.words(), "record", folder, "--seed", str(first), *arguments)
+        commands[f"record-{name}"] = (*program, "record", folder, "--seed", str(first), *arguments)
         target = ("--repo-id", data.repo_id, "--root", str(data.path()), "--robot", cfg.robot, "--cameras")
         commands[f"convert-{name}"] = ("hvd", "convert", "--raw-dirs", folder, *target)
     return dataclasses.replace(item, steps=(*commands, *item.steps), commands=commands, elsewhere=own)
 
 
-def _played(item: Item, task: str, own: Elsewhere) -> Item:
+def _played(item: Item, task: str, own: Elsewhere, program: tuple[str, ...]) -> Item:
     """A policy of a task elsewhere: its program plays."""
-    words = (*item.command("rollouts"), "--task", task, "--", *own.words(), "play")
+    words = (*item.command("rollouts"), "--task", task, "--", *program, "play")
     return dataclasses.replace(item, steps=("train-policy", "rollouts"), commands={"rollouts": words}, elsewhere=own)
 
 

@@ -121,12 +121,15 @@ def _differences(found: Sequence[Difference]) -> list[list[str]]:
 
 
 def _scores(done: Sequence[Done]) -> list[list[str]]:
-    """Mean AUCs of scores.json over the data sets that have them."""
+    """Mean AUCs of scores.json over the data sets that have them; those within successes by task too."""
     found: dict[str, dict[str, list[float]]] = {}
-    for scores in (d.scores for d in done if d.scores):
+    known = [(d.cell["task"], d.scores) for d in done if d.scores and d.cell]
+    tasks = list(dict.fromkeys(task for task, _ in known))
+    for of_task, scores in known:
         for name, columns in scores["scores"].items():
             who = {f"{level}, who": of for level, of in scores["levels"].get(name, {}).items()}
-            for column, value in {**columns, **who}.items():
+            own = {f"success in {task}": columns["success"] if task == of_task else None for task in tasks}
+            for column, value in {**columns, **who, **(own if len(tasks) > 1 else {})}.items():
                 if value is not None:
                     found.setdefault(name, {}).setdefault(column, []).append(value["mean"])
     head = list(dict.fromkeys(column for columns in found.values() for column in columns))

@@ -1,50 +1,51 @@
-"""docs/evidence.md from the claim's archives: its tables (between the two marks) and figures. Nothing is trained.
+"""docs/evidence.md from the archives: for each matrix its tables (between two marks) and figures. Nothing is trained.
 
 python -m tests.benchmarks.evidence_page
 """
 
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from hvd.benchmark import matrix, page, work
 
 HERE = Path(__file__).parent
-FILE, ARCHIVES = HERE / "evidence.toml", HERE / "evidence"
+ARCHIVES = HERE / "evidence"
 DOCS = HERE.parents[1] / "docs"
 PAGE = DOCS / "evidence.md"
-BEGIN, END = "<!-- tests/benchmarks/evidence_page.py begins -->\n", "<!-- tests/benchmarks/evidence_page.py ends -->\n"
+MATRICES = ("evidence", "ocbench", "kinder")
 
 
-def done(folder: Path) -> tuple[matrix.Matrix, list[work.Done]]:
-    """The matrix and what the archives, unpacked into `folder`, have of it."""
+def done(folder: Path) -> Iterator[tuple[str, matrix.Matrix, list[work.Done]]]:
+    """Each matrix and what the archives, unpacked into `folder`, have of it, if anything."""
     for archive in sorted(ARCHIVES.glob("*.tar.xz")):
         with tarfile.open(archive) as packed:
             packed.extractall(folder, filter="data")
-    asked = matrix.read(str(FILE))
-    return asked, [found for item in matrix.items(asked) if (found := work.finished(folder, item)) is not None]
+    for name in MATRICES:
+        asked = matrix.read(str(HERE / f"{name}.toml"))
+        items = matrix.items(asked, run=False)
+        if found := [one for item in items if (one := work.finished(folder, item)) is not None]:
+            yield name, asked, found
 
 
-def tables(asked: matrix.Matrix, found: list[work.Done]) -> str:
-    """The part between the marks."""
-    _, about, *sections = page.markdown(asked, found, "python -m tests.benchmarks.evidence_page").split("\n\n")
-    return "\n\n".join([BEGIN + about, *sections]) + END
-
-
-def written(page_text: str, part: str) -> str:
-    """The page with another part between the marks."""
-    before, _, rest = page_text.partition(BEGIN)
-    return before + part + rest.partition(END)[2]
+def written(text: str, name: str, asked: matrix.Matrix, found: list[work.Done]) -> str:
+    """The page with the tables of a matrix between its marks."""
+    begin, end = (f"<!-- tests/benchmarks/{name}.toml {which} -->\n" for which in ("begins", "ends"))
+    before, _, rest = text.partition(begin)
+    _, *parts = page.markdown(asked, found, "python -m tests.benchmarks.evidence_page").split("\n\n")
+    part = "\n\n".join(f"#{each}" if each.startswith("##") else each for each in parts)
+    return before + begin + part + end + rest.partition(end)[2]
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        asked, found = done(Path(folder))
-    PAGE.write_text(written(PAGE.read_text(), tables(asked, found)))
-    for name, figure in page.figures(asked, found).items():
-        path = DOCS / "figures" / f"evidence-{name}.svg"
-        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-        print(path)
+        for name, asked, found in done(Path(folder)):
+            PAGE.write_text(written(PAGE.read_text(), name, asked, found))
+            for kind, figure in page.figures(asked, found).items():
+                path = DOCS / "figures" / f"{name}-{kind}.svg"
+                figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+                print(path)
 
 
 if __name__ == "__main__":

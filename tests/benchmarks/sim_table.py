@@ -22,36 +22,32 @@ FROZEN = {
     "right arm": (scene.RIGHT_ARM, scene.HOME_RIGHT),
 }
 # Mistakes that are never noticed, with the phase they begin in.
+CARRY = (
+    PlannedMistake("base", "off_to_side", "advance", 0, (0.0, 0.36)),
+    PlannedMistake("torso", "no_bend", "approach"),
+    PlannedMistake("torso", "no_rise", "lift"),
+    PlannedMistake("arms", "releases_early", "sidestep", 4),
+)
+ADVANCE = (PlannedMistake("base", "stops_short", "advance", 0, (-0.36, 0.0)), *CARRY)
 FATAL = {
     "tote": (
         PlannedMistake("base", "stops_short", "approach", 0, (-0.65, 0.0)),
         PlannedMistake("base", "off_to_side", "approach", 0, (0.0, 0.65)),
-        PlannedMistake("base", "stops_short", "advance", 0, (-0.36, 0.0)),
-        PlannedMistake("base", "off_to_side", "advance", 0, (0.0, 0.36)),
-        PlannedMistake("torso", "no_bend", "approach"),
-        PlannedMistake("torso", "no_rise", "lift"),
         PlannedMistake("arms", "too_high", "reach", 0, (0.0, 0.15)),
         PlannedMistake("arms", "too_wide", "reach", 0, (0.05, 0.0)),
-        PlannedMistake("arms", "releases_early", "sidestep", 4),
+        *ADVANCE,
     ),
     "pick": (
         PlannedMistake("base", "stops_short", "approach", 0, (-0.76, 0.0)),
         PlannedMistake("base", "off_to_side", "approach", 0, (0.0, -0.76)),
-        PlannedMistake("base", "stops_short", "advance", 0, (-0.36, 0.0)),
-        PlannedMistake("base", "off_to_side", "advance", 0, (0.0, 0.36)),
-        PlannedMistake("torso", "no_bend", "approach"),
-        PlannedMistake("torso", "no_rise", "lift"),
         PlannedMistake("arms", "too_high", "reach", 0, (0.0, 0.13)),
         PlannedMistake("arms", "too_wide", "reach", 0, (0.06, 0.0)),
-        PlannedMistake("arms", "releases_early", "sidestep", 4),
+        *ADVANCE,
     ),
     "stow": (
         PlannedMistake("base", "stops_short", "approach", 0, (-0.76, 0.0)),
-        PlannedMistake("base", "off_to_side", "advance", 0, (0.0, 0.36)),
-        PlannedMistake("torso", "no_bend", "approach"),
-        PlannedMistake("torso", "no_rise", "lift"),
         PlannedMistake("arms", "too_high", "reach", 0, (0.0, 0.13)),
-        PlannedMistake("arms", "releases_early", "sidestep", 4),
+        *CARRY,
     ),
     "drawer": (
         PlannedMistake("base", "stops_short", "approach", 0, (-0.6, 0.0)),
@@ -64,17 +60,26 @@ FATAL = {
 }
 
 
-def operator_run(
-    task: str, seed: int, quality: float, retries: bool, plans: tuple[PlannedMistake, ...] = ()
-) -> tuple[bool, int]:
-    """(success, steps) of one episode of the teleoperator."""
+def episode(
+    task: str, *plans: PlannedMistake, seed: int = 0, quality: float = 0.0, retries: bool = True, together: bool = False
+):
+    """Of the teleoperator, whose mistakes come one by one or together: env, operator, actions as followed [T, 21]."""
     env = Env(task)
     env.reset(seed)
-    operator = env.task.operator(env, seed, quality, retries, plans)
+    operator = env.task.operator(env, seed, quality, retries, plans, concurrent=together)
+    actions = []
     while True:
         step = env.step(operator.act())
+        actions.append(env.as_action(env.command))
         if step.done or operator.done:
-            return step.success, env.time
+            operator.log.close()
+            return env, operator, np.array(actions)
+
+
+def operator_run(task: str, seed: int, quality: float, retries: bool, *plans: PlannedMistake) -> tuple[bool, int]:
+    """(success, steps) of one episode of the teleoperator."""
+    env, *_ = episode(task, *plans, seed=seed, quality=quality, retries=retries)
+    return env.success, env.time
 
 
 def control_run(task: str, seed: int, control: str) -> tuple[bool, int]:
@@ -114,7 +119,7 @@ def table(task: str, n: int, workers: int) -> Iterator[str]:
     few = max(2, n // 5)
     yield f"{task}: one mistake that is never noticed, n = {few}"
     for plan in FATAL[task]:
-        success, steps = _rate(operator_run, [(task, seed, 0.0, True, (plan,)) for seed in range(few)], workers)
+        success, steps = _rate(operator_run, [(task, seed, 0.0, True, plan) for seed in range(few)], workers)
         yield f"  {plan.level + ' ' + plan.kind + ' at ' + plan.phase:<34}{success:>8.2f}{steps:>12.0f}"
     yield f"{task}: controls, n = {few}"
     for control in ("nothing", "random", *(f"{part}" for part in FROZEN)):

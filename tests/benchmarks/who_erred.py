@@ -9,17 +9,22 @@ AUC at the onset of each level's mistakes against the onsets of other levels' mi
     counterfactual   Q(s, a) - the mean of Q(s, a with level i's actions those of a chunk from a state nearby)
     ratio            the expert ratio: of level i alone, and given its parents (chain)
 
-of the published critic, with another discount, with chunks of 10 and 5 actions (Q over a prefix), and of three value
-runs together (their mean). Everything is kept in OUT, and done once.
+of the published critic, with another discount, with chunks of 10 and 5 actions (Q over a prefix), with targets that
+bootstrap after 2 and 4 chunks, with a state that holds those of 5 and 10 frames ago too, and of three value runs
+together (their mean). Everything is kept in OUT, and done once.
 """
 
 import argparse
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from hvd import overrides
 from hvd.configs import Experiment
@@ -37,7 +42,18 @@ VARIANTS = {
     "gamma .95": ("--value.gamma", "0.95"),
     "prefix of 10": ("--model.action_horizon", "10"),
     "prefix of 5": ("--model.action_horizon", "5", "--evaluate.execute_steps", "5"),
+    "2-chunk return": (),
+    "4-chunk return": (),
+    "history": ("--model.action_dim", "96"),
 }
+AGO = (5, 10)  # frames: how old the further states of "history" are
+HVD = "import sys; from hvd import cli; sys.exit(cli.main())"
+LONG_RETURN = """
+from hvd.data.transitions import Transitions
+def outcome(self, rows, own=Transitions.outcome):
+    return own(Transitions(self.dataset, {chunks} * self.horizon, self.gamma), rows)
+Transitions.outcome = outcome
+"""
 NEAR = 8  # chunks that level i's actions are taken from
 RATIO = ("--policy.extractor", "filter", "--policy.score", "ratio")
 PUBLISHED = ("--policy.extractor", "weighted", "--policy.extractor_params", "{}", "--policy.gate", "none")
@@ -52,21 +68,42 @@ def options(out: Path, task: str, seed: int, steps: int, variant: str) -> list[s
     found += ["--sim.operator_noise", "steady" if task in ("pick", "stow") else "clumsy"]
     found += ["--value.num_train_steps", str(steps), *VARIANTS[variant]]
     for role, folder in (("optimal", "optimal"), ("suboptimal", "mixed")):
-        found += [f"--{role}_data.root", str(data / "datasets" / folder)]
-    return found + (list(RATIO) if variant == "published" else [])
+        found += [f"--{role}_data.root", str(data / ("remembering" if variant == "history" else "datasets") / folder)]
+    return found + (list(RATIO) if variant in ("published", "history") else [])
 
 
-def hvd(step: str, words: list[str]) -> None:
-    subprocess.run([sys.executable, "-m", "hvd.cli", step, *words], check=True, stdout=subprocess.DEVNULL)
+def hvd(step: str, words: list[str], variant: str) -> None:
+    code = (LONG_RETURN.format(chunks=variant[0]) if variant.endswith("return") else "") + HVD
+    subprocess.run([sys.executable, "-c", code, step, *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def made(out: Path, task: str, seed: int, steps: int) -> dict[str, Experiment]:
+def remember(source: Path, to: Path) -> None:
+    """A copy of a dataset whose environment state goes on with all states of AGO (the first one before an episode)."""
+    shutil.copytree(source, to, ignore=shutil.ignore_patterns(".hvd_cache"))
+    names = ("observation.environment_state", "observation.state")
+    for path in to.glob("data/**/*.parquet"):
+        rows = pq.read_table(path)
+        states = [np.stack(rows[name].to_numpy()) for name in names]
+        age, at = rows["frame_index"].to_numpy(), np.arange(len(rows))
+        states = [states[0], *(state[at - np.minimum(age, ago)] for ago in AGO for state in states)]
+        column = rows.schema.get_field_index(names[0])
+        wide = pa.array(list(np.concatenate(states, axis=1)), pa.list_(pa.float32()))
+        pq.write_table(rows.set_column(column, names[0], wide), path)
+    info = json.loads((to / "meta/info.json").read_text())
+    info["features"][names[0]]["shape"] = [sum(state.shape[1] for state in states)]
+    (to / "meta/info.json").write_text(json.dumps(info))
+
+
+def runs_of(out: Path, task: str, seed: int, steps: int) -> dict[str, Experiment]:
     """The value runs and tables of all variants."""
     found = {}
     for variant in VARIANTS:
-        words = options(out, task, seed, steps, variant)
+        words, made = options(out, task, seed, steps, variant), out / f"{task}-{seed}"
+        if variant == "history" and not (made / "remembering").exists():
+            for folder in ("optimal", "mixed"):
+                remember(made / "datasets" / folder, made / "remembering" / folder)
         for step in ("prepare" if variant == "published" else "norm-stats", "train-value", "advantages"):
-            hvd(step, words)
+            hvd(step, words, variant)
         found[variant] = overrides.experiment(words)
     return found
 
@@ -100,10 +137,10 @@ def scores(runs: dict[str, Experiment], frames: Frames) -> Iterator[tuple[str, n
     tables = {name: Advantages.read(cfg.advantages_dir).of("suboptimal") for name, cfg in runs.items()}
     first = tables["published"]
     wanted = list(zip(first.episode[frames.at], first.frame[frames.at], strict=True))
-    own, marginal = {}, {}
+    own, marginal, at_of = {}, {}, {}
     for name, table in tables.items():
         place = {key: row for row, key in enumerate(zip(table.episode, table.frame, strict=True))}
-        at = np.array([place[key] for key in wanted])
+        at = at_of[name] = np.array([place[key] for key in wanted])
         own[name] = (table.q - table.v[:, None])[at]
         marginal[name] = np.diff(table.q, axis=1, prepend=table.v[:, None])[at]
     for name in VARIANTS:
@@ -113,9 +150,11 @@ def scores(runs: dict[str, Experiment], frames: Frames) -> Iterator[tuple[str, n
     for kind, of in (("own", own), ("marginal", marginal)):
         yield f"three runs: {kind}", np.mean([of[name] for name in ("published", "seed 1", "seed 2")], axis=0)
     yield "published: counterfactual", counterfactual(runs["published"], frames, first)
-    assert first.ratio is not None and first.alone is not None
-    yield "ratio: alone", first.alone[frames.at]
-    yield "ratio: chain", np.diff(first.ratio, axis=1, prepend=np.float32(0))[frames.at]
+    for name in ("published", "history"):
+        table = tables[name]
+        assert table.ratio is not None and table.alone is not None
+        yield f"{name}: ratio alone", table.alone[at_of[name]]
+        yield f"{name}: ratio chain", np.diff(table.ratio, axis=1, prepend=np.float32(0))[at_of[name]]
 
 
 def main() -> None:
@@ -126,7 +165,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_500)
     asked = parser.parse_args()
     for task in asked.tasks:
-        runs = made(asked.out, task, asked.seed, asked.steps)
+        runs = runs_of(asked.out, task, asked.seed, asked.steps)
         frames = read_frames(runs["published"])
         assert frames is not None
         names = get_robot(runs["published"].robot).level_names

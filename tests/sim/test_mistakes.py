@@ -6,26 +6,11 @@ import numpy as np
 import pytest
 
 from hvd.robots import get_robot
-from hvd.sim.env import Env
 from hvd.sim.mistakes import Log, PlannedMistake
 from hvd.sim.tasks import get_task
-from tests.benchmarks.sim_table import FATAL
+from tests.benchmarks.sim_table import FATAL, episode
 
 LEVELS = {level.name: list(level.dims) for level in get_robot("r1").levels}
-
-
-def run(task: str, plan: PlannedMistake, seed: int = 0):
-    """The episode with one mistake: env, operator, and the actions as they were followed [T, 21]."""
-    env = Env(task)
-    env.reset(seed)
-    operator = env.task.operator(env, seed, plans=(plan,))
-    actions = []
-    while True:
-        step = env.step(operator.act())
-        actions.append(env.as_action(env.command))
-        if step.done or operator.done:
-            operator.log.close()
-            return env, operator, np.array(actions)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +19,7 @@ def run(task: str, plan: PlannedMistake, seed: int = 0):
     ids=lambda x: x if isinstance(x, str) else f"{x.level}-{x.kind}-{x.phase}",
 )
 def test_a_mistake_that_is_not_noticed_fails_and_is_logged(task, plan):
-    env, operator, actions = run(task, plan)
+    env, operator, actions = episode(task, plan)
     assert not env.success
     (mistake,) = operator.log.mistakes
     assert (mistake.level, mistake.kind) == (plan.level, plan.kind)
@@ -43,16 +28,12 @@ def test_a_mistake_that_is_not_noticed_fails_and_is_logged(task, plan):
 
 def first_difference(task: str, plan: PlannedMistake) -> tuple[set[str], int, Log]:
     """Levels whose action differs from the clean episode's at the first frame that differs, that frame, the log."""
-    _, operator, wrong = run(task, plan)
-    env = Env(task)
-    env.reset(0)
-    clean = env.task.operator(env, 0)
-    for frame, action in enumerate(wrong):
-        env.step(clean.act())
-        differs = np.abs(env.as_action(env.command) - action) > 1e-9
-        if differs.any():
-            return {name for name, dims in LEVELS.items() if differs[dims].any()}, frame, operator.log
-    raise AssertionError("the mistake changed nothing")
+    _, operator, wrong = episode(task, plan)
+    _, _, clean = episode(task)
+    both = min(len(wrong), len(clean))
+    differs = np.abs(wrong[:both] - clean[:both]) > 1e-9
+    frame = int(np.flatnonzero(differs.any(axis=1))[0])
+    return {name for name, dims in LEVELS.items() if differs[frame, dims].any()}, frame, operator.log
 
 
 @pytest.mark.parametrize(
@@ -89,7 +70,7 @@ def test_only_the_level_at_fault_acts_differently(plan):
     ids=lambda x: x if isinstance(x, str) else x.kind,
 )
 def test_a_mistake_that_is_noticed_is_recovered_from(task, plan):
-    env, operator, actions = run(task, plan)
+    env, operator, actions = episode(task, plan)
     assert env.success
     (mistake,) = operator.log.mistakes
     assert mistake.end < len(actions) - 20
@@ -110,8 +91,7 @@ def test_every_level_errs_often_and_in_several_ways(task):
     for level in LEVELS:
         assert sum(kinds[level].values()) > 170 and len(kinds[level]) >= 3
     assert 0.3 < np.mean(noticed) < 0.7
-    again = get_task(task).mistakes(np.random.default_rng(1))
-    assert again == get_task(task).mistakes(np.random.default_rng(1))
+    assert get_task(task).mistakes(np.random.default_rng(599)) == plans
 
 
 def test_log_joins_the_frames_of_one_mistake():

@@ -13,24 +13,17 @@ from hvd.sim import operators, record
 from hvd.sim.env import Env
 from hvd.sim.mistakes import LEVELS, Log, PlannedMistake
 from hvd.sim.tasks import get_task
+from tests.benchmarks.sim_table import episode
 
 DIMS = {level.name: list(level.dims) for level in get_robot("r1").levels}
 BASE = PlannedMistake("base", "off_to_side", "approach", 0, (0.0, 0.5), 25)
 TORSO = PlannedMistake("torso", "late_bend", "approach", 0, (0.0, 0.0), 20)
 
 
-def run(plans, seed: int = 0):
+def run(plans):
     """Success, the log, and the actions of an episode of tote with concurrent mistakes."""
-    env = Env("tote")
-    env.reset(seed)
-    operator = env.task.operator(env, seed, plans=tuple(plans), concurrent=True)
-    actions = []
-    while True:
-        step = env.step(operator.act())
-        actions.append(env.as_action(env.command))
-        if step.done or operator.done:
-            operator.log.close()
-            return env.success, operator.log, np.array(actions)
+    env, operator, actions = episode("tote", *plans, together=True)
+    return env.success, operator.log, actions
 
 
 def frames(spans, level: str) -> set[int]:
@@ -120,8 +113,8 @@ def test_recordings_of_a_bad_level(tmp_path):
     sim = SimConfig(task="tote", operator="bad_level", num_optimal=1, num_mixed=1, image_size=0, workers=1)
     clumsy = record.record_episode(sim, "mixed", 0, Env("tote"), None)
     steady = record.record_episode(dataclasses.replace(sim, operator_noise="steady"), "mixed", 0, Env("tote"), None)
-    for episode in (clumsy, steady):
-        assert {mistake.level for mistake in episode.labels.mistakes} == {"base"} and episode.labels.waiting
+    for each in (clumsy, steady):
+        assert {mistake.level for mistake in each.labels.mistakes} == {"base"} and each.labels.waiting
     assert abs(np.diff(steady.action[:20, 17], axis=0)).min() == 0 < abs(np.diff(clumsy.action[:20, 17], axis=0)).min()
 
 
