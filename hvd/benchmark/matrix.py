@@ -185,11 +185,8 @@ def names(one_or_more: str | list[str]) -> list[str]:
 def items(matrix: Matrix, run: bool = True) -> list[Item]:
     """All items, in an order in which none waits for a later one; those of one task and data seed stand together.
 
-    Args:
-        run: not only to read what they left: the programs of tasks elsewhere must be there.
-
     Raises:
-        UserError: a field that is not there, a config that `hvd` would refuse, or a program that is not there.
+        UserError: a field that is not there, a config that `hvd` would refuse, or (to `run` them) no such program.
     """
     data = [(task, seed) for seed in matrix.data_seeds for task in matrix.tasks]
     found = [item for task, seed in data for item in _of_data(matrix, task, seed, run)]

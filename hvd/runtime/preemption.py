@@ -9,10 +9,12 @@ does not end at once in the warm-up either, since the others would wait for it; 
 
 import _thread
 import contextlib
+import gc
 import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from types import FrameType
@@ -89,9 +91,10 @@ def requested() -> str | None:
 
 
 def later(number: int, frame: FrameType | None) -> bool:
-    """True where a handler must not raise: Python prints and drops an error in JAX's part of its garbage collection.
-    The signal comes again a moment later."""
-    if frame is None or frame.f_code.co_name != "_xla_gc_callback":
+    """True where a handler must not raise: Python prints and drops an error in what a library (JAX is one) has it call
+    in a garbage collection. The signal comes again a moment later."""
+    callbacks = [getattr(each, "__code__", None) for each in gc.callbacks]
+    if not any(each.f_code in callbacks for each, _ in traceback.walk_stack(frame)):
         return False
     _thread.start_new_thread(_again, (number,))  # what this thread sent itself would come before it leaves here
     return True

@@ -32,21 +32,21 @@ def test_signal_in_the_warm_up_stops_at_once():
         pytest.fail("not reached")
 
 
-def test_a_signal_in_jax_s_part_of_a_garbage_collection_is_not_lost():
+def test_a_signal_in_a_library_s_part_of_a_garbage_collection_is_not_lost():
     assert jax and "_xla_gc_callback" in [each.__name__ for each in gc.callbacks]
 
-    def _xla_gc_callback(phase: str, info: dict):
+    def callback(phase: str, info: dict):
         if phase == "start":
-            os.kill(os.getpid(), signal.SIGTERM)
+            (lambda: os.kill(os.getpid(), signal.SIGTERM))()
 
-    gc.callbacks.append(_xla_gc_callback)
+    gc.callbacks.insert(0, callback)
     try:
         with pytest.raises(Stopped, match="by SIGTERM before the first step"), preemption.catch():
             gc.collect()
             time.sleep(10)
             pytest.fail("not woken")
     finally:
-        gc.callbacks.remove(_xla_gc_callback)
+        gc.callbacks.remove(callback)
 
 
 def test_one_of_several_processes_waits_for_the_others(monkeypatch):
