@@ -16,12 +16,12 @@ Table = tuple[str, list[list[str]]]  # title, header and rows
 
 
 def tables(matrix: Matrix, done: Sequence[Done]) -> list[Table]:
-    """All tables: success, by task, comparisons, scores, cost."""
+    """All tables: success, comparisons (of each task too where it has several data sets), scores, cost."""
     results = Results.of(done)
     tasks = [task for task in matrix.tasks if any(d.cell and d.cell["task"] == task for d in done)]
     found: list[Table] = [(_over("Success", matrix, tasks), _success(matrix, results, tasks))]
     found.append(("Differences; units are data sets", _differences(analysis.differences(matrix, results))))
-    for task in tasks if len(tasks) > 1 else ():
+    for task in tasks if len(tasks) > 1 and len(matrix.data_seeds) > 1 else ():
         found.append((f"Differences in {task}", _differences(analysis.differences(matrix, results, task))))
     if any(d.scores for d in done):
         found.append(("Which chunks a score finds wrong; means over data sets", _scores(done)))
