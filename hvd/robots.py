@@ -120,10 +120,19 @@ def _b1k() -> Robot:
     return Robot("r1_pro_b1k", names, levels, _range(3, 23))
 
 
+def _moved_by_hand(name: str, hand: tuple[str, ...]) -> Robot:
+    """A fixed arm whose actions are steps of its hand, and a gripper."""
+    parts = (
+        Part(hand, "action/arm", "obs/hand_state/arm/pose"),
+        Part(("gripper",), "action/gripper", "obs/gripper_state/gripper/gripper_position"),
+    )
+    arm = len(hand)
+    return Robot(name, (*hand, "gripper"), (Level("arm", _range(0, arm)), Level("gripper", (arm,))), (), parts)
+
+
 _G1_ARM = ("shoulder_pitch", "shoulder_roll", "shoulder_yaw", "elbow", "wrist_roll", "wrist_pitch", "wrist_yaw")
 _G1_HAND = ("pinky", "ring", "middle", "index", "thumb_bend", "thumb_rotation")
 
-_HAND = ("hand_x", "hand_y", "hand_z", "hand_yaw")
 _TIDYBOT = {
     "base": ("base_x", "base_y", "base_turn"),
     "arm": tuple(f"arm_{i}" for i in range(7)),
@@ -142,16 +151,8 @@ ROBOTS = MappingProxyType(
             (Level("left_arm", _range(0, 7)), Level("right_arm", _range(7, 14)), Level("hands", _range(14, 26))),
             _range(0, 26),
         ),
-        "ur5e": Robot(  # moved by steps of its hand: docs/examples/ur5e_ocbench.py
-            "ur5e",
-            (*_HAND, "gripper"),
-            (Level("arm", _range(0, 4)), Level("gripper", (4,))),
-            (),
-            (
-                Part(_HAND, "action/arm", "obs/hand_state/arm/pose"),
-                Part(("gripper",), "action/gripper", "obs/gripper_state/gripper/gripper_position"),
-            ),
-        ),
+        "ur5e": _moved_by_hand("ur5e", ("hand_x", "hand_y", "hand_z", "hand_yaw")),  # docs/examples/ur5e_ocbench.py
+        "sawyer": _moved_by_hand("sawyer", ("hand_x", "hand_y", "hand_z")),  # docs/examples/sawyer_metaworld.py
         "tidybot": Robot(  # moved by steps of base and joints: docs/examples/tidybot_kinder.py
             "tidybot",
             tuple(name for names in _TIDYBOT.values() for name in names),

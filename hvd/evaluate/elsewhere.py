@@ -12,8 +12,7 @@ and prints a line of JSON when an episode has ended; its other lines are passed 
     {"seed": 1000000, "success": true, "stage": 2, "steps": 143}
 
 `stage` is the number of sub-tasks that were done (--stages names them). The table, results.json and the report are
-those of `hvd evaluate`. docs/examples/ur5e_ocbench.py and
-tidybot_kinder.py are such programs.
+those of `hvd evaluate`. docs/examples has such programs.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 ARCHIVES = HERE / "evidence"
 DOCS = HERE.parents[1] / "docs"
 PAGE = DOCS / "evidence.md"
-MATRICES = ("evidence", "ocbench", "kinder")
+MATRICES = ("evidence", "ocbench", "kinder", "metaworld")
 
 
 def done(folder: Path) -> Iterator[tuple[str, matrix.Matrix, list[work.Done]]]:
