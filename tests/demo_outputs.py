@@ -7,14 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-POLICIES = (
-    "policy",
-    "published-hvd",
-    "level-by-level",
-    "imitation-expert",
-    "imitation-mixed",
-    "imitation-success",
-)
+POLICIES = ("policy", "published-hvd", "level-by-level", "imitation-expert", "imitation-mixed", "imitation-success")
 
 
 def problems(folder: Path, printed: list[str]) -> list[str]:

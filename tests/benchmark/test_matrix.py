@@ -75,18 +75,6 @@ def _fields(tmp_path) -> dict:
         (("[policies.td]", "[policies.'../td']"), "Expected `str` matching regex"),
         (("title", "= title"), "Invalid|invalid"),
         (("[policies.td]", "[policies.value]"), "'value' cannot name a policy"),
-    ],
-)
-def test_a_file_that_is_no_matrix_is_refused(tmp_path, change, line):
-    path = tmp_path / "m.toml"
-    path.write_text(FILE.read_text().replace(*change))
-    with pytest.raises(UserError, match=line):
-        matrix.read(str(path))
-
-
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
         (('"policy.score"', '"policy.scroe"'), "policies.ratio: unknown field --policy.scroe; nearest: --policy.score"),
         (('"policy.score"', '"model.tau"'), "policies.ratio"),
         (('"policy.extractor" = "filter"\n"policy.score" = "ratio"', '"value.gamma" = 0.5'), "value.gamma is not the"),
@@ -94,7 +82,7 @@ def test_a_file_that_is_no_matrix_is_refused(tmp_path, change, line):
         (('value = "flat"', 'value = "falt"'), "policies.flat: unknown value run 'falt'.*flat"),
     ],
 )
-def test_a_policy_that_cannot_be(tmp_path, change, line):
+def test_a_file_that_is_no_matrix_is_refused(tmp_path, change, line):
     path = tmp_path / "m.toml"
     path.write_text(FILE.read_text().replace(*change).replace('"td"', '"mixed"'))
     with pytest.raises(UserError, match=line):

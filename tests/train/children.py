@@ -17,13 +17,7 @@ import jax
 from tests import compilation
 from tests.train import factory
 
-PRELOAD = [
-    "tests.train.factory",
-    "hvd.cli",
-    "hvd.method.value",
-    "hvd.method.policy",
-    "tensorboardX",
-]
+PRELOAD = ["tests.train.factory", "hvd.cli", "hvd.method.value", "hvd.method.policy", "tensorboardX"]
 
 
 def _run(step: str, settings: factory.Settings, environment: dict[str, str], log: str) -> None:
